@@ -1,0 +1,1 @@
+"""The transformer, its heads and the Hugging Face layout."""

@@ -1,0 +1,200 @@
+"""Mesh axes and the one table from logical axes to mesh axes.
+
+No other module spells a mesh axis or a PartitionSpec: models name logical axes, callers ask this module for shardings.
+"""
+
+from collections.abc import Sequence
+import math
+import os
+import re
+
+from flax import linen as nn
+import jax
+from jax.experimental import mesh_utils
+import numpy as np
+
+from jaxalign import types
+
+AXES = ('data', 'fsdp', 'tensor', 'context', 'expert')
+
+# Logical axis -> mesh axes. Parameters are sharded over fsdp along `embed` and over tensor along the other matrix axis;
+# rows of a batch are spread over every axis that does not split a row or a matrix.
+RULES: dict[str, tuple[str, ...]] = {
+    'batch': ('data', 'fsdp', 'expert'),
+    'length': ('context',),
+    'vocab': ('tensor',),
+    'embed': ('fsdp',),
+    'heads': ('tensor',),
+    'kv_heads': ('tensor',),
+    'mlp': ('tensor',),
+    'layers': (),
+    'head_size': (),
+    'norm': (),
+    'hidden': (),
+    'micro': (),
+    'one': (),
+}
+
+
+def parse_mesh(text: str, flag: str = '--mesh') -> dict[str, int]:
+  """Reads 'fsdp:4,tensor:2' into {axis: size}; -1 stands for the devices that the other axes leave.
+
+  Raises:
+    UsageError: an axis is unknown or given twice, a size is not -1 or positive, or -1 is given twice.
+  """
+  sizes: dict[str, int] = {}
+  for part in filter(None, (p.strip() for p in text.split(','))):
+    match = re.fullmatch(r'(\w+):(-?\d+)', part)
+    if not match:
+      raise types.UsageError(f'{flag}={text}: {part!r} is not AXIS:SIZE; write for example fsdp:4,tensor:2')
+    axis, size = match[1], int(match[2])
+    if axis not in AXES:
+      raise types.UsageError(f'{flag}={text}: unknown axis {axis!r}; the axes are {", ".join(AXES)}')
+    if axis in sizes:
+      raise types.UsageError(f'{flag}={text}: axis {axis!r} is given twice')
+    if size < 1 and size != -1:
+      raise types.UsageError(f'{flag}={text}: the size of {axis!r} must be positive, or -1 for the rest')
+    sizes[axis] = size
+  if list(sizes.values()).count(-1) > 1:
+    raise types.UsageError(f'{flag}={text}: only one axis can be -1')
+  return sizes
+
+
+def _fill(sizes: dict[str, int], devices: int, flag: str, text: str) -> tuple[int, ...]:
+  """Sizes of all AXES, with -1 replaced by what is left of `devices`."""
+  fixed = math.prod(s for s in sizes.values() if s != -1)
+  wild = next((a for a, s in sizes.items() if s == -1), None)
+  if devices % fixed or (wild is None and fixed != devices):
+    named = ' x '.join(f'{a}:{s}' for a, s in sizes.items() if s != -1) or '1'
+    raise types.UsageError(
+        f'{flag}={text}: {named} = {fixed} does not divide the {devices} devices'
+        if devices % fixed
+        else f'{flag}={text}: {named} = {fixed}, but there are {devices} devices; make one axis -1 to take the rest'
+    )
+  return tuple(devices // fixed if axis == wild else sizes.get(axis, 1) for axis in AXES)
+
+
+def make_mesh(text: str = '', dcn_text: str = '', devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+  """Builds the mesh named by `--mesh` (within a slice, over ICI) and `--dcn_mesh` (between slices).
+
+  Args:
+    text: sizes within a slice, 'fsdp:-1' where empty.
+    dcn_text: sizes between slices; where empty and there are several slices, 'data:-1'.
+    devices: the devices, `jax.devices()` where None.
+
+  Raises:
+    UsageError: the sizes do not multiply to the number of devices or slices.
+  """
+  devices = list(devices if devices is not None else jax.devices())
+  slices = {_slice_index(d) for d in devices}
+  text = text or 'fsdp:-1'
+  if dcn_text and len(slices) == 1 and math.prod(abs(s) for s in parse_mesh(dcn_text, '--dcn_mesh').values()) > 1:
+    raise types.UsageError(f'--dcn_mesh={dcn_text}: all devices are in one slice; leave --dcn_mesh out')
+  per_slice = len(devices) // len(slices)
+  shape = _fill(parse_mesh(text), per_slice, '--mesh', text)
+  if len(slices) > 1:
+    dcn_text = dcn_text or 'data:-1'
+    dcn_shape = _fill(parse_mesh(dcn_text, '--dcn_mesh'), len(slices), '--dcn_mesh', dcn_text)
+    array = mesh_utils.create_hybrid_device_mesh(shape, dcn_shape, devices, allow_split_physical_axes=True)
+  elif devices[0].platform == 'tpu':
+    array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  else:
+    array = np.array(devices).reshape(shape)
+  return jax.sharding.Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def _slice_index(device: jax.Device) -> int:
+  # Only TPU devices know slices; hosts of other platforms are joined by one flat network.
+  return device.slice_index if hasattr(device, 'slice_index') and device.platform == 'tpu' else 0
+
+
+def platform_of(mesh: jax.sharding.Mesh) -> str:
+  """The platform a program on this mesh is compiled for: 'cpu', 'gpu' or 'tpu' (which need not be the local one)."""
+  return mesh.devices.flat[0].platform
+
+
+def axes_of(logical: str) -> tuple[str, ...]:
+  """The mesh axes of one logical axis, for collectives inside `shard_map`."""
+  return _rule(logical)
+
+
+def _rule(logical: str) -> tuple[str, ...]:
+  if logical not in RULES:
+    raise ValueError(f'unknown logical axis {logical!r}; sharding.RULES knows {", ".join(RULES)}')
+  return RULES[logical]
+
+
+def spec(*logical: str | None) -> jax.sharding.PartitionSpec:
+  """The PartitionSpec of an array whose axes have these logical names; None is an axis that is never split."""
+  return jax.sharding.PartitionSpec(*((_rule(name) or None) if name else None for name in logical))
+
+
+def named(mesh: jax.sharding.Mesh, *logical: str | None) -> jax.sharding.NamedSharding:
+  """The sharding, on `mesh`, of an array whose axes have these logical names; no names means replicated."""
+  return jax.sharding.NamedSharding(mesh, spec(*logical))
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+  """Constrains `x` to the sharding of its logical axes on the current mesh (`jax.set_mesh`); without one, returns `x`."""
+  if len(logical) != x.ndim:
+    raise ValueError(f'{len(logical)} logical names {logical} for an array of rank {x.ndim}')
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(*logical))
+
+
+def batch_shardings(mesh: jax.sharding.Mesh, batch: types.Batch, stacked: bool) -> types.Batch:
+  """Shardings of a batch: rows over the batch axes, tokens over context; `stacked` if micro-batches lead."""
+  lead = ('micro',) if stacked else ()
+
+  def of(path, _):
+    name = jax.tree_util.keystr(path)
+    return named(mesh, *lead, 'batch', 'length' if '_BT' in name else None)
+
+  return jax.tree_util.tree_map_with_path(of, batch)
+
+
+def shardings_of(mesh: jax.sharding.Mesh, boxed: types.PyTree) -> types.PyTree:
+  """Shardings of a tree of `nn.Partitioned` parameters (arrays or shapes), with every axis checked.
+
+  Raises:
+    UsageError: a parameter's axis is not divisible by the mesh axes it is split over.
+    ValueError: a parameter names a logical axis that the table does not know.
+  """
+
+  def of(path, leaf):
+    if not isinstance(leaf, nn.Partitioned):
+      return named(mesh)
+    for size, logical in zip(leaf.value.shape, leaf.names):
+      parts = math.prod(mesh.shape[a] for a in _rule(logical)) if logical else 1
+      if size % parts:
+        axes = ' x '.join(f'{a}:{mesh.shape[a]}' for a in _rule(logical))
+        raise types.UsageError(
+            f'--mesh: {jax.tree_util.keystr(path)} has {size} {logical!r}, which {axes} does not divide'
+        )
+    return named(mesh, *leaf.names)
+
+  return jax.tree_util.tree_map_with_path(of, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def start_distributed() -> None:
+  """Starts `jax.distributed` where the environment asks for it.
+
+  That is: a TPU pod (more than one worker host name), Slurm or Open MPI with several tasks (JAX finds the coordinator
+  itself), or COORDINATOR_ADDRESS with NUM_PROCESSES and PROCESS_ID.
+  """
+  env = os.environ
+  if 'COORDINATOR_ADDRESS' in env:
+    missing = [name for name in ('NUM_PROCESSES', 'PROCESS_ID') if name not in env]
+    if missing:
+      raise types.UsageError(f'COORDINATOR_ADDRESS is set, but not {" and ".join(missing)}')
+    if env.get('JAX_PLATFORMS') == 'cpu':
+      jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+    jax.distributed.initialize(env['COORDINATOR_ADDRESS'], int(env['NUM_PROCESSES']), int(env['PROCESS_ID']))
+  elif (
+      len(env.get('TPU_WORKER_HOSTNAMES', '').split(',')) > 1
+      or 'MEGASCALE_COORDINATOR_ADDRESS' in env
+      or int(env.get('SLURM_NTASKS', '1')) > 1
+      or int(env.get('OMPI_COMM_WORLD_SIZE', '1')) > 1
+  ):
+    jax.distributed.initialize()
