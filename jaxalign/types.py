@@ -58,6 +58,43 @@ class Batch:
   group_size: int = struct.field(pytree_node=False, default=1)
 
 
+@struct.dataclass
+class Stats:
+  """What a loss may ask of the responses under one model; a field that was not computed is None.
+
+  Attributes:
+    logps_BT: float32 log-probability of each target, in nats, 0 where the mask is 0.
+    mask_BT: float32, 1 where the target counts.
+    logps_GK: sum of `logps_BT` over each response.
+    tokens_GK: number of targets that count, per response.
+    logratios_GK: of a reference only: sum over the response of (policy log-prob - its log-prob). Summed token by token,
+      because the difference of two sums of hundreds of nats loses what is left of float32. Carries the policy's gradient.
+    rewards_GK: scores of a reward head, at the last token of each response.
+  """
+
+  logps_BT: Array | None = None
+  mask_BT: Array | None = None
+  logps_GK: Array | None = None
+  tokens_GK: Array | None = None
+  logratios_GK: Array | None = None
+  rewards_GK: Array | None = None
+
+
+@struct.dataclass
+class LossOut:
+  """What a loss returns: one value per item, never reduced.
+
+  Attributes:
+    per_item: `[G]` (a value per group) or `[B, T]` (per token).
+    metrics: values by name, each of shape `[G]` or `[G, K]` for groups, `[B, T]` for tokens; averaged as the loss is.
+    state: the new loss state, the one passed in where the loss has none.
+  """
+
+  per_item: Array
+  metrics: Mapping[str, Array]
+  state: PyTree = ()
+
+
 class UsageError(Exception):
   """What the user asked for cannot be done as asked; `main` prints the message and exits with 2."""
 

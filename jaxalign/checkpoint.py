@@ -1,0 +1,216 @@
+"""Orbax checkpoints that hold a whole run: evaluation and sampling need nothing else, on any mesh.
+
+checkpoints/run.json          what was run: model config, compute dtype, algorithm, data
+checkpoints/config.gin        the operative configuration
+checkpoints/tokenizer/        the tokenizer's files
+checkpoints/base/             the parameters the run began with, where its loss has a reference
+checkpoints/STEP/params       trained parameters
+checkpoints/STEP/train        optimizer and loss state, step, key, counters
+checkpoints/STEP/data         epoch and step of the consumed batches
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from absl import logging
+from etils import epath
+import jax
+import orbax.checkpoint as ocp
+
+from jaxalign import step as step_lib
+from jaxalign import types
+from jaxalign.data import tokenizers
+from jaxalign.models import transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How many checkpoints stay: the newest `keep`, and the best one by an evaluation metric."""
+
+  keep: int = 2
+  best_metric: str = 'eval/loss'
+  best_mode: str = 'min'
+
+
+class Loaded(NamedTuple):
+  """A restored checkpoint: `model.apply({'params': params}, ...)` runs it; `run` is the content of run.json."""
+
+  model: transformer.Transformer
+  params: types.PyTree
+  tokenizer: tokenizers.Tokenizer
+  run: Mapping[str, Any]
+  step: int
+
+
+class Store:
+  """The checkpoints of one run: saved in the background, each whole or absent."""
+
+  def __init__(self, directory: pathlib.Path, options: Options):
+    metric = options.best_metric
+    sign = {'min': -1.0, 'max': 1.0}[options.best_mode]
+    policies = [
+        ocp.checkpoint_managers.LatestN(options.keep),
+        ocp.checkpoint_managers.BestN(
+            get_metric_fn=lambda metrics: sign * metrics[metric], n=1, keep_checkpoints_without_metrics=False
+        ),
+    ]
+    self._directory = directory
+    self._metric = metric
+    self._manager = ocp.CheckpointManager(
+        epath.Path(directory),
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        ),
+    )
+
+  def latest(self) -> int | None:
+    """The step of the newest whole checkpoint."""
+    return self._manager.latest_step()
+
+  def save(self, state: step_lib.TrainState, step: int, place: Mapping[str, int], metrics: Mapping[str, float]) -> None:
+    """Starts to save `state` and its `place` in the data; `metrics` of the last evaluation decide which is the best.
+
+    Raises:
+      RunError: this or the save before it failed (a full disk); older checkpoints are whole.
+    """
+    args = ocp.args.Composite(
+        params=ocp.args.StandardSave(state.params),
+        train=ocp.args.StandardSave(_rest(state)),
+        data=ocp.args.JsonSave(dict(place)),
+    )
+    known = {self._metric: float(metrics[self._metric])} if self._metric in metrics else None
+    try:
+      self._manager.save(step, args=args, metrics=known)
+    except (OSError, ValueError) as err:
+      raise self._failed(err) from err
+
+  def wait(self) -> None:
+    """Waits until what was saved is on disk; raises RunError where it could not be written."""
+    try:
+      self._manager.wait_until_finished()
+    except (OSError, ValueError) as err:
+      raise self._failed(err) from err
+
+  def _failed(self, err: Exception) -> types.RunError:
+    steps = ', '.join(str(s) for s in self._manager.all_steps()) or 'none'
+    reason = ' '.join(str(err).split())[:300]
+    return types.RunError(
+        f'{self._directory}: a checkpoint could not be written ({reason}); whole checkpoints: {steps}'
+    )
+
+  def restore(self, step: int, abstract: step_lib.TrainState) -> tuple[step_lib.TrainState, dict[str, int]]:
+    """Restores the state of `step` onto the shardings of `abstract`, and the place in the data.
+
+    Raises:
+      RunError: the checkpoint is of another model.
+    """
+    args = ocp.args.Composite(
+        params=ocp.args.StandardRestore(abstract.params),
+        train=ocp.args.StandardRestore(_rest(abstract)),
+        data=ocp.args.JsonRestore(),
+    )
+    check_shapes(self._directory / str(step) / 'params', abstract.params)
+    found = self._manager.restore(step, args=args)
+    state = step_lib.TrainState(params=found['params'], **found['train'])
+    return state, found['data']
+
+  def close(self) -> None:
+    self.wait()
+    self._manager.close()
+
+
+def _rest(state: step_lib.TrainState) -> dict[str, types.PyTree]:
+  return {name: value for name, value in vars(state).items() if name != 'params'}
+
+
+def check_shapes(path: pathlib.Path, abstract: types.PyTree) -> None:
+  """Raises RunError where the parameters at `path` are not those of `abstract`, naming the first that differs."""
+  flat = lambda tree: {
+      jax.tree_util.keystr(p, simple=True, separator='/'): tuple(x.shape)
+      for p, x in jax.tree_util.tree_leaves_with_path(tree)
+  }
+  with ocp.StandardCheckpointer() as checkpointer:
+    saved = flat(checkpointer.metadata(epath.Path(path)).item_metadata.tree)
+  wanted = flat(abstract)
+  for name in sorted(saved.keys() | wanted.keys()):
+    if saved.get(name) != wanted.get(name):
+      raise types.RunError(
+          f'{path} is the checkpoint of another model: {name} is {saved.get(name, "absent")} there,'
+          f' {wanted.get(name, "absent")} in this run; choose another --workdir or the same --model'
+      )
+
+
+def save_run(directory: pathlib.Path, run: Mapping[str, Any], config: str, tokenizer: tokenizers.Tokenizer) -> None:
+  """Writes run.json, config.gin and the tokenizer, by process 0."""
+  if jax.process_index():
+    return
+  directory.mkdir(parents=True, exist_ok=True)
+  (directory / 'config.gin').write_text(config, encoding='utf-8')
+  tokenizer.save(directory / 'tokenizer')
+  (directory / 'run.json').write_text(json.dumps(run, indent=1), encoding='utf-8')
+
+
+def save_base(directory: pathlib.Path, params: types.PyTree) -> None:
+  """Saves the parameters that the run begins with, once; they are its reference."""
+  if (directory / 'base').exists():
+    return
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(epath.Path(directory / 'base'), params)
+
+
+def find(directory: str | pathlib.Path) -> tuple[pathlib.Path, int]:
+  """Finds the `checkpoints` folder and the step that a user means by a workdir, that folder or one step's folder.
+
+  Raises:
+    UsageError: there is no checkpoint.
+  """
+  given = pathlib.Path(directory).absolute()
+  for folder in (given, given / 'checkpoints'):
+    if (folder / 'run.json').exists():
+      steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()]
+      if not steps:
+        raise types.UsageError(f'--checkpoint={directory}: {folder} holds no finished checkpoint')
+      return folder, max(steps)
+  if given.name.isdigit() and (given.parent / 'run.json').exists() and given.exists():
+    return given.parent, int(given.name)
+  raise types.UsageError(
+      f'--checkpoint={directory}: no checkpoint there (looked for run.json and checkpoints/run.json)'
+  )
+
+
+def load(directory: str | pathlib.Path, mesh: jax.sharding.Mesh, *, base: bool = False) -> Loaded:
+  """Restores model, parameters and tokenizer from a checkpoint alone, onto `mesh`.
+
+      mesh = sharding.make_mesh()
+      loaded = checkpoint.load('runs/dpo', mesh)
+      hidden_BTD = loaded.model.apply({'params': loaded.params}, inputs_BT, positions_BT, segments_BT)
+
+  Args:
+    directory: a workdir (its newest checkpoint), its `checkpoints` folder, or one step's folder.
+    mesh: any mesh that divides the model, see `sharding.make_mesh`.
+    base: the reference that the run began with, instead of what it trained.
+
+  Raises:
+    UsageError: there is no checkpoint, or the mesh does not divide the model.
+    RunError: a file of the checkpoint is missing or corrupt.
+  """
+  folder, step = find(directory)
+  try:
+    run = json.loads((folder / 'run.json').read_text(encoding='utf-8'))
+  except json.JSONDecodeError as err:
+    raise types.RunError(f'{folder / "run.json"}: not valid JSON ({err}); restore it or train again') from err
+  model = transformer.build(transformer.Config(**run['model']), mesh, dtype=run['dtype'], length=run['row_length'])
+  path = folder / 'base' if base else folder / str(step) / 'params'
+  if not path.exists():
+    raise types.RunError(f'{path} is missing; the checkpoint is not whole')
+  abstract = transformer.abstract_params(model, mesh)
+  check_shapes(path, abstract)
+  with ocp.StandardCheckpointer() as checkpointer:
+    params = checkpointer.restore(epath.Path(path), abstract)
+  logging.info('restored %s', path)
+  return Loaded(model, params, tokenizers.load(folder / 'tokenizer'), run, step)

@@ -1,0 +1,233 @@
+"""Evaluation: sums over held-out data, samples from fixed prompts, and the mode that does both from a checkpoint."""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxalign import checkpoint
+from jaxalign import masked
+from jaxalign import metrics
+from jaxalign import recipe as recipe_lib
+from jaxalign import sampling
+from jaxalign import sharding
+from jaxalign import step as step_lib
+from jaxalign import streams as streams_lib
+from jaxalign import types
+from jaxalign.data import examples
+from jaxalign.data import loader
+from jaxalign.data import tokenizers
+from jaxalign.models import transformer
+from jaxalign.rewards import rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+  """Which prompts are sampled before and after training, and who judges the responses.
+
+  Attributes:
+    prompts: returns texts; None takes the first `count` prompts of the held-out data.
+    count: number of prompts.
+    per_prompt: responses to each.
+    max_new_tokens: length at which a response is cut.
+    temperature: of sampling, 0 is greedy.
+    judge: scores responses (text) with one number each; None judges nothing.
+    shown: prompts that are written to samples.md.
+  """
+
+  prompts: Callable[[], Sequence[str]] | None = None
+  count: int = 8
+  per_prompt: int = 1
+  max_new_tokens: int = 64
+  temperature: float = 1.0
+  judge: Callable[[Sequence[str]], Sequence[float]] | None = None
+  shown: int = 8
+
+
+class Sampled(NamedTuple):
+  """Metrics of the responses, and the first of them as (prompt, response)."""
+
+  metrics: dict[str, float]
+  shown: list[tuple[str, str]]
+
+
+def held_out(
+    eval_step: Callable[[types.PyTree, types.Batch], Mapping[str, masked.Weighted]],
+    params: types.PyTree,
+    batches: Iterable[types.Batch],
+) -> dict[str, float]:
+  """Means over held-out batches of every metric of the objective, from sums: memory does not grow with the data.
+
+  Returns:
+    'eval/NAME' for each metric, `eval/n` (groups, or target tokens), and for accuracies their binomial standard error.
+  """
+  totals: Mapping[str, masked.Weighted] = {}
+  for batch in batches:
+    sums = eval_step(params, batch)
+    totals = jax.tree.map(lambda a, b: a + b, totals, sums) if totals else sums
+  host = {name: masked.Weighted(*(float(x) for x in pair)) for name, pair in jax.device_get(totals).items()}
+  values = {f'eval/{name}': pair.sum / max(pair.weight, 1e-30) for name, pair in host.items()}
+  values['eval/n'] = host['loss'].weight
+  for name in ('rewards/accuracies', 'accuracy', 'length_only/accuracies'):
+    if name in host:
+      p = min(1.0, max(0.0, values[f'eval/{name}']))
+      values[f'eval/{name}_stderr'] = math.sqrt(p * (1 - p) / max(host[name].weight, 1.0))
+  return values
+
+
+def sample(
+    model, params: types.PyTree, tokenizer: tokenizers.Tokenizer, samples: Samples, prompts: list[list[int]], seed: int
+) -> Sampled:
+  """Samples `per_prompt` responses to each prompt and judges them.
+
+  Returns:
+    metrics: `reward` and `reward_std` where there is a judge, `distinct_2` (distinct token pairs over all pairs, low where
+    a model repeats itself), `mean_length` in tokens; and the first response to the first `shown` prompts.
+  """
+  repeated = [ids for ids in prompts for _ in range(samples.per_prompt)]
+  drawn = sampling.sample(
+      model,
+      params,
+      repeated,
+      max_new_tokens=samples.max_new_tokens,
+      temperature=samples.temperature,
+      seed=seed,
+      stop_ids=(tokenizer.eos_id,),
+  )
+  texts = [tokenizer.decode(one.ids) for one in drawn]
+  values = {
+      'distinct_2': rules.distinct(2, [one.ids for one in drawn]),
+      'mean_length': float(np.mean([len(one.ids) for one in drawn])),
+  }
+  if samples.judge is not None:
+    rewards = np.asarray(samples.judge(texts), np.float64)
+    values |= {'reward': float(rewards.mean()), 'reward_std': float(rewards.std())}
+  firsts = range(0, len(repeated), samples.per_prompt)
+  shown = [(tokenizer.decode(repeated[i]), texts[i]) for i in firsts][: samples.shown]
+  return Sampled(values, shown)
+
+
+def prompt_ids(samples: Samples, tokenizer: tokenizers.Tokenizer, held: loader.Loader | None) -> list[list[int]]:
+  """Token ids of the prompts that are sampled, none where there is nothing to take them from."""
+  if samples.prompts is not None:
+    return [examples.prompt_ids(tokenizer, text, None) for text in list(samples.prompts())[: samples.count]]
+  if held is None:
+    return []
+  found = []
+  for index in range(min(samples.count, len(held.dataset))):
+    sequence = held.dataset[index].sequences[0]
+    found.append(sequence.ids[: max(1, int(np.argmax(sequence.mask > 0)))].tolist())
+  return found
+
+
+def builtin_prompts() -> list[str]:
+  """The package's 64 fixed story openings."""
+  return recipe_lib.asset('prompts.txt').read_text(encoding='utf-8').splitlines()
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+  """One evaluation of everything: held-out metrics, and samples with theirs."""
+
+  held_out: dict[str, float]
+  sampled: Sampled
+
+  def to_json(self) -> dict[str, Any]:
+    return {'held_out': self.held_out, 'metrics': self.sampled.metrics, 'shown': self.sampled.shown}
+
+  @classmethod
+  def from_json(cls, found: Mapping[str, Any]) -> 'Whole':
+    shown = [(prompt, response) for prompt, response in found['shown']]
+    return cls(dict(found['held_out']), Sampled(dict(found['metrics']), shown))
+
+
+class Evaluator:
+  """Evaluates parameters on a run's held-out data and prompts, with everything compiled once."""
+
+  def __init__(
+      self,
+      job: recipe_lib.Job,
+      recipe: recipe_lib.Recipe,
+      model: transformer.Transformer,
+      tokenizer: tokenizers.Tokenizer,
+      streams: streams_lib.Streams,
+      samples: Samples | None,
+      counter: metrics.Compilations,
+  ):
+    evaluate_step = counter.counted(step_lib.make_eval_step(recipe_lib.bind(recipe, model)))
+    self._step = jax.jit(evaluate_step, out_shardings=sharding.named(job.mesh))
+    self._model, self._tokenizer, self._streams, self._seed = model, tokenizer, streams, job.seed
+    self._samples = samples
+    self._prompts = prompt_ids(samples, tokenizer, streams.held) if samples is not None else []
+
+  def held_out(self, params: types.PyTree, loss_state: types.PyTree) -> dict[str, float]:
+    """Metrics of the held-out data, none where there is no such data."""
+    if self._streams.held is None:
+      return {}
+    run = lambda params, batch: self._step(params, {}, batch, loss_state)
+    return held_out(run, params, self._streams.held_batches())
+
+  def whole(self, params: types.PyTree, loss_state: types.PyTree = ()) -> Whole:
+    """Held-out metrics and samples."""
+    sampled = Sampled({}, [])
+    if self._prompts:
+      sampled = sample(self._model, params, self._tokenizer, self._samples, self._prompts, self._seed)
+    return Whole(self.held_out(params, loss_state), sampled)
+
+
+def evaluate(
+    job: recipe_lib.Job, directory: str, *, recipe: recipe_lib.Recipe, samples: Samples | None
+) -> dict[str, float]:
+  """Evaluates a checkpoint on `--eval_data` (by default that of its run), with its own reference, on any mesh.
+
+  Returns:
+    Metrics by name, as in summary.json.
+  """
+  counter = metrics.Compilations()
+  with jax.set_mesh(job.mesh):
+    loaded = checkpoint.load(directory, job.mesh)
+    has_base = (checkpoint.find(directory)[0] / 'base').exists()
+    base = checkpoint.load(directory, job.mesh, base=True).params if has_base else loaded.params
+    streams = streams_lib.open_streams(job, recipe, loaded.tokenizer, loaded.model, base, steps=0, counter=counter)
+    found = Evaluator(job, recipe, loaded.model, loaded.tokenizer, streams, samples, counter).whole(loaded.params)
+  return found.held_out | {f'eval/{name}': value for name, value in found.sampled.metrics.items()}
+
+
+def respond(
+    directory: str,
+    mesh: jax.sharding.Mesh,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[tuple[str, str]]:
+  """Samples one response to each prompt from a checkpoint; returns (prompt, response)."""
+  with jax.set_mesh(mesh):
+    loaded = checkpoint.load(directory, mesh)
+    tokenizer = loaded.tokenizer
+    drawn = sampling.sample(
+        loaded.model,
+        loaded.params,
+        [examples.prompt_ids(tokenizer, prompt, None) for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        stop_ids=(tokenizer.eos_id,),
+    )
+  return [(prompt, tokenizer.decode(one.ids)) for prompt, one in zip(prompts, drawn)]
+
+
+def write_samples(path: pathlib.Path, before: Sampled, after: Sampled) -> None:
+  """Writes samples.md: the same prompts before and after training."""
+  lines = ['# Samples before and after training', '']
+  for (prompt, old), (_, new) in zip(before.shown, after.shown):
+    lines += [f'## {prompt}', '', '**before:** ' + old.strip(), '', '**after:** ' + new.strip(), '']
+  metrics.write_text(path, '\n'.join(lines))

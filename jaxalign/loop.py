@@ -1,0 +1,159 @@
+"""The loop that trains: next batch, step, log, evaluate, save, stop."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+import contextlib
+import dataclasses
+
+import jax
+import numpy as np
+
+from jaxalign import checkpoint
+from jaxalign import masked
+from jaxalign import metrics
+from jaxalign import step as step_lib
+from jaxalign import types
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How long, and how often.
+
+  Attributes:
+    steps: optimizer steps of the whole run, skipped ones included.
+    log_every: steps between logged lines; each holds the mean over those steps.
+    eval_every: steps between evaluations on held-out data; 0 evaluates only before and after.
+    save_every: steps between checkpoints; 0 saves only the last.
+    max_skipped: consecutive steps that were not finite after which the run stops.
+  """
+
+  steps: int
+  log_every: int = 10
+  eval_every: int = 0
+  save_every: int = 0
+  max_skipped: int = 10
+
+  def __post_init__(self):
+    if self.steps < 1 or self.log_every < 1 or self.max_skipped < 1 or min(self.eval_every, self.save_every) < 0:
+      raise types.UsageError(f'{self}: steps, log_every and max_skipped must be at least 1, the others at least 0')
+
+
+@dataclasses.dataclass
+class Tools:
+  """What a loop works with beside its state.
+
+  Attributes:
+    step_fn: the jitted step; the state is donated.
+    evaluate: metrics of held-out data by name.
+    store: where checkpoints go.
+    writer: where metrics go.
+    clock: measures the steps.
+    epoch_of: epochs consumed, as a number, of a data state.
+    constants: metrics that are not a step's: compilations, dropped and truncated records.
+    flops_per_token: of the model, forward and backward, for its utilisation.
+    after_first_step: called when everything that a step uses has been called once.
+    debug: forbid implicit transfers between host and device.
+  """
+
+  step_fn: Callable[[step_lib.TrainState, types.Batch], tuple[step_lib.TrainState, step_lib.StepMetrics]]
+  evaluate: Callable[[step_lib.TrainState], Mapping[str, float]]
+  store: checkpoint.Store
+  writer: metrics.Writer
+  clock: metrics.Clock
+  epoch_of: Callable[[int, int], float]
+  constants: Callable[[], Mapping[str, float]]
+  flops_per_token: float
+  after_first_step: Callable[[], None]
+  debug: bool = False
+
+
+def run(
+    state: step_lib.TrainState,
+    batches: Iterator[tuple[tuple[int, int], types.Batch]],
+    options: Options,
+    tools: Tools,
+) -> step_lib.TrainState:
+  """Trains from `state` to `options.steps`; the last step is evaluated and saved.
+
+  The first step is logged by itself, at once; after it nothing waits for the device: an interval is fetched and logged
+  when the first step of the next one has been dispatched.
+
+  Args:
+    state: fresh or restored.
+    batches: yields the data state after the batch, and the batch.
+    options: how long and how often.
+    tools: what to call.
+
+  Raises:
+    RunError: too many consecutive steps were not finite, or a checkpoint could not be written.
+  """
+  first = step = int(state.step)
+  progress = metrics.Progress(step, options.steps)
+  due = lambda every: step == options.steps or (every > 0 and step % every == 0)
+  running: list[step_lib.StepMetrics] = []
+  waiting: _Interval | None = None
+  evaluated: Mapping[str, float] = {}
+  with contextlib.closing(progress):
+    for data_state, batch in batches:
+      with jax.transfer_guard('disallow') if tools.debug and step > first else contextlib.nullcontext():
+        state, measured = tools.step_fn(state, batch)
+      waiting = _log(waiting, options, tools, progress)
+      running.append(measured)
+      step += 1
+      progress.advance()
+      pausing = step == first + 1 or due(options.eval_every) or due(options.save_every)
+      if pausing or due(options.log_every):
+        waiting, running = _Interval(step, data_state, running), []
+      if pausing:
+        waiting = _log(waiting, options, tools, progress)
+        tools.clock.pause()
+        if step == first + 1:
+          tools.after_first_step()
+        if due(options.eval_every):
+          evaluated = tools.evaluate(state)
+          tools.writer.write(step, evaluated)
+        if due(options.save_every):
+          place = {'epoch': data_state[0], 'step': data_state[1], 'num_tokens': tools.clock.seen}
+          tools.store.save(state, step, place, evaluated)
+        tools.clock.start()
+      if step >= options.steps:
+        break
+  return state
+
+
+@dataclasses.dataclass
+class _Interval:
+  """Steps that have been dispatched and not been logged."""
+
+  step: int
+  data_state: tuple[int, int]
+  measured: list[step_lib.StepMetrics]
+
+
+def _log(interval: _Interval | None, options: Options, tools: Tools, progress: metrics.Progress) -> None:
+  """Fetches an interval, logs its means and newest gauges, and stops a run that does not recover."""
+  if interval is None:
+    return
+  fetched = jax.device_get(interval.measured)
+  sums = jax.tree.map(lambda *xs: np.sum(xs, axis=0), *(m.means for m in fetched), is_leaf=np.isscalar)
+  values = {name: float(masked.Weighted(*pair).mean()) for name, pair in sums.items()}
+  gauges = {name: float(value) for name, value in fetched[-1].gauges.items()}
+  tokens = sum(int(m.gauges['num_tokens']) for m in fetched)
+  speed = tools.clock.lap(tokens, len(fetched))
+  values |= gauges | {'num_tokens': tools.clock.seen, 'epoch': tools.epoch_of(*interval.data_state)}
+  if speed is not None:
+    values['tokens_per_s'] = speed.tokens_per_s
+    values['step_time'] = speed.seconds_per_step
+    mfu = metrics.utilisation(tools.flops_per_token, speed.tokens_per_s)
+    if mfu is not None:
+      values['mfu'] = mfu
+  values |= tools.constants()
+  tools.writer.write(interval.step, values)
+  progress.show(interval.step, values)
+  if gauges['skipped_in_row'] >= options.max_skipped:
+    raise types.RunError(
+        f'step {interval.step}: the loss or its gradient was not finite in {int(gauges["skipped_in_row"])} consecutive'
+        ' steps; parameters are as they were before them. Lower the learning rate, look for extreme rows with'
+        ' --mode=show, or find the operation with --debug'
+    )

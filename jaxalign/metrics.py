@@ -1,0 +1,175 @@
+"""Where metrics go: a JSONL file, TensorBoard, a progress bar; throughput, utilisation and memory."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import functools
+import json
+import os
+import pathlib
+import resource
+import sys
+import time
+from typing import Any
+from typing import NamedTuple
+
+from absl import logging
+import jax
+import tensorboardX
+import tqdm
+
+# Peak bf16 FLOP/s of one chip, by the `device_kind` that JAX reports; vendors' data sheets.
+PEAK_FLOPS = {
+    'TPU v4': 275e12,
+    'TPU v5 lite': 197e12,
+    'TPU v5e': 197e12,
+    'TPU v5': 459e12,
+    'TPU v5p': 459e12,
+    'TPU v6 lite': 918e12,
+    'TPU v6e': 918e12,
+    'TPU7x': 2307e12,
+    'NVIDIA A100-SXM4-80GB': 312e12,
+    'NVIDIA H100 80GB HBM3': 989e12,
+    'NVIDIA H200': 989e12,
+}
+
+
+class Writer:
+  """Appends one JSON object per logged step to `metrics.jsonl` and mirrors it to TensorBoard; does nothing but on process 0.
+
+  On resume, lines beyond the resumed step are cut off first: they come again.
+  """
+
+  def __init__(self, workdir: pathlib.Path, step: int):
+    self._main = jax.process_index() == 0
+    if not self._main:
+      return
+    path = workdir / 'metrics.jsonl'
+    _cut_after(path, step)
+    self._file = path.open('a', encoding='utf-8')
+    self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1 if step else None)
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    if not self._main:
+      return
+    self._file.write(json.dumps({'step': step, **values}) + '\n')
+    self._file.flush()
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    if self._main:
+      self._file.close()
+      self._board.close()
+
+
+def _cut_after(path: pathlib.Path, step: int) -> None:
+  if not path.exists():
+    return
+  lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
+  # A kill may leave a last line without its newline.
+  kept = [line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step]
+  if kept != lines:
+    write_text(path, ''.join(kept))
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a whole file or none: to a neighbour first, then renamed."""
+  part = path.with_name(f'{path.name}.part')
+  part.write_text(text, encoding='utf-8')
+  os.replace(part, path)
+
+
+class Progress:
+  """A progress bar on a terminal, one line per logged step elsewhere."""
+
+  def __init__(self, start: int, total: int):
+    self._total = total
+    terminal = sys.stderr.isatty() and jax.process_index() == 0
+    self._bar = tqdm.tqdm(total=total, initial=start, unit='step', dynamic_ncols=True) if terminal else None
+
+  def advance(self) -> None:
+    if self._bar is not None:
+      self._bar.update()
+
+  def show(self, step: int, values: Mapping[str, float]) -> None:
+    """Shows the loss, the accuracy where there is one, tokens/s, and the time to go."""
+    accuracy = next((values[n] for n in ('rewards/accuracies', 'accuracy', 'mean_token_accuracy') if n in values), None)
+    shown = {'loss': f'{values["loss"]:.4f}'}
+    if accuracy is not None:
+      shown['accuracy'] = f'{accuracy:.3f}'
+    if 'tokens_per_s' in values:
+      shown['tok/s'] = f'{values["tokens_per_s"]:,.0f}'
+    if self._bar is not None:
+      self._bar.set_postfix(shown)
+      return
+    if 'step_time' in values:
+      shown['eta'] = '{}m{:02d}s'.format(*divmod(round(values['step_time'] * (self._total - step)), 60))
+    logging.info('step %d/%d  %s', step, self._total, '  '.join(f'{name} {text}' for name, text in shown.items()))
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.close()
+
+
+class Speed(NamedTuple):
+  tokens_per_s: float
+  seconds_per_step: float
+
+
+class Clock:
+  """Time and tokens of training steps alone: paused during evaluation, saving and the first, compiling step."""
+
+  def __init__(self, seen: int):
+    self.seen = seen  # tokens of the whole run, compiling steps and earlier sessions included
+    self._since: float | None = None
+    self._seconds, self._tokens, self._steps = 0.0, 0, 0
+
+  def start(self) -> None:
+    self._since = time.perf_counter()
+
+  def pause(self) -> None:
+    self._since = None
+
+  def lap(self, tokens: int, steps: int) -> Speed | None:
+    """The speed since `start` or the last lap, over `steps` steps with `tokens` tokens; None while paused."""
+    self.seen += tokens
+    if self._since is None:
+      return None
+    now = time.perf_counter()
+    seconds, self._since = max(now - self._since, 1e-9), now
+    self._seconds, self._tokens, self._steps = self._seconds + seconds, self._tokens + tokens, self._steps + steps
+    return Speed(tokens / seconds, seconds / max(steps, 1))
+
+  def mean(self) -> Speed:
+    """The speed over all laps."""
+    return Speed(self._tokens / max(self._seconds, 1e-9), self._seconds / max(self._steps, 1))
+
+
+class Compilations:
+  """Counts how often jitted functions were traced, which is how often they were compiled or fetched from the cache."""
+
+  def __init__(self):
+    self.count = 0
+
+  def counted(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`, counting each time that Python runs its body; pass the result to `jax.jit`."""
+
+    @functools.wraps(fn)
+    def traced(*args):
+      self.count += 1
+      return fn(*args)
+
+    return traced
+
+
+def utilisation(flops_per_token: float, tokens_per_s: float) -> float | None:
+  """Model FLOP utilisation of all devices, or None where the peak of this kind of device is not known."""
+  peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+  return None if peak is None else flops_per_token * tokens_per_s / (peak * jax.device_count())
+
+
+def peak_memory_bytes() -> int:
+  """Largest memory of one local device where the backend counts it, else of this process on the host."""
+  stats = [device.memory_stats() for device in jax.local_devices()]
+  peaks = [s['peak_bytes_in_use'] for s in stats if s and 'peak_bytes_in_use' in s]
+  return max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

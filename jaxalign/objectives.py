@@ -1,0 +1,204 @@
+"""From a batch to the sum of a loss: forward pass, log-probabilities or scores, the loss, sums and weights.
+
+An objective has the contract of `Objective`. It is built once per run with `functools.partial(objective, model=model)` and
+never reduces to a mean: the step divides one global sum by one global weight.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign import logps
+from jaxalign import masked
+from jaxalign import types
+from jaxalign.models import transformer
+
+# (policy, ref, labels, *, state) -> LossOut
+LossFn = Callable[..., types.LossOut]
+
+
+class Sums(NamedTuple):
+  """What an objective returns beside the summed loss: the weight to divide it by, metrics, and the new loss state."""
+
+  weight: types.Array
+  metrics: Mapping[str, masked.Weighted]
+  loss_state: types.PyTree
+
+
+class Objective(Protocol):
+  """Scores a micro-batch.
+
+  `params` are trained, `frozen` is not (nothing, or weights that the objective reads beside them); `key` is for dropout.
+  """
+
+  def __call__(
+      self, params: types.PyTree, frozen: types.PyTree, batch: types.Batch, key: jax.Array, loss_state: types.PyTree
+  ) -> tuple[jax.Array, Sums]:
+    ...
+
+
+def supervised(params, frozen, batch, key, loss_state, *, model, loss_fn: LossFn, dense=('entropy', 'correct')):
+  """Objective of losses per token (`losses.supervised`): the weight is the number of counted targets."""
+  del frozen, key
+  stats = target_stats(params, batch, model=model, dense=dense)
+  out = loss_fn(
+      types.Stats(logps_BT=stats['logps'], mask_BT=batch.mask_BT), types.Stats(), _labels(batch), state=loss_state
+  )
+  loss = masked.weighted(out.per_item, batch.mask_BT)
+  metrics = {name: masked.weighted(x, batch.mask_BT) for name, x in out.metrics.items()}
+  return loss.sum, Sums(loss.weight, {'loss': loss, **metrics, **_token_metrics(stats, batch)}, out.state)
+
+
+def preference(
+    params, frozen, batch, key, loss_state, *, model, loss_fn: LossFn, dense=('entropy', 'correct', 'mean_logit')
+):
+  """Objective of losses on the log-probabilities of whole responses (`losses.preference`): the weight counts groups.
+
+  The batch carries `ref_logps_BT` where the loss reads the reference.
+  """
+  del frozen, key
+  stats = target_stats(params, batch, model=model, dense=dense)
+  policy = _response_stats(stats['logps'], batch)
+  ref = types.Stats()
+  if batch.ref_logps_BT is not None:
+    ratios_GK = masked.to_table(masked.per_response(stats['logps'] - batch.ref_logps_BT, batch), batch)
+    ref = _response_stats(batch.ref_logps_BT, batch).replace(logratios_GK=ratios_GK)
+  out = loss_fn(policy, ref, _labels(batch), state=loss_state)
+  metrics = _group_metrics(out, batch) | _token_metrics(stats, batch)
+  if 'mean_logit' in stats:
+    metrics |= _per_side(masked.per_response(stats['mean_logit'], batch), policy.tokens_GK, batch, 'logits')
+  longer = policy.tokens_GK[:, :1] - policy.tokens_GK
+  metrics |= _length_metrics(longer, batch)
+  return _finish(out, metrics, batch)
+
+
+def reward(params, frozen, batch, key, loss_state, *, model, loss_fn: LossFn):
+  """Objective of losses on the scores of whole responses (`losses.reward`): the weight counts groups.
+
+  The data marks one position per response, where the model has just read its last token; the reward head is read there.
+  """
+  del frozen, key
+  policy = types.Stats(rewards_GK=rewards(params, batch, model=model))
+  out = loss_fn(policy, types.Stats(), _labels(batch), state=loss_state)
+  metrics = _group_metrics(out, batch)
+  length_GK = masked.to_table(batch.labels_BS['length'], batch)
+  return _finish(out, metrics | _length_metrics(length_GK[:, :1] - length_GK, batch), batch)
+
+
+def target_stats(params, batch: types.Batch, *, model: transformer.Transformer, dense=()) -> dict[str, jax.Array]:
+  """Log-probabilities `logps` and dense statistics of the batch's targets, `[B, T]` float32 (see `logps.token_stats`)."""
+  hidden_BTD = model.apply({'params': params}, batch.inputs_BT, batch.positions_BT, batch.segments_BT)
+  return logps.token_stats(
+      hidden_BTD,
+      transformer.output_matrix(params),
+      batch.targets_BT,
+      batch.mask_BT,
+      vocab_size=model.config.vocab_size,
+      dense=tuple(dense),
+  )
+
+
+def rewards(params, batch: types.Batch, *, model: transformer.Transformer) -> jax.Array:
+  """Scores `[G, K]` of the responses by the reward head, float32, read where the mask marks their last token."""
+  hidden_BTD = model.apply({'params': params}, batch.inputs_BT, batch.positions_BT, batch.segments_BT)
+  scores_BT = jnp.einsum('BTD,DO->BT', hidden_BTD.astype(jnp.float32), params['reward_head'].astype(jnp.float32))
+  return masked.to_table(masked.per_response(scores_BT, batch), batch)
+
+
+def ref_logps(params, batch: types.Batch, *, model: transformer.Transformer) -> jax.Array:
+  """Log-probabilities `[A, B, T]` of a whole step's targets under the reference, a micro-batch at a time."""
+  return jax.lax.map(lambda micro: target_stats(params, micro, model=model)['logps'], batch)
+
+
+class _Recorder:
+  """Stands for an argument of a loss and writes down which of its fields are read."""
+
+  def __init__(self, name: str, fields: Mapping[str, types.Array], needs: set[str]):
+    self._name, self._fields, self._needs = name, fields, needs
+
+  def __getattr__(self, field: str):
+    if field not in self._fields:
+      raise AttributeError(f'{self._name} has no field {field!r}; there are {", ".join(self._fields)}')
+    return self[field]
+
+  def __getitem__(self, field: str):
+    self._needs.add(f'{self._name}.{field}')
+    return self._fields[field]
+
+
+def needs(loss_fn: LossFn, *, group_size: int, labels: tuple[str, ...]) -> set[str]:
+  """The fields that a loss reads, found by tracing it: 'policy.logps_GK', 'ref.logratios_GK', 'labels.margin', ...
+
+  Args:
+    loss_fn: the loss.
+    group_size: K, responses per group in the data.
+    labels: names of the labels that the data has.
+
+  Raises:
+    UsageError: the loss reads a label that the data lacks.
+  """
+  found: set[str] = set()
+  table = jax.ShapeDtypeStruct((2, group_size), jnp.float32)
+  tokens = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+  shapes = {field: table if field.endswith('_GK') else tokens for field in types.Stats.__dataclass_fields__}
+
+  def run(policy, ref, given):
+    return loss_fn(
+        _Recorder('policy', policy, found), _Recorder('ref', ref, found), _Recorder('labels', given, found), state=()
+    )
+
+  try:
+    jax.eval_shape(run, shapes, shapes, {name: table for name in labels})
+  except KeyError as err:
+    raise types.UsageError(f'the loss reads the label {err}, but the data has only {", ".join(labels)}') from err
+  return found
+
+
+def _labels(batch: types.Batch) -> dict[str, jax.Array]:
+  return {name: masked.to_table(x_BS, batch) for name, x_BS in batch.labels_BS.items()}
+
+
+def _response_stats(logps_BT, batch: types.Batch) -> types.Stats:
+  return types.Stats(
+      logps_BT=logps_BT,
+      mask_BT=batch.mask_BT,
+      logps_GK=masked.to_table(masked.per_response(logps_BT, batch), batch),
+      tokens_GK=masked.to_table(masked.per_response(jnp.ones_like(logps_BT), batch), batch),
+  )
+
+
+def _token_metrics(stats, batch: types.Batch) -> dict[str, masked.Weighted]:
+  names = {'entropy': 'entropy', 'correct': 'mean_token_accuracy'}
+  return {name: masked.weighted(stats[key], batch.mask_BT) for key, name in names.items() if key in stats}
+
+
+def _group_metrics(out: types.LossOut, batch: types.Batch) -> dict[str, masked.Weighted]:
+  valid_G = masked.valid_groups(batch)
+  weigh = lambda x: masked.weighted(x, valid_G if x.ndim == 1 else valid_G[:, None])
+  return {'loss': weigh(out.per_item)} | {name: weigh(x) for name, x in out.metrics.items()}
+
+
+def _per_side(total_BS, tokens_GK, batch: types.Batch, name: str) -> dict[str, masked.Weighted]:
+  """Mean over response tokens of a dense statistic, for chosen and rejected apart."""
+  total_GK = masked.to_table(total_BS, batch)
+  sides = ('chosen', 'rejected') if batch.group_size == 2 else ()
+  return {
+      f'{name}/{side}': masked.Weighted(jnp.sum(total_GK[:, k]), jnp.sum(tokens_GK[:, k]))
+      for k, side in enumerate(sides)
+  }
+
+
+def _length_metrics(longer_GK, batch: types.Batch) -> dict[str, masked.Weighted]:
+  """How often the chosen response is the longer one, ties counting half: what a judge of length alone would score."""
+  if batch.group_size != 2:
+    return {}
+  right_G = 0.5 * (1 + jnp.sign(longer_GK[:, 1]))
+  return {'length_only/accuracies': masked.weighted(right_G, masked.valid_groups(batch))}
+
+
+def _finish(out: types.LossOut, metrics, batch: types.Batch) -> tuple[jax.Array, Sums]:
+  loss = masked.weighted(out.per_item, masked.valid_groups(batch))
+  return loss.sum, Sums(loss.weight, metrics, out.state)

@@ -1,0 +1,202 @@
+"""What an algorithm is, as a gin file binds it, and what every mode builds from it: model, tokenizer and data."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import hashlib
+import importlib.resources
+import pathlib
+
+import jax
+
+from jaxalign import checkpoint
+from jaxalign import objectives
+from jaxalign import types
+from jaxalign.data import dataset
+from jaxalign.data import examples
+from jaxalign.data import loader
+from jaxalign.data import sources
+from jaxalign.data import tokenizers
+from jaxalign.models import hf
+from jaxalign.models import transformer
+
+DEFAULT_MODEL = 'builtin:stories260K'
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """An algorithm: which examples, which objective, which loss, in which precision.
+
+  Attributes:
+    objective: from `objectives`; what it needs of the batch is what the examples provide.
+    loss_fn: from `losses`, or a function of the user's own.
+    example_fn: from `data.examples`: a record to a group of sequences.
+    data: what is trained on where there is no `--data`.
+    eval_data: what is held out then.
+    packing: rows per micro-batch and their length.
+    model: configuration of a randomly initialised model; None where `--model` is a directory.
+    reward_head: whether the model scores responses.
+    reference: 'cached' (log-probabilities computed once per response, kept on disk) or 'live' (a second copy of the
+      parameters, a forward pass per step).
+    dtype: of the computation; parameters and optimizer state are float32.
+    remat: which activations the backward pass computes again, see `models.transformer`.
+  """
+
+  objective: Callable
+  loss_fn: Callable
+  example_fn: Callable
+  packing: loader.Packing
+  data: str
+  eval_data: str = ''
+  model: transformer.Config | None = None
+  reward_head: bool = False
+  reference: str = 'cached'
+  dtype: str = 'float32'
+  remat: str = 'none'
+
+  def __post_init__(self):
+    if self.reference not in ('cached', 'live'):
+      raise types.UsageError(f"recipe.Recipe.reference = {self.reference!r}: it is 'cached' or 'live'")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What the flags say: where things are and where they go. Nothing in it changes a formula."""
+
+  algo: str
+  workdir: pathlib.Path
+  mesh: jax.sharding.Mesh
+  seed: int
+  model: str
+  tokenizer: str
+  data: str
+  eval_data: str
+  data_dir: str | None
+  cache_dir: pathlib.Path
+  skip_bad_records: bool
+  debug: bool
+
+  def identity(self) -> dict[str, str | int]:
+    """What must not change when a run is resumed."""
+    names = ('algo', 'seed', 'model', 'tokenizer', 'data', 'eval_data')
+    return {name: getattr(self, name) for name in names}
+
+
+def asset(name: str) -> pathlib.Path:
+  """The path of a file or folder in the package's assets."""
+  return pathlib.Path(str(importlib.resources.files('jaxalign').joinpath('assets', name)))
+
+
+def model_directory(spec: str) -> pathlib.Path:
+  """The directory that a `--model` or `--tokenizer` names: `builtin:NAME` is an asset of the package.
+
+  Raises:
+    UsageError: there is no such directory or file.
+  """
+  path = asset(spec.removeprefix('builtin:')) if spec.startswith('builtin:') else pathlib.Path(spec)
+  if not path.exists():
+    raise types.UsageError(
+        f'{spec}: no such file or directory (--model is a Hugging Face directory, a checkpoint of'
+        ' jaxalign, or a name in gin_configs/models)'
+    )
+  return path
+
+
+def is_checkpoint(path: pathlib.Path) -> bool:
+  return any((folder / 'run.json').exists() for folder in (path, path / 'checkpoints', path.parent))
+
+
+def open_tokenizer(job: Job) -> tokenizers.Tokenizer:
+  """Loads `--tokenizer`, or the tokenizer beside the model."""
+  path = model_directory(job.tokenizer or job.model)
+  return tokenizers.load(checkpoint.find(path)[0] / 'tokenizer' if is_checkpoint(path) else path)
+
+
+def open_model(
+    job: Job, recipe: Recipe, tokenizer: tokenizers.Tokenizer
+) -> tuple[transformer.Transformer, types.PyTree]:
+  """Builds the model and its parameters, float32 and sharded: imported, restored, or drawn from the seed.
+
+  A reward head that the source does not have starts at zero, so that every response scores 0.
+
+  Raises:
+    UsageError: the tokenizer has more ids than the model's vocabulary.
+    RunError: a file of the model is missing or corrupt.
+  """
+  build = functools.partial(
+      transformer.build, mesh=job.mesh, dtype=recipe.dtype, remat=recipe.remat, length=recipe.packing.row_length
+  )
+  key = jax.random.key(job.seed)
+  if recipe.model is not None:
+    model = build(dataclasses.replace(recipe.model, reward_head=recipe.reward_head))
+    _check_vocabulary(model.config, tokenizer, job)
+    return model, transformer.init_params(model, key, job.mesh)
+  path = model_directory(job.model)
+  if is_checkpoint(path):
+    loaded = checkpoint.load(path, job.mesh)
+    config, params = loaded.model.config, loaded.params
+  else:
+    config = hf.read_config(path)
+    _check_vocabulary(config, tokenizer, job)
+    params = hf.read_params(path, config, job.mesh, 'float32')
+  _check_vocabulary(config, tokenizer, job)
+  model = build(dataclasses.replace(config, reward_head=recipe.reward_head))
+  return model, _fit_head(model, params, job.mesh)
+
+
+def _fit_head(model, params, mesh):
+  """Adds a zero reward head where the model wants one, and drops one that it does not want."""
+  params = {name: value for name, value in params.items() if name != 'reward_head' or model.config.reward_head}
+  if model.config.reward_head and 'reward_head' not in params:
+    head = transformer.abstract_params(model, mesh)['reward_head']
+    zeros = jax.jit(lambda: jax.numpy.zeros(head.shape, head.dtype), out_shardings=head.sharding)
+    params['reward_head'] = zeros()
+  return params
+
+
+def _check_vocabulary(config: transformer.Config, tokenizer: tokenizers.Tokenizer, job: Job) -> None:
+  if tokenizer.vocab_size > config.vocab_size:
+    raise types.UsageError(
+        f'{job.tokenizer or job.model}: the tokenizer has {tokenizer.vocab_size} ids, the model {job.model} a vocabulary'
+        f' of {config.vocab_size}; choose the tokenizer that the model was trained with'
+    )
+
+
+def open_data(job: Job, recipe: Recipe, tokenizer: tokenizers.Tokenizer, specs: str) -> list[dataset.Dataset]:
+  """Tokenises the sources of a mixture, or finds them in the cache."""
+  row_length = recipe.packing.row_length
+  example_fn = lambda record: recipe.example_fn(record, tokenizer, row_length=row_length)
+  return [
+      dataset.build(
+          spec,
+          tokenizer=tokenizer,
+          example_fn=example_fn,
+          key_parts=f'{example_key(recipe)} {row_length}',
+          data_dir=job.data_dir,
+          cache_dir=job.cache_dir,
+          skip_bad_records=job.skip_bad_records,
+      )
+      for spec, _ in sources.parse_mixture(specs)
+  ]
+
+
+def example_key(recipe: Recipe) -> str:
+  return examples.describe(recipe.example_fn)
+
+
+def open_loader(
+    job: Job, recipe: Recipe, datasets: list[dataset.Dataset], specs: str, extra: Callable | None = None
+) -> loader.Loader:
+  """The loader of a mixture under the recipe's packing; `extra` gives reference log-probabilities by record and slot."""
+  weights = [weight for _, weight in sources.parse_mixture(specs)]
+  return loader.Loader(datasets, weights, packing=recipe.packing, mesh=job.mesh, seed=job.seed, extra=extra)
+
+
+def bind(recipe: Recipe, model: transformer.Transformer) -> objectives.Objective:
+  """The recipe's objective for `model`, as the step takes it."""
+  return functools.partial(recipe.objective, model=model, loss_fn=recipe.loss_fn)
+
+
+def digest(*parts: str) -> str:
+  """A short hash of strings, for file names."""
+  return hashlib.blake2b('\0'.join(parts).encode(), digest_size=12).hexdigest()

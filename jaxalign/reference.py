@@ -1,0 +1,135 @@
+"""Log-probabilities under the reference, computed once per response and kept on disk.
+
+The cache is keyed per response by a hash of its token ids and mask; the file is named by a checksum of every parameter
+and by what else the numbers depend on. Other parameters, tokens or precision are a miss, never a wrong hit.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+import hashlib
+import os
+import pathlib
+import zipfile
+
+from absl import logging
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from jaxalign import types
+from jaxalign.data import loader as loader_lib
+
+# (params, batch) -> [A, B, T], the same on every process
+RefFn = Callable[[types.PyTree, types.Batch], jax.Array]
+
+
+def checksum(params: types.PyTree) -> str:
+  """A hash of every parameter's bits, computed on the mesh; equal on any mesh, since integer sums do not round."""
+
+  def sums(x):
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32)
+    # A weight per place, so that a permutation changes the sum.
+    places = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+      places = places * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.stack([jnp.sum(bits), jnp.sum(bits * (places * np.uint32(2654435761) + np.uint32(1)))])
+
+  digest = hashlib.blake2b(digest_size=16)
+  for path, pair in jax.tree_util.tree_leaves_with_path(
+      jax.device_get(jax.jit(lambda p: jax.tree.map(sums, p))(params))
+  ):
+    digest.update(jax.tree_util.keystr(path).encode())
+    digest.update(np.asarray(pair).tobytes())
+  return digest.hexdigest()
+
+
+class Cache:
+  """Reference log-probabilities of responses by key, in memory and in one file."""
+
+  def __init__(self, folder: pathlib.Path, name: str):
+    self._path = folder / f'ref-{name}.npz'
+    self._rows: dict[int, np.ndarray] = _read(self._path) if jax.process_index() == 0 else {}
+    if jax.process_count() > 1:
+      # Hosts may not share a disk; what process 0 knows is what all know.
+      self._rows = _broadcast(self._rows)
+
+  def __contains__(self, key: int) -> bool:
+    return key in self._rows
+
+  def __getitem__(self, key: int) -> np.ndarray:
+    return self._rows[key]
+
+  def __setitem__(self, key: int, logps: np.ndarray) -> None:
+    self._rows[key] = logps
+
+  def save(self) -> None:
+    """Writes the file whole, by process 0."""
+    if jax.process_index() or not self._rows:
+      return
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    part = self._path.with_name(f'{self._path.name}.{os.getpid()}.part')
+    try:
+      with part.open('wb') as file:
+        np.savez(file, **_to_arrays(self._rows))
+      os.replace(part, self._path)
+    except OSError as err:
+      part.unlink(missing_ok=True)
+      raise types.RunError(f'{self._path}: cannot write the reference cache ({err.strerror}); free some space') from err
+
+
+def _to_arrays(rows: dict[int, np.ndarray]) -> dict[str, np.ndarray]:
+  return {
+      'keys': np.fromiter(rows, np.uint64, len(rows)),
+      'sizes': np.array([row.size for row in rows.values()], np.int64),
+      'logps': np.concatenate([*rows.values(), np.zeros(0, np.float32)]).astype(np.float32),
+  }
+
+
+def _from_arrays(keys, sizes, logps) -> dict[int, np.ndarray]:
+  return dict(zip(keys.tolist(), np.split(logps, np.cumsum(sizes)[:-1]))) if keys.size else {}
+
+
+def _read(path: pathlib.Path) -> dict[int, np.ndarray]:
+  if not path.exists():
+    return {}
+  try:
+    with np.load(path) as file:
+      return _from_arrays(file['keys'], file['sizes'], file['logps'])
+  except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as err:
+    logging.warning('%s is corrupt (%s); its log-probabilities are computed again', path, err)
+    return {}
+
+
+def _broadcast(rows: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+  arrays = _to_arrays(rows)
+  counts = multihost_utils.broadcast_one_to_all(np.array([arrays['keys'].size, arrays['logps'].size]))
+  halves = arrays['keys'].view(np.uint32)  # 64-bit integers do not pass through JAX by default
+  if jax.process_index():
+    halves = np.zeros(2 * int(counts[0]), np.uint32)
+    arrays = {'sizes': np.zeros(int(counts[0]), np.int32), 'logps': np.zeros(int(counts[1]), np.float32)}
+  sent = multihost_utils.broadcast_one_to_all((halves, arrays['sizes'].astype(np.int32), arrays['logps']))
+  halves, sizes, logps = (np.asarray(x) for x in sent)
+  return _from_arrays(np.ascontiguousarray(halves).view(np.uint64), sizes, logps)
+
+
+def fill(
+    cache: Cache, params: types.PyTree, loader: loader_lib.Loader, ref_fn: RefFn, records: Iterable[int], label: str
+) -> int:
+  """Computes what the cache lacks of `records`, saves it, and returns how many responses were computed."""
+  keys = loader.row_keys
+  missing = [r for r in records if any(int(key) not in cache for key in keys[r])]
+  steps = loader.ordered(missing)
+  done = 0
+  for plan, batch in tqdm.tqdm(steps, f'reference of {label}', unit='step', disable=None, leave=False):
+    values = np.asarray(ref_fn(params, batch))
+    for place in loader.places(plan):
+      cache[int(keys[place.record][place.slot])] = values[place.micro, place.row][place.targets]
+      done += 1
+  if done:
+    cache.save()
+  logging.info(
+      'reference log-probabilities of %s: %d computed, %d responses from the cache', label, done, keys.size - done
+  )
+  return done

@@ -1,0 +1,140 @@
+"""Batches with everything attached that a loss was found to need: held-out and training data, reference log-probabilities."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import dataclasses
+import functools
+
+from absl import logging
+import jax
+
+from jaxalign import metrics
+from jaxalign import objectives
+from jaxalign import recipe as recipe_lib
+from jaxalign import reference
+from jaxalign import sharding
+from jaxalign import types
+from jaxalign.data import dataset
+from jaxalign.data import loader as loader_lib
+from jaxalign.data import tokenizers
+from jaxalign.models import transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Streams:
+  """What a run reads.
+
+  Attributes:
+    train: loader of the training data; None where only evaluation was asked for.
+    held: loader of the held-out data; None where there is none.
+    attach: adds what is computed live to a batch.
+    wants_ref: whether the loss reads a reference.
+    report: counts of records, truncated and dropped, by name.
+  """
+
+  train: loader_lib.Loader | None
+  held: loader_lib.Loader | None
+  attach: Callable[[types.Batch], types.Batch]
+  wants_ref: bool
+  report: dict[str, int]
+
+  def training_batches(self, epoch: int, step: int) -> Iterator[tuple[tuple[int, int], types.Batch]]:
+    """Batches from a data state on, for ever; with each the data state once it is consumed."""
+    for after_epoch, after_step, batch in self.train.batches(epoch, step):
+      yield (after_epoch, after_step), self.attach(batch)
+
+  def held_batches(self) -> Iterator[types.Batch]:
+    """One pass over the held-out data."""
+    for batch in self.held.evaluation_batches():
+      yield self.attach(batch)
+
+
+def open_streams(
+    job: recipe_lib.Job,
+    recipe: recipe_lib.Recipe,
+    tokenizer: tokenizers.Tokenizer,
+    model: transformer.Transformer,
+    ref_params: types.PyTree,
+    *,
+    steps: int,
+    counter: metrics.Compilations,
+) -> Streams:
+  """Opens `--data` (unless `steps` is 0) and `--eval_data`, and computes the reference's log-probabilities if needed.
+
+  Args:
+    job: names the data.
+    recipe: how examples are made, and the loss, whose needs are found by tracing it.
+    tokenizer: of the model.
+    model: policy and reference alike.
+    ref_params: the parameters that training began with; 'live' copies them, 'cached' reads them only here.
+    steps: training steps that the plan will be followed for; records that they do not reach need no reference.
+    counter: counts compilations.
+
+  Raises:
+    UsageError: the loss needs what the data cannot give.
+  """
+  train_sets = recipe_lib.open_data(job, recipe, tokenizer, job.data) if steps else []
+  held_sets = recipe_lib.open_data(job, recipe, tokenizer, job.eval_data) if job.eval_data else []
+  wants_ref = _wants_ref(recipe, (train_sets or held_sets)[0])
+  live = wants_ref and recipe.reference == 'live'
+  cache = _open_cache(job, recipe, model, ref_params) if wants_ref and not live else None
+  open_one = functools.partial(_open_loader, job, recipe, cache)
+  train = open_one(train_sets, job.data) if steps else None
+  held = open_one(held_sets, job.eval_data) if held_sets else None
+  ref_fn = functools.partial(objectives.ref_logps, model=model)
+  attach = lambda batch: batch
+  if live:
+    attach = _live(job, counter.counted(ref_fn), jax.tree.map(jax.numpy.copy, ref_params))
+  elif cache is not None:
+    compute = jax.jit(counter.counted(ref_fn), out_shardings=sharding.named(job.mesh))
+    if train is not None:
+      reference.fill(cache, ref_params, train, compute, train.records_of(steps), job.data)
+    if held is not None:
+      reference.fill(cache, ref_params, held, compute, range(len(held)), job.eval_data)
+  return Streams(train, held, attach, wants_ref, _report(train_sets, held_sets))
+
+
+def _wants_ref(recipe: recipe_lib.Recipe, data: dataset.Dataset) -> bool:
+  needs = objectives.needs(recipe.loss_fn, group_size=data.group_size, labels=data.label_names)
+  logging.info('the loss reads %s', ', '.join(sorted(needs)))
+  return any(need.startswith('ref.') for need in needs)
+
+
+def _open_cache(job, recipe, model, ref_params) -> reference.Cache:
+  name = recipe_lib.digest(reference.checksum(ref_params), recipe.dtype, repr(model.config), model.attention)
+  return reference.Cache(job.cache_dir, name)
+
+
+def _open_loader(job, recipe, cache, datasets, specs) -> loader_lib.Loader:
+  extra = None
+  if cache is not None:
+    # Which record a loader means is its own numbering, which it knows once it is built.
+    extra = lambda record, slot: cache[int(opened.row_keys[record][slot])]
+  opened = recipe_lib.open_loader(job, recipe, datasets, specs, extra)
+  return opened
+
+
+def _live(job, ref_fn, ref_params) -> Callable[[types.Batch], types.Batch]:
+  run = jax.jit(ref_fn, out_shardings=sharding.named(job.mesh, 'micro', 'batch', 'length'))
+  return lambda batch: batch.replace(ref_logps_BT=run(ref_params, batch))
+
+
+def _report(train_sets: list[dataset.Dataset], held_sets: list[dataset.Dataset]) -> dict[str, int]:
+  counts: dict[str, int] = {}
+  for prefix, sets in (('data', train_sets), ('eval_data', held_sets)):
+    for data in sets:
+      report = data.report
+      dropped = sum(reason['count'] for reason in report['dropped'].values())
+      for name, count in {**{n: report[n] for n in ('kept', 'truncated', 'bad')}, 'dropped': dropped}.items():
+        counts[f'{prefix}/{name}'] = counts.get(f'{prefix}/{name}', 0) + count
+  return counts
+
+
+def show(job: recipe_lib.Job, recipe: recipe_lib.Recipe) -> str:
+  """The first packed rows of `--data`, decoded, and how well the whole epoch packs."""
+  tokenizer = recipe_lib.open_tokenizer(job)
+  datasets = recipe_lib.open_data(job, recipe, tokenizer, job.data)
+  loader = recipe_lib.open_loader(job, recipe, datasets, job.data)
+  text = loader_lib.describe(loader.first(), tokenizer)
+  report = '\n'.join(f'{name}: {count}' for name, count in (_report(datasets, []) | loader.packing_report()).items())
+  return f'{text}\n{report}\n'

@@ -1,0 +1,157 @@
+"""The offline loop: supervised fine-tuning, reward models and preference losses, all by one step."""
+
+from collections.abc import Callable
+import functools
+import json
+from typing import Any
+
+from absl import logging
+import jax
+
+from jaxalign import checkpoint
+from jaxalign import evaluate
+from jaxalign import loop
+from jaxalign import metrics
+from jaxalign import optim
+from jaxalign import recipe as recipe_lib
+from jaxalign import sharding
+from jaxalign import step as step_lib
+from jaxalign import streams as streams_lib
+from jaxalign.models import transformer
+
+
+def train(
+    job: recipe_lib.Job,
+    *,
+    recipe: recipe_lib.Recipe,
+    optimizer: Callable[[int], optim.Optimizer],
+    options: loop.Options,
+    checkpoints: checkpoint.Options,
+    samples: evaluate.Samples | None,
+    config: Callable[[], tuple[str, str]],
+) -> dict[str, Any]:
+  """Trains, or goes on where an earlier run of the same workdir stopped, and evaluates before and after.
+
+  Args:
+    job: what the flags say.
+    recipe: the algorithm.
+    optimizer: makes the optimizer from the number of steps.
+    options: how long and how often.
+    checkpoints: how many stay.
+    samples: what is sampled before and after, None for nothing.
+    config: called when everything has been called once; checks that every binding was used, and returns the bindings and
+      the operative configuration as texts.
+
+  Returns:
+    The content of summary.json.
+  """
+  with jax.set_mesh(job.mesh):
+    tokenizer = recipe_lib.open_tokenizer(job)
+    model, params = recipe_lib.open_model(job, recipe, tokenizer)
+    counter = metrics.Compilations()
+    streams = streams_lib.open_streams(job, recipe, tokenizer, model, params, steps=options.steps, counter=counter)
+    store = checkpoint.Store(job.workdir / 'checkpoints', checkpoints)
+    if streams.wants_ref:
+      checkpoint.save_base(job.workdir / 'checkpoints', params)
+    opt = optimizer(options.steps)
+    state, data_state = _start(job, store, params, opt)
+    evaluator = evaluate.Evaluator(job, recipe, model, tokenizer, streams, samples, counter)
+    before = _before(job, evaluator, state)
+    tools = loop.Tools(
+        step_fn=_jit_step(job, recipe_lib.bind(recipe, model), opt, state, counter),
+        evaluate=lambda now: evaluator.held_out(now.params, now.loss_state),
+        store=store,
+        writer=metrics.Writer(job.workdir, int(state.step)),
+        clock=metrics.Clock(data_state['num_tokens']),
+        epoch_of=streams.train.epochs,
+        constants=lambda: {'compilations': counter.count, **streams.report},
+        flops_per_token=transformer.flops_per_token(model.config, recipe.packing.row_length),
+        after_first_step=functools.partial(_save_run, job, recipe, model, tokenizer, config),
+        debug=job.debug,
+    )
+    if job.debug:
+      _show_shapes(state)
+    batches = streams.training_batches(data_state['epoch'], data_state['step'])
+    state = loop.run(state, batches, options, tools)
+    after = evaluator.whole(state.params, state.loss_state)
+    store.close()
+    tools.writer.close()
+    return _finish(job, state, before, after, tools, streams, counter)
+
+
+def _start(job, store: checkpoint.Store, params, opt: optim.Optimizer) -> tuple[step_lib.TrainState, dict[str, int]]:
+  """The newest checkpoint's state, or a fresh one that takes `params` over; and the place in the data."""
+  abstract = step_lib.abstract_state(job.mesh, params, opt.tx, job.seed)
+  step = store.latest()
+  if step is not None:
+    logging.info('resuming at step %d from %s', step, job.workdir)
+    return store.restore(step, abstract)
+  init = lambda fresh: step_lib.init_state(fresh, opt.tx, job.seed)
+  state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract), donate_argnums=0)(params)
+  return state, {'epoch': 0, 'step': 0, 'num_tokens': 0}
+
+
+def _jit_step(job, objective, opt: optim.Optimizer, state, counter) -> Callable:
+  """The jitted step on (state, batch); the state is donated, except where NaNs are to be located."""
+  step = counter.counted(step_lib.make_step(objective, opt))
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  # The operation that made a NaN is found by running the step again, which needs its arguments.
+  donate = () if job.debug else (0,)
+  jitted = jax.jit(step, donate_argnums=donate, out_shardings=(shardings, sharding.named(job.mesh)))
+  return lambda state, batch: jitted(state, {}, batch)
+
+
+def _before(job, evaluator: evaluate.Evaluator, state: step_lib.TrainState) -> evaluate.Whole:
+  """The evaluation before the first step; a resumed run reads what it found then."""
+  path = job.workdir / 'before.json'
+  if path.exists() and int(state.step):
+    return evaluate.Whole.from_json(json.loads(path.read_text(encoding='utf-8')))
+  found = evaluator.whole(state.params, state.loss_state)
+  if jax.process_index() == 0:
+    metrics.write_text(path, json.dumps(found.to_json()))
+  return found
+
+
+def _save_run(job, recipe, model, tokenizer, config) -> None:
+  """Writes what a checkpoint needs beside arrays; the first moment at which the operative configuration is known."""
+  bindings, operative = config()
+  run = {
+      'model': model.config.to_json(),
+      'dtype': recipe.dtype,
+      'row_length': recipe.packing.row_length,
+      'bindings': bindings,
+      **job.identity(),
+  }
+  checkpoint.save_run(job.workdir / 'checkpoints', run, operative, tokenizer)
+  if jax.process_index() == 0:
+    metrics.write_text(job.workdir / 'config.gin', operative)
+
+
+def _show_shapes(state: step_lib.TrainState) -> None:
+  for path, x in jax.tree_util.tree_leaves_with_path(state.params):
+    logging.info('%s %s %s %s', jax.tree_util.keystr(path), x.dtype, x.shape, x.sharding.spec)
+
+
+def _finish(job, state, before: evaluate.Whole, after: evaluate.Whole, tools, streams, counter) -> dict[str, Any]:
+  """Writes samples.md and summary.json."""
+  speed = tools.clock.mean()
+  summary: dict[str, Any] = dict(after.held_out)
+  for name, value in before.held_out.items():
+    if name.removeprefix('eval/') in ('loss', 'rewards/accuracies', 'accuracy'):
+      summary[f'{name}_before'] = value
+  for when, found in (('before', before), ('after', after)):
+    summary |= {f'eval/{name}_{when}': value for name, value in found.sampled.metrics.items()}
+  summary |= streams.report | {
+      'steps': int(state.step),
+      'skipped_steps': int(state.skipped),
+      'num_tokens': tools.clock.seen,
+      'tokens_per_s': speed.tokens_per_s,
+      'step_time': speed.seconds_per_step,
+      'compilations': counter.count,
+      'peak_memory_bytes': metrics.peak_memory_bytes(),
+  }
+  if jax.process_index() == 0:
+    if after.sampled.shown:
+      evaluate.write_samples(job.workdir / 'samples.md', before.sampled, after.sampled)
+    metrics.write_text(job.workdir / 'summary.json', json.dumps(summary, indent=1))
+  return summary
