@@ -101,7 +101,7 @@ def sample(
       seed=seed,
       stop_ids=(tokenizer.eos_id,),
   )
-  texts = [tokenizer.decode(one.ids) for one in drawn]
+  texts = [tokenizer.decode(one.ids, continuation=True) for one in drawn]
   values = {
       'distinct_2': rules.distinct(2, [one.ids for one in drawn]),
       'mean_length': float(np.mean([len(one.ids) for one in drawn])),
@@ -222,7 +222,7 @@ def respond(
         seed=seed,
         stop_ids=(tokenizer.eos_id,),
     )
-  return [(prompt, tokenizer.decode(one.ids)) for prompt, one in zip(prompts, drawn)]
+  return [(prompt, tokenizer.decode(one.ids, continuation=True)) for prompt, one in zip(prompts, drawn)]
 
 
 def write_samples(path: pathlib.Path, before: Sampled, after: Sampled) -> None:

@@ -61,7 +61,7 @@ class Tools:
   store: checkpoint.Store
   writer: metrics.Writer
   clock: metrics.Clock
-  epoch_of: Callable[[int, int], float]
+  epoch_of: Callable[[tuple[int, int]], float]
   constants: Callable[[], Mapping[str, float]]
   flops_per_token: float
   after_first_step: Callable[[], None]
@@ -141,7 +141,7 @@ def _log(interval: _Interval | None, options: Options, tools: Tools, progress: m
   gauges = {name: float(value) for name, value in fetched[-1].gauges.items()}
   tokens = sum(int(m.gauges['num_tokens']) for m in fetched)
   speed = tools.clock.lap(tokens, len(fetched))
-  values |= gauges | {'num_tokens': tools.clock.seen, 'epoch': tools.epoch_of(*interval.data_state)}
+  values |= gauges | {'num_tokens': tools.clock.seen, 'epoch': tools.epoch_of(interval.data_state)}
   if speed is not None:
     values['tokens_per_s'] = speed.tokens_per_s
     values['step_time'] = speed.seconds_per_step

@@ -28,76 +28,75 @@ from jaxalign import sharding
 from jaxalign import streams
 from jaxalign import types
 
-_FLAGS = flags.FlagValues()
+_DATA = 'jsonl:PATH (also .gz), parquet:PATH, tfds:NAME[/CONFIG][:SPLIT], builtin:NAME[:SPLIT]'
 
-
-def _define(kind, name: str, default, text: str, **options) -> None:
-  kind(name, default, text, flag_values=_FLAGS, **options)
-
-
-_define(flags.DEFINE_enum, 'mode', 'train', 'What to do.', enum_values=['train', 'eval', 'sample', 'show'])
-_define(flags.DEFINE_string, 'algo', None, 'The algorithm: a file of gin_configs; --list names them.')
-_define(
-    flags.DEFINE_string,
-    'model',
-    None,
-    'A Hugging Face directory, a checkpoint of jaxalign, or a name in gin_configs/models. Default: the built-in'
-    f' {recipe_lib.DEFAULT_MODEL}.',
+# (kind, name, default, help), in the order of --help.
+_FLAGS = (
+    (flags.DEFINE_bool, 'help', False, 'Show this.'),
+    (flags.DEFINE_bool, 'list', False, 'List the algorithms, one line each.'),
+    (flags.DEFINE_bool, 'markdown', False, 'With --list: a table with paper, gin file and test.'),
+    (flags.DEFINE_string, 'mode', 'train', 'train, eval, sample or show.'),
+    (flags.DEFINE_string, 'algo', None, 'The algorithm: a file of gin_configs; --list names them.'),
+    (
+        flags.DEFINE_string,
+        'model',
+        None,
+        'A Hugging Face directory, a checkpoint of jaxalign, or a name in gin_configs/models (random initialisation).'
+        f' Default: {recipe_lib.DEFAULT_MODEL}, which the package holds.',
+    ),
+    (
+        flags.DEFINE_string,
+        'tokenizer',
+        None,
+        'A SentencePiece .model, a tokenizer.json, or a directory with one. Default: the one beside the model.',
+    ),
+    (
+        flags.DEFINE_string,
+        'data',
+        None,
+        f'Training data: {_DATA}; a slice [a:b] may follow; a mixture is A:0.7,B:0.3. Default: the built-in data of the'
+        ' algorithm.',
+    ),
+    (flags.DEFINE_string, 'eval_data', None, 'Held-out data, written as --data.'),
+    (flags.DEFINE_string, 'data_dir', None, 'Where TFDS data sets lie.'),
+    (
+        flags.DEFINE_string,
+        'cache_dir',
+        None,
+        'Where tokenised data and reference log-probabilities are kept. Default: jaxalign in $XDG_CACHE_HOME or ~/.cache.',
+    ),
+    (
+        flags.DEFINE_bool,
+        'skip_bad_records',
+        False,
+        'Skip and count malformed records instead of stopping at the first.',
+    ),
+    (
+        flags.DEFINE_string,
+        'mesh',
+        '',
+        'Sizes of the mesh axes data, fsdp, tensor, context, expert, as fsdp:4,tensor:2; -1 is the rest. Default: fsdp:-1.',
+    ),
+    (flags.DEFINE_string, 'dcn_mesh', '', 'The same between the slices of a multi-slice TPU job. Default: data:-1.'),
+    (flags.DEFINE_string, 'workdir', None, 'Where the run is kept; the same command resumes it. Default: runs/ALGO.'),
+    (flags.DEFINE_integer, 'steps', None, 'Optimizer steps of the whole run.'),
+    (flags.DEFINE_integer, 'seed', 0, 'Seed of data order, initialisation and sampling.'),
+    (flags.DEFINE_integer, 'log_every', None, 'Steps between logged lines.'),
+    (flags.DEFINE_integer, 'eval_every', None, 'Steps between evaluations; 0: only before and after.'),
+    (flags.DEFINE_integer, 'save_every', None, 'Steps between checkpoints; 0: only the last.'),
+    (flags.DEFINE_multi_string, 'gin_file', [], 'A gin file of your own, applied after those of the algorithm.'),
+    (flags.DEFINE_multi_string, 'gin', [], "A gin binding, applied last, as 'preference.dpo.beta=0.2'."),
+    (flags.DEFINE_string, 'checkpoint', None, 'For --mode=eval and sample: a workdir, or one checkpoint in it.'),
+    (flags.DEFINE_multi_string, 'prompt', [], 'For --mode=sample: what to continue.'),
+    (flags.DEFINE_integer, 'max_new_tokens', 128, 'For --mode=sample: length of the response.'),
+    (flags.DEFINE_float, 'temperature', 1.0, 'For --mode=sample: 0 is greedy.'),
+    (
+        flags.DEFINE_bool,
+        'debug',
+        False,
+        'Locate NaNs, forbid implicit transfers between host and device, and print shapes. Slow.',
+    ),
 )
-_define(
-    flags.DEFINE_string,
-    'tokenizer',
-    None,
-    'A SentencePiece .model, a tokenizer.json, or a directory with one. Default: the one beside the model.',
-)
-_define(
-    flags.DEFINE_string,
-    'data',
-    None,
-    'Training data: jsonl:PATH (also .gz), parquet:PATH, tfds:NAME[/CONFIG][:SPLIT], builtin:NAME[:SPLIT]; a slice'
-    ' [a:b] may follow; a mixture is A:0.7,B:0.3. Default: the built-in data of the algorithm.',
-)
-_define(flags.DEFINE_string, 'eval_data', None, 'Held-out data, as --data.')
-_define(flags.DEFINE_string, 'data_dir', None, 'Where TFDS data sets lie.')
-_define(
-    flags.DEFINE_string,
-    'cache_dir',
-    None,
-    'Where tokenised data and reference log-probabilities are kept. Default: $XDG_CACHE_HOME/jaxalign or'
-    ' ~/.cache/jaxalign.',
-)
-_define(
-    flags.DEFINE_bool, 'skip_bad_records', False, 'Skip and count malformed records, rather than stop at the first.'
-)
-_define(
-    flags.DEFINE_string,
-    'mesh',
-    '',
-    'Sizes of the mesh axes data, fsdp, tensor, context and expert, as fsdp:4,tensor:2; -1 is the rest. Default:'
-    ' fsdp:-1.',
-)
-_define(flags.DEFINE_string, 'dcn_mesh', '', 'The same between slices of a multi-slice TPU job. Default: data:-1.')
-_define(flags.DEFINE_string, 'workdir', None, 'Where the run is kept; the same command resumes it. Default: runs/ALGO.')
-_define(flags.DEFINE_integer, 'steps', None, 'Optimizer steps of the whole run.', lower_bound=1)
-_define(flags.DEFINE_integer, 'seed', 0, 'Seed of data order, initialisation and sampling.')
-_define(flags.DEFINE_integer, 'log_every', None, 'Steps between logged lines.', lower_bound=1)
-_define(flags.DEFINE_integer, 'eval_every', None, 'Steps between evaluations; 0: only before and after.', lower_bound=0)
-_define(flags.DEFINE_integer, 'save_every', None, 'Steps between checkpoints; 0: only the last.', lower_bound=0)
-_define(flags.DEFINE_multi_string, 'gin_file', [], 'A gin file of your own, applied after those of the algorithm.')
-_define(flags.DEFINE_multi_string, 'gin', [], "A gin binding, applied last, as 'preference.dpo.beta=0.2'.")
-_define(flags.DEFINE_string, 'checkpoint', None, 'For --mode=eval and sample: a workdir, or one checkpoint in it.')
-_define(flags.DEFINE_multi_string, 'prompt', [], 'For --mode=sample: what to continue.')
-_define(flags.DEFINE_integer, 'max_new_tokens', 128, 'For --mode=sample: length of the response.', lower_bound=1)
-_define(flags.DEFINE_float, 'temperature', 1.0, 'For --mode=sample: 0 is greedy.', lower_bound=0)
-_define(flags.DEFINE_bool, 'list', False, 'List the algorithms, one line each.')
-_define(flags.DEFINE_bool, 'markdown', False, 'With --list: a table with paper, gin file and test.')
-_define(
-    flags.DEFINE_bool,
-    'debug',
-    False,
-    'Locate NaNs, forbid implicit transfers between host and device, and print shapes. Slow.',
-)
-_define(flags.DEFINE_bool, 'help', False, 'Show this.', short_name='h')
 
 # Bindings that may differ between a run and its resumption: they change how long and how often, not what.
 _RESUMABLE = (
@@ -114,97 +113,100 @@ def main(argv: Sequence[str] | None = None) -> int:
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   try:
-    rest = _FLAGS(list(sys.argv if argv is None else argv))[1:]
-    if rest:
-      raise types.UsageError(f'unexpected argument {rest[0]!r}; flags are written --name=value')
-    _dispatch()
+    _dispatch(_parse_flags(list(sys.argv if argv is None else argv)))
   except (types.UsageError, flags.Error) as err:
-    _say(f'jaxalign: {_one_line(err)}')
-    return 2
+    return _fail(str(err), 2)
   except types.RunError as err:
-    _say(f'jaxalign: {_one_line(err)}')
-    return 1
+    return _fail(str(err), 1)
   except KeyboardInterrupt:
-    _say('jaxalign: interrupted; the same command resumes from the last checkpoint')
-    return 1
+    return _fail('interrupted; the same command resumes from the last checkpoint', 1)
   return 0
 
 
-def _say(text: str) -> None:
-  sys.stderr.write(text + '\n')
+def _fail(message: str, code: int) -> int:
+  sys.stderr.write(f'jaxalign: {" ".join(message.split())}\n')
+  return code
 
 
-def _one_line(err: Exception) -> str:
-  return ' '.join(str(err).split())
+def _parse_flags(argv: list[str]) -> flags.FlagValues:
+  args = flags.FlagValues()
+  for define, name, default, text in _FLAGS:
+    define(name, default, text, flag_values=args)
+  rest = args(argv)[1:]
+  if rest:
+    raise types.UsageError(f'unexpected argument {rest[0]!r}; flags are written --name=value')
+  return args
 
 
-def _dispatch() -> None:
-  if _FLAGS.help:
-    sys.stdout.write(f'{__doc__}\n{_FLAGS.get_help()}\n')
-  elif _FLAGS.list:
-    sys.stdout.write(config.table() if _FLAGS.markdown else config.listing())
+def _dispatch(args: flags.FlagValues) -> None:
+  modes = {'train': _train, 'eval': _evaluate, 'sample': _sample, 'show': _show}
+  if args.mode not in modes:
+    raise types.UsageError(f'--mode={args.mode}: it is one of {", ".join(modes)}')
+  if args.help:
+    lines = [f'  --{name}\n      {text}' for _, name, _, text in _FLAGS]
+    sys.stdout.write('\n'.join([__doc__ or '', *lines, '']))
+  elif args.list:
+    sys.stdout.write(config.table() if args.markdown else config.listing())
   else:
-    {'train': _train, 'eval': _evaluate, 'sample': _sample, 'show': _show}[_FLAGS.mode]()
+    modes[args.mode](args)
 
 
-def _parse(algo: str, model: str, data: str | None) -> None:
-  """Parses the algorithm's gin file, those of a built-in model or data set, and the user's, in that order."""
-  config.check_algorithm(algo)
-  bindings = list(_FLAGS.gin)
+def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
+  """Parses the gin files of the algorithm, of a named model or data set, and the user's, in that order."""
+  if args.algo is None:
+    raise types.UsageError(f'--algo is needed: {", ".join(config.algorithms())} (--list describes them)')
+  config.check_algorithm(args.algo)
+  bindings = list(args.gin)
   for flag in ('steps', 'log_every', 'eval_every', 'save_every'):
-    if _FLAGS[flag].value is not None:
-      bindings.append(f'loop.Options.{flag} = {_FLAGS[flag].value}')
+    if args[flag].value is not None:
+      bindings.append(f'loop.Options.{flag} = {args[flag].value}')
   files = []
-  for folder, name in (('models', model), ('data', data or '')):
+  for folder, name in (('models', args.model or recipe_lib.DEFAULT_MODEL), ('data', args.data or '')):
     name = name.removeprefix('builtin:').split(':')[0].split('[')[0]
     if config.exists(f'{folder}/{name}.gin'):
       files.append(f'{folder}/{name}.gin')
-  config.parse(algo, files=files, user_files=_FLAGS.gin_file, bindings=bindings)
+  config.parse(args.algo, files=files, user_files=args.gin_file, bindings=bindings)
+  return config.get('recipe.Recipe')()
 
 
-def _job(recipe: recipe_lib.Recipe, run: dict | None = None) -> recipe_lib.Job:
+def _job(args: flags.FlagValues, recipe: recipe_lib.Recipe, run: dict | None = None) -> recipe_lib.Job:
   """What the flags say; in a mode that starts from a checkpoint, `run` (its run.json) says the rest."""
   run = run or {}
-  data = _FLAGS.data or run.get('data') or recipe.data
+  data = args.data or run.get('data') or recipe.data
   # Held-out data that belong to the default training data say nothing about other data.
-  default_eval = '' if _FLAGS.data else run.get('eval_data', recipe.eval_data)
-  algo = _FLAGS.algo or run.get('algo') or ''
-  mesh = sharding.make_mesh(_FLAGS.mesh, _FLAGS.dcn_mesh)
+  default_eval = '' if args.data else run.get('eval_data', recipe.eval_data)
+  algo = args.algo or run.get('algo') or ''
+  mesh = sharding.make_mesh(args.mesh, args.dcn_mesh)
   logging.info('%d %s devices, mesh %s', mesh.size, sharding.platform_of(mesh), dict(mesh.shape))
-  cache = (
-      _FLAGS.cache_dir or pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache')) / 'jaxalign'
-  )
+  cache = args.cache_dir or pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache')) / 'jaxalign'
   return recipe_lib.Job(
       algo=algo,
-      workdir=pathlib.Path(_FLAGS.workdir or f'runs/{algo}').absolute(),
+      workdir=pathlib.Path(args.workdir or f'runs/{algo}').absolute(),
       mesh=mesh,
-      seed=_FLAGS.seed,
-      model=_FLAGS.model or run.get('model_spec') or recipe_lib.DEFAULT_MODEL,
-      tokenizer=_FLAGS.tokenizer or run.get('tokenizer', ''),
+      seed=args.seed,
+      model=args.model or run.get('model_spec') or recipe_lib.DEFAULT_MODEL,
+      tokenizer=args.tokenizer or run.get('tokenizer', ''),
       data=data,
-      eval_data=_FLAGS.eval_data or default_eval,
-      data_dir=_FLAGS.data_dir,
+      eval_data=args.eval_data or default_eval,
+      data_dir=args.data_dir,
       cache_dir=pathlib.Path(cache).absolute(),
-      skip_bad_records=_FLAGS.skip_bad_records,
-      debug=_FLAGS.debug,
+      skip_bad_records=args.skip_bad_records,
+      debug=args.debug,
   )
 
 
-def _start() -> None:
+def _start(args: flags.FlagValues) -> None:
   """Joins the other processes of a job and sets what holds for the whole process."""
   sharding.start_distributed()
   jax.config.update('jax_threefry_partitionable', True)
-  if _FLAGS.debug:
+  if args.debug:
     jax.config.update('jax_debug_nans', True)
 
 
-def _train() -> None:
-  if _FLAGS.algo is None:
-    raise types.UsageError(f'--algo is needed: {", ".join(config.algorithms())} (--list describes them)')
-  _start()
-  _parse(_FLAGS.algo, _FLAGS.model or recipe_lib.DEFAULT_MODEL, _FLAGS.data)
-  recipe = config.get('recipe.Recipe')()
-  job = _job(recipe)
+def _train(args: flags.FlagValues) -> None:
+  recipe = _configure(args)
+  _start(args)
+  job = _job(args, recipe)
   bindings = config.bindings()
   summary = _finished(job, bindings)
   if summary is None:
@@ -242,49 +244,46 @@ def _finished(job: recipe_lib.Job, bindings: str) -> dict | None:
   return summary
 
 
-def _restored() -> tuple[pathlib.Path, dict]:
+def _restored(args: flags.FlagValues) -> tuple[pathlib.Path, dict]:
   """The checkpoint folder of --checkpoint and its run.json."""
-  if _FLAGS.checkpoint is None:
-    raise types.UsageError(f'--mode={_FLAGS.mode} needs --checkpoint=DIR (a workdir, or one checkpoint in it)')
-  folder, _ = checkpoint.find(_FLAGS.checkpoint)
+  if args.checkpoint is None:
+    raise types.UsageError(f'--mode={args.mode} needs --checkpoint=DIR (a workdir, or one checkpoint in it)')
+  folder, _ = checkpoint.find(args.checkpoint)
   return folder, json.loads((folder / 'run.json').read_text(encoding='utf-8'))
 
 
-def _evaluate() -> None:
-  folder, run = _restored()
-  _start()
-  config.parse_saved((folder / 'config.gin').read_text(encoding='utf-8'), _FLAGS.gin_file, _FLAGS.gin)
+def _evaluate(args: flags.FlagValues) -> None:
+  folder, run = _restored(args)
+  _start(args)
+  config.parse_saved((folder / 'config.gin').read_text(encoding='utf-8'), args.gin_file, args.gin)
   recipe = config.get('recipe.Recipe')()
-  job = _job(recipe, run)
-  values = config.get('evaluate.evaluate')(job, _FLAGS.checkpoint, recipe=recipe)
+  job = _job(args, recipe, run)
+  values = config.get('evaluate.evaluate')(job, args.checkpoint, recipe=recipe)
   if jax.process_index() == 0:
     sys.stdout.write(json.dumps(values, indent=1) + '\n')
 
 
-def _sample() -> None:
-  _restored()
-  if not _FLAGS.prompt:
+def _sample(args: flags.FlagValues) -> None:
+  _restored(args)
+  if not args.prompt:
     raise types.UsageError("--mode=sample needs --prompt='...' (repeatable)")
-  _start()
-  mesh = sharding.make_mesh(_FLAGS.mesh, _FLAGS.dcn_mesh)
+  _start(args)
+  mesh = sharding.make_mesh(args.mesh, args.dcn_mesh)
   for prompt, response in evaluate.respond(
-      _FLAGS.checkpoint,
+      args.checkpoint,
       mesh,
-      _FLAGS.prompt,
-      max_new_tokens=_FLAGS.max_new_tokens,
-      temperature=_FLAGS.temperature,
-      seed=_FLAGS.seed,
+      args.prompt,
+      max_new_tokens=args.max_new_tokens,
+      temperature=args.temperature,
+      seed=args.seed,
   ):
     if jax.process_index() == 0:
       sys.stdout.write(f'{prompt}{response}\n')
 
 
-def _show() -> None:
-  if _FLAGS.algo is None:
-    raise types.UsageError(f'--mode=show needs --algo, one of {", ".join(config.algorithms())}')
-  _parse(_FLAGS.algo, _FLAGS.model or recipe_lib.DEFAULT_MODEL, _FLAGS.data)
-  recipe = config.get('recipe.Recipe')()
-  sys.stdout.write(streams.show(_job(recipe), recipe))
+def _show(args: flags.FlagValues) -> None:
+  recipe = _configure(args)
+  sys.stdout.write(streams.show(_job(args, recipe), recipe))
 
 
 def run() -> None:
