@@ -2,8 +2,6 @@
 
 Everything here is a pure function of lengths, seed and epoch, so every host computes the same plan, and a run resumes at
 (epoch, step) without replaying anything. Two functions: `order` draws the records of an epoch, `pack` puts them in rows.
-
-Arrays of a plan carry the suffix `_P`: one entry per placed sequence, sorted by micro-batch and row.
 """
 
 import bisect
@@ -16,27 +14,48 @@ from jaxalign import types
 
 
 @dataclasses.dataclass(frozen=True)
-class Packing:
-  """Where each sequence of an epoch lies.
+class Placements:
+  """Where sequences lie, sorted by step, micro-batch, row and place in the row; one entry `_P` per sequence.
 
   Attributes:
-    records_P: int64, the record of each sequence.
-    slots_P: int32, which of the record's K responses it is.
-    groups_P: int32, the number of its group within the micro-batch: 0, 1, ... in order of appearance.
-    rows_P: int32, its row within the micro-batch; sequences of a row stand in the order in which they are placed.
-    starts_M: int64 [M + 1]; micro-batch m owns entries `starts_M[m]:starts_M[m + 1]`, possibly none. M is a multiple of
-      the micro-batches of a step.
+    records_P: int64, which record.
+    slots_P: int32, which of the record's K responses.
+    micro_P: int32, which micro-batch of its step.
+    groups_P: int32, the number of its group within the micro-batch, 0, 1, ...
+    rows_P: int32, its row within the micro-batch.
+    ranks_P: int32, how many sequences stand before it in the row.
+    starts_P: int32, how many token slots they take.
   """
 
   records_P: np.ndarray
   slots_P: np.ndarray
+  micro_P: np.ndarray
   groups_P: np.ndarray
   rows_P: np.ndarray
-  starts_M: np.ndarray
+  ranks_P: np.ndarray
+  starts_P: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.records_P)
+
+  def __getitem__(self, which: slice | np.ndarray) -> 'Placements':
+    return Placements(*(getattr(self, field.name)[which] for field in dataclasses.fields(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """An epoch: step s owns the placements `bounds[s]:bounds[s + 1]`."""
+
+  placements: Placements
+  bounds: np.ndarray
 
   @property
-  def num_micro_batches(self) -> int:
-    return len(self.starts_M) - 1
+  def num_steps(self) -> int:
+    return len(self.bounds) - 1
+
+  def step(self, index: int) -> Placements:
+    """The placements of a step."""
+    return self.placements[self.bounds[index] : self.bounds[index + 1]]
 
 
 def draws_per_epoch(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
@@ -89,6 +108,14 @@ def order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int)
   # The j-th of a source's n draws comes at time (j + 1/2) / n; ties go to the earlier source.
   times = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
   return np.concatenate(drawn)[np.argsort(times, kind='stable')]
+
+
+class DoesNotFit(types.UsageError):
+  """A record is too long for the rows there are."""
+
+  def __init__(self, record: int, problem: str):
+    super().__init__(problem)
+    self.record = int(record)
 
 
 class _Window:
@@ -192,12 +219,12 @@ def pack(
     micro_batches: int = 1,
     groups_per_step: int | None = None,
     window: int = 64,
-) -> Packing:
+) -> Plan:
   """Packs groups into rows of micro-batches; every entry of `records` is placed exactly once.
 
   A group that fits in a row lies in one row; a longer one is spread over rows of one micro-batch. Rows are filled from
-  the next `window` groups that are not placed yet: the oldest opens a row, the longest that fit close it. So no group
-  waits for more than `window` rows, and the order is changed only within that distance.
+  the next `window` groups that are not placed yet: the oldest opens a row, the longest that fit close it. The oldest
+  of all is the first of a micro-batch, so none waits for ever, and none comes more than `window` groups early.
 
   Args:
     lengths_NK: token slots of each sequence of each record.
@@ -210,9 +237,9 @@ def pack(
     window: how many groups are looked at, at least 1; more pack better and change the order more.
 
   Raises:
-    UsageError: a sequence does not fit in a row, or a group not in a micro-batch.
+    DoesNotFit: a sequence is longer than a row, or a group than a micro-batch.
   """
-  records = np.asarray(records)
+  records = np.asarray(records, np.int64)
   lengths = np.asarray(lengths_NK)[records]
   group_size = lengths.shape[1]
   wide = (lengths.sum(axis=1) > row_length) | (group_size > max_responses)
@@ -231,35 +258,54 @@ def pack(
       counts.append(len(placed))
       left -= len(placed)
       waiting.refill()
-  return _as_packing(records[positions], np.array(placed_rows, np.int32), np.array(counts), group_size)
+  return _as_plan(records[positions], placed_rows, counts, lengths[positions], micro_batches)
 
 
-def _check_fit(lengths, records, wide, rows, row_length, max_responses) -> None:
-  for position in np.flatnonzero((lengths > row_length).any(axis=1))[:1]:
-    raise types.UsageError(
-        f'record {records[position]} has a sequence of {lengths[position].max()} tokens, rows have {row_length};'
-        ' raise the row length or truncate'
-    )
+def _check_fit(lengths_NK, records, wide, rows, row_length, max_responses) -> None:
+  for position in np.flatnonzero((lengths_NK > row_length).any(axis=1)):
+    longest = lengths_NK[position].max()
+    raise DoesNotFit(records[position], f'a sequence of {longest} tokens does not fit in rows of {row_length}')
   for position in np.flatnonzero(wide):
-    if _spread(lengths[position].tolist(), rows, row_length, max_responses) is None:
-      raise types.UsageError(
-          f'record {records[position]} has {lengths.shape[1]} responses of {lengths[position].sum()} tokens together, which'
-          f' do not fit in a micro-batch of {rows} rows of {row_length} tokens; raise the rows or the row length'
+    lengths = lengths_NK[position].tolist()
+    if _spread(lengths, rows, row_length, max_responses) is None:
+      raise DoesNotFit(
+          records[position],
+          f'its {len(lengths)} responses, {sum(lengths)} tokens with their prompts, do not fit in a micro-batch of'
+          f' {rows} rows of {row_length} tokens and {max_responses} responses',
       )
 
 
-def _as_packing(records: np.ndarray, rows_P: np.ndarray, counts: np.ndarray, group_size: int) -> Packing:
-  """Expands groups to sequences, sorted by (micro-batch, row)."""
-  starts = np.concatenate([[0], np.cumsum(counts * group_size)]).astype(np.int64)
-  micro_P = np.repeat(np.arange(len(counts)), counts * group_size)
-  first_P = np.repeat(starts[:-1] // group_size, counts * group_size)
-  groups_P = np.repeat(np.arange(len(records)), group_size) - first_P
+def _as_plan(
+    records: np.ndarray, rows: list[int], counts: list[int], lengths_NK: np.ndarray, micro_batches: int
+) -> Plan:
+  """Expands placed groups to sequences in the order of `Placements`.
+
+  Args:
+    records: the groups' records, micro-batch by micro-batch.
+    rows: K rows per group.
+    counts: groups per micro-batch.
+    lengths_NK: of the groups.
+    micro_batches: micro-batches of a step.
+  """
+  group_size = lengths_NK.shape[1]
+  rows_P = np.array(rows, np.int32)
+  micro_P = np.repeat(np.arange(len(counts)), np.array(counts, np.int64) * group_size)
+  firsts = np.cumsum([0, *counts])
+  groups_P = np.repeat(np.arange(len(records)), group_size) - firsts[micro_P]
   slots_P = np.tile(np.arange(group_size), len(records))
   by_row = np.lexsort((rows_P, micro_P))
-  return Packing(
+  rows_P, micro_P, lengths_P = rows_P[by_row], micro_P[by_row], lengths_NK.reshape(-1)[by_row].astype(np.int64)
+  opens_P = np.ones(len(rows_P), bool)
+  opens_P[1:] = (np.diff(rows_P) != 0) | (np.diff(micro_P) != 0)
+  opener_P = np.flatnonzero(opens_P)[np.cumsum(opens_P) - 1]
+  before_P = np.cumsum(lengths_P) - lengths_P
+  placements = Placements(
       np.repeat(records, group_size).astype(np.int64)[by_row],
       slots_P.astype(np.int32)[by_row],
+      (micro_P % micro_batches).astype(np.int32),
       groups_P.astype(np.int32)[by_row],
-      rows_P[by_row],
-      starts,
+      rows_P,
+      (np.arange(len(rows_P)) - opener_P).astype(np.int32),
+      (before_P - before_P[opener_P]).astype(np.int32),
   )
+  return Plan(placements, firsts[::micro_batches] * group_size)

@@ -1,0 +1,115 @@
+"""From placed groups to the arrays of a batch."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxalign import types
+from jaxalign.data import dataset as dataset_lib
+from jaxalign.data import examples
+from jaxalign.data import packing
+
+# (record, slot) -> float32, one number per target that counts
+ExtraFn = Callable[[int, int], np.ndarray]
+
+
+class Shape(NamedTuple):
+  """Sizes of a step's batch: `[micro_batches, rows, row_length]`, with S = `max_responses`."""
+
+  micro_batches: int
+  rows: int
+  row_length: int
+  max_responses: int
+
+
+def empty(dataset: dataset_lib.Joined, shape: Shape, num_rows: int, with_ref: bool) -> types.Batch:
+  """A batch of `num_rows` of the rows, without any sequence: it weighs nothing."""
+  tokens = shape.micro_batches, num_rows, shape.row_length
+  responses = shape.micro_batches, num_rows, shape.max_responses
+  return types.Batch(
+      inputs_BT=np.zeros(tokens, np.int32),
+      targets_BT=np.zeros(tokens, np.int32),
+      mask_BT=np.zeros(tokens, np.float32),
+      positions_BT=np.zeros(tokens, np.int32),
+      segments_BT=np.zeros(tokens, np.int32),
+      responses_BT=np.full(tokens, -1, np.int32),
+      group_BS=np.full(responses, -1, np.int32),
+      slot_BS=np.full(responses, -1, np.int32),
+      labels_BS={name: np.zeros(responses, np.float32) for name in dataset.label_names},
+      ref_logps_BT=np.zeros(tokens, np.float32) if with_ref else None,
+      num_groups=max(1, shape.rows * shape.max_responses // dataset.group_size),
+      group_size=dataset.group_size,
+  )
+
+
+def assemble(
+    dataset: dataset_lib.Joined,
+    placements: packing.Placements,
+    *,
+    shape: Shape,
+    rows: np.ndarray,
+    extra: ExtraFn | None = None,
+) -> types.Batch:
+  """Fills rows of a step.
+
+  Args:
+    dataset: where the groups are.
+    placements: of the step.
+    shape: of the whole step.
+    rows: which of its rows are wanted, increasing; only their groups are read.
+    extra: gives `ref_logps_BT`.
+
+  Returns:
+    NumPy arrays `[A, len(rows), ...]`.
+
+  Raises:
+    RunError: a group cannot be read, or `extra` fails for it; the message names its record.
+  """
+  batch = empty(dataset, shape, len(rows), extra is not None)
+  index_of = np.full(shape.rows, -1)
+  index_of[rows] = np.arange(len(rows))
+  group: tuple[int, examples.Group] | None = None
+  for p in np.flatnonzero(index_of[placements.rows_P] >= 0):
+    record, slot = int(placements.records_P[p]), int(placements.slots_P[p])
+    if group is None or group[0] != record:
+      group = record, dataset[record]
+    sequence, labels = group[1].sequences[slot], group[1].labels
+    row = int(placements.micro_P[p]), int(index_of[placements.rows_P[p]])
+    start, rank = int(placements.starts_P[p]), int(placements.ranks_P[p])
+    _put(batch, row, start, rank, sequence)
+    batch.group_BS[(*row, rank)] = placements.groups_P[p]
+    batch.slot_BS[(*row, rank)] = slot
+    for name in dataset.label_names:
+      batch.labels_BS[name][(*row, rank)] = labels[name]
+    if extra is not None:
+      targets = start + np.flatnonzero(sequence.mask[1:])
+      batch.ref_logps_BT[(*row, targets)] = _extra_of(extra, dataset, record, slot, len(targets))
+  return batch
+
+
+def _put(batch: types.Batch, row: tuple[int, int], start: int, rank: int, sequence: examples.Sequence) -> None:
+  """Writes a sequence, shifted, into the token slots of a row from `start` on."""
+  mask, length = sequence.mask[1:], len(sequence.ids) - 1
+  slots = (*row, slice(start, start + length))
+  batch.inputs_BT[slots] = sequence.ids[:-1]
+  batch.targets_BT[slots] = sequence.ids[1:]
+  batch.mask_BT[slots] = mask
+  batch.positions_BT[slots] = np.arange(length)
+  batch.segments_BT[slots] = rank + 1
+  batch.responses_BT[slots] = np.where(mask, rank, -1)
+
+
+def _extra_of(extra: ExtraFn, dataset: dataset_lib.Joined, record: int, slot: int, count: int) -> np.ndarray:
+  try:
+    values = np.asarray(extra(record, slot), np.float32)
+  except (LookupError, ValueError, OSError) as err:
+    raise types.RunError(
+        f'{dataset.where(record)}: no reference log-probabilities of response {slot} ({err!r})'
+    ) from err
+  if values.shape != (count,):
+    raise types.RunError(
+        f'{dataset.where(record)}: response {slot} has {count} targets, but its reference log-probabilities have shape'
+        f' {values.shape}; delete the reference cache'
+    )
+  return values
