@@ -13,6 +13,7 @@ import itertools
 import math
 import sys
 import threading
+from typing import Any
 from typing import NamedTuple
 
 from absl import logging
@@ -135,13 +136,14 @@ class Loader:
 
   def records_of(self, steps: int) -> np.ndarray:
     """The records that the first `steps` steps of a run read, increasing."""
-    found: list[np.ndarray] = []
-    for epoch in itertools.count():
+    found = np.zeros(len(self.dataset), bool)
+    epoch = 0
+    while steps > 0 and not found.all():
       plan = self.plan(epoch)
-      found.append(np.unique(plan.placements.records_P[: plan.bounds[min(steps, plan.num_steps)]]))
+      found[plan.placements.records_P[: plan.bounds[min(steps, plan.num_steps)]]] = True
       steps -= plan.num_steps
-      if steps <= 0 or len(np.unique(np.concatenate(found))) == len(self.dataset):
-        return np.unique(np.concatenate(found))
+      epoch += 1
+    return np.flatnonzero(found)
 
   def batches(self, epoch: int = 0, step: int = 0) -> Iterator[tuple[int, int, types.Batch]]:
     """Batches from step `step` of epoch `epoch` on, without end.
@@ -213,11 +215,10 @@ class Loader:
 
   def _local_rows(self) -> np.ndarray:
     """The rows that this host's devices hold."""
-    batch = rows_lib.empty(self.dataset, self.shape, num_rows=0, with_ref=False)
-    place = sharding.batch_shardings(self._mesh, batch, stacked=True).inputs_BT
+    place = sharding.named(self._mesh, 'micro', 'batch', 'length')
     shape = self.packing.micro_batches, self.packing.rows, self.packing.row_length
     held = np.zeros(self.packing.rows, bool)
-    for index in place.addressable_devices_indices_map(shape).values():
+    for index in filter(None, place.addressable_devices_indices_map(shape).values()):
       held[index[1]] = True
     return np.flatnonzero(held)
 
@@ -239,7 +240,7 @@ class Loader:
     index_of[rows] = np.arange(len(rows))
 
     def place(array: np.ndarray, sharded: jax.sharding.Sharding) -> jax.Array:
-      def part(index: tuple[slice, ...]) -> np.ndarray:
+      def part(index: Any) -> np.ndarray:
         return array[index[0], index_of[index[1]], *index[2:]]
 
       shape = (array.shape[0], self.packing.rows, *array.shape[2:])

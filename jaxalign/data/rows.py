@@ -82,7 +82,7 @@ def assemble(
     batch.slot_BS[(*row, rank)] = slot
     for name in dataset.label_names:
       batch.labels_BS[name][(*row, rank)] = labels[name]
-    if extra is not None:
+    if extra is not None and batch.ref_logps_BT is not None:
       targets = start + np.flatnonzero(sequence.mask[1:])
       batch.ref_logps_BT[(*row, targets)] = _extra_of(extra, dataset, record, slot, len(targets))
   return batch

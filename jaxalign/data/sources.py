@@ -150,6 +150,8 @@ def _map_file(spec: str, path: str):
 
 def _gunzip(name: str, data) -> bytes:
   try:
+    if not data:
+      raise EOFError('it is empty')
     return gzip.decompress(data)
   except (EOFError, gzip.BadGzipFile, zlib.error) as err:
     raise types.RunError(f'{name}: not a whole gzip file ({err})') from err
