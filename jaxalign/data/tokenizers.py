@@ -1,0 +1,387 @@
+"""Tokenizers: SentencePiece models and Hugging Face `tokenizer.json` files behind one interface.
+
+A tokenizer here turns text into ids and back and knows which ids are special. It never adds BOS or EOS by itself: they
+have one owner, `examples`. Whether text *is* a special token is decided here and not by the libraries: the name of a
+special token becomes its id only in `encode(..., special=True)`, and not where `literal` said that it is plain text.
+"""
+
+import abc
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+import tokenizers as hf_tokenizers
+
+from jaxalign import types
+
+# A noncharacter, "for internal use" in Unicode's words; it stands inside the name of a special token that is plain text.
+_BREAK = '\ufdd0'
+_MODEL, _JSON = 'tokenizer.model', 'tokenizer.json'
+_CONFIG, _SPECIAL_MAP, _TEMPLATE = 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja'
+_MODEL_CONFIG = 'config.json'
+
+
+class Tokenizer(abc.ABC):
+  """Text to ids and back.
+
+  Attributes:
+    vocab_size: one more than the largest id.
+    bos_id: the id that a text starts with, None where this tokenizer's model was trained without one.
+    eos_id: the id that ends a response.
+    pad_id: any valid id; it may equal `eos_id`, because masks never come from ids.
+    bos_token: name of the BOS token for chat templates, '' without one; it may have a name where `bos_id` is None.
+    eos_token: name of the EOS token.
+    special_tokens: ids of special tokens by name.
+    chat_template: Jinja source, None without one.
+    fingerprint: a hash of the files, chat template included.
+  """
+
+  def __init__(self, files: Mapping[str, bytes], settings: Mapping[str, Any], where: str):
+    """Resolves the special tokens; the subclass has loaded its library's tokenizer already."""
+    self._files = dict(files)
+    self.special_tokens = self._library_specials()
+    self.eos_token, self.eos_id = self._named('eos_token', settings, where)
+    self.bos_token, self.bos_id = self._bos(settings, where)
+    self.pad_id = self._named('pad_token', settings, where)[1] if settings.get('pad_token') else self.eos_id
+    self.chat_template: str | None = settings.get('chat_template')
+    self._ids_of_specials = frozenset(self.special_tokens.values())
+    self._names_pattern = _any_of(self.special_tokens, re.escape)
+    self._special_pattern = _any_of(self.special_tokens, self._pattern_of)
+    digest = hashlib.blake2b(digest_size=12)
+    for name, content in sorted(self._files.items()):
+      digest.update(f'{name} {len(content)} '.encode() + content)
+    self.fingerprint = digest.hexdigest()
+
+  @property
+  @abc.abstractmethod
+  def vocab_size(self) -> int:
+    """One more than the largest id."""
+
+  def encode(self, text: str, *, continuation: bool = False, special: bool = False) -> list[int]:
+    """The ids of a text, without BOS and EOS.
+
+    Args:
+      text: any text without lone surrogates.
+      continuation: the text goes on from an earlier one, so that no space is put in front of it and none is taken away.
+      special: names of special tokens become their ids; for rendered chat templates only. Otherwise they are plain text.
+    """
+    ids: list[int] = []
+    for part in self._parts(text if special else self.literal(text)):
+      if isinstance(part, int):
+        ids.append(part)
+        continuation = not self._prefix_after_special
+        continue
+      for plain in filter(None, part.split(_BREAK)):
+        ids += self._to_ids(plain, continuation)
+        continuation = True
+    return ids
+
+  def decode(self, ids: Iterable[int], *, continuation: bool = False, skip_special: bool = True) -> str:
+    """The text of ids, the inverse of `encode`.
+
+    Args:
+      ids: tokens of a whole text, or of a response.
+      continuation: the ids go on from earlier ones (a response), so that a space in front belongs to the text.
+      skip_special: leave special tokens out, otherwise they are shown by name.
+    """
+    ids = [int(i) for i in ids]
+    if skip_special:
+      return self._to_text([i for i in ids if i not in self._ids_of_specials], continuation)
+    text, names = '', {i: name for name, i in self.special_tokens.items()}
+    for is_special, run in itertools.groupby(ids, lambda i: i in names):
+      text += ''.join(names[i] for i in run) if is_special else self._to_text(list(run), continuation or bool(text))
+    return text
+
+  def literal(self, text: str) -> str:
+    """The text with names of special tokens marked as plain text, which `encode(..., special=True)` respects."""
+    if not self.special_tokens:
+      return text
+    return self._names_pattern.sub(lambda match: match[0][:1] + _BREAK + match[0][1:], text)
+
+  def save(self, directory: str | os.PathLike) -> None:
+    """Writes the files, so that `load(directory)` gives this tokenizer back.
+
+    Raises:
+      RunError: a file cannot be written.
+    """
+    try:
+      os.makedirs(directory, exist_ok=True)
+      for name, content in self._files.items():
+        pathlib.Path(directory, name).write_bytes(content)
+    except OSError as err:
+      raise types.RunError(f'{directory}: cannot save the tokenizer ({err.strerror})') from err
+
+  # What differs between the libraries.
+  _prefix_after_special = True
+
+  @abc.abstractmethod
+  def _library_specials(self) -> dict[str, int]:
+    ...
+
+  @abc.abstractmethod
+  def _id_of(self, token: str) -> int | None:
+    ...
+
+  @abc.abstractmethod
+  def _default_bos(self) -> int | None:
+    """The id that the library itself would put first."""
+
+  @abc.abstractmethod
+  def _default_eos(self) -> int | None:
+    ...
+
+  @abc.abstractmethod
+  def _to_ids(self, text: str, continuation: bool) -> list[int]:
+    ...
+
+  @abc.abstractmethod
+  def _to_text(self, ids: list[int], continuation: bool) -> str:
+    ...
+
+  def _pattern_of(self, name: str) -> str:
+    return re.escape(name)
+
+  def _parts(self, text: str) -> Iterable[str | int]:
+    """Splits a text at its special tokens, which come as ids."""
+    end = 0
+    for match in self._special_pattern.finditer(text) if self.special_tokens else ():
+      yield text[end : match.start()]
+      yield self.special_tokens[match[0] if match[0] in self.special_tokens else match[0].strip()]
+      end = match.end()
+    yield text[end:]
+
+  def _named(self, key: str, settings: Mapping[str, Any], where: str) -> tuple[str, int]:
+    """Name and id of the token that `key` stands for; it counts as special from now on."""
+    name = settings.get(key)
+    if name is None and key == 'eos_token':
+      name = self._name_of(settings.get('eos_token_id', self._default_eos()))
+    if name is None:
+      raise types.RunError(f'{where}: no {key}; name one in {_CONFIG} beside it')
+    token_id = self._id_of(name)
+    if token_id is None:
+      raise types.RunError(f'{where}: {key} {name!r} of {_CONFIG} is not in the vocabulary')
+    self.special_tokens[name] = token_id
+    return name, token_id
+
+  def _bos(self, settings: Mapping[str, Any], where: str) -> tuple[str, int | None]:
+    default = self._default_bos()
+    if settings.get('bos_token') is None and default is None:
+      return '', None
+    settings = {'bos_token': self._name_of(default), **settings}
+    name, token_id = self._named('bos_token', settings, where)
+    add = settings.get('add_bos_token', default is not None)
+    return name, token_id if add else None
+
+  def _name_of(self, token_id: int | None) -> str | None:
+    return None if token_id is None else self._token_of(token_id)
+
+  @abc.abstractmethod
+  def _token_of(self, token_id: int) -> str | None:
+    ...
+
+
+class _SentencePiece(Tokenizer):
+  """A SentencePiece model; its control pieces are special."""
+
+  def __init__(self, files: Mapping[str, bytes], settings: Mapping[str, Any], where: str):
+    try:
+      self._first = sentencepiece.SentencePieceProcessor(model_proto=files[_MODEL])
+    except RuntimeError as err:
+      raise types.RunError(f'{where}: not a SentencePiece model') from err
+    proto = sentencepiece_model_pb2.ModelProto.FromString(self._first.serialized_model_proto())
+    proto.normalizer_spec.add_dummy_prefix = False
+    # Otherwise the space in front of a continuation would be lost, and its first word glued to the one before.
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    self._next = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    # What transformers calls legacy, and its default: text after a special token starts afresh.
+    self._prefix_after_special = settings.get('legacy') is not False
+    super().__init__(files, settings, where)
+
+  @property
+  def vocab_size(self) -> int:
+    return self._first.vocab_size()
+
+  def _library_specials(self) -> dict[str, int]:
+    ids = range(self._first.vocab_size())
+    return {self._first.id_to_piece(i): i for i in ids if self._first.is_control(i)}
+
+  def _id_of(self, token: str) -> int | None:
+    token_id = self._first.piece_to_id(token)
+    return token_id if self._first.id_to_piece(token_id) == token else None
+
+  def _token_of(self, token_id: int) -> str | None:
+    return self._first.id_to_piece(token_id) if 0 <= token_id < self.vocab_size else None
+
+  def _default_bos(self) -> int | None:
+    return self._first.bos_id() if self._first.bos_id() >= 0 else None
+
+  def _default_eos(self) -> int | None:
+    return self._first.eos_id() if self._first.eos_id() >= 0 else None
+
+  def _to_ids(self, text: str, continuation: bool) -> list[int]:
+    return (self._next if continuation else self._first).encode(text)
+
+  def _to_text(self, ids: list[int], continuation: bool) -> str:
+    return (self._next if continuation else self._first).decode(ids)
+
+
+class _Json(Tokenizer):
+  """A `tokenizer.json` of Hugging Face; its added tokens that are marked special are special."""
+
+  def __init__(self, files: Mapping[str, bytes], settings: Mapping[str, Any], where: str):
+    spec = _json(files[_JSON], where)
+    self._added = {token['content']: token for token in spec.get('added_tokens') or ()}
+    pre_tokenizer = json.dumps(spec.get('pre_tokenizer'))
+    self._prefix_after_special = '"prepend_scheme": "first"' not in pre_tokenizer
+    self._first = _json_tokenizer(spec, where)
+    parts = {name: _without_prefix(spec.get(name)) for name in ('normalizer', 'pre_tokenizer', 'decoder')}
+    self._next = _json_tokenizer({**spec, **parts, 'post_processor': None}, where)
+    super().__init__(files, settings, where)
+
+  @property
+  def vocab_size(self) -> int:
+    return max(self._first.get_vocab(with_added_tokens=True).values()) + 1
+
+  def _library_specials(self) -> dict[str, int]:
+    return {name: token['id'] for name, token in self._added.items() if token.get('special')}
+
+  def _pattern_of(self, name: str) -> str:
+    token = self._added.get(name, {})
+    left, right = (r'\s*' if token.get(side) else '' for side in ('lstrip', 'rstrip'))
+    return left + re.escape(name) + right
+
+  def _id_of(self, token: str) -> int | None:
+    return self._first.token_to_id(token)
+
+  def _token_of(self, token_id: int) -> str | None:
+    return self._first.id_to_token(token_id)
+
+  def _default_bos(self) -> int | None:
+    plain, framed = (self._first.encode('a', add_special_tokens=add).ids for add in (False, True))
+    return framed[0] if framed[:1] != plain[:1] else None
+
+  def _default_eos(self) -> int | None:
+    return None
+
+  def _to_ids(self, text: str, continuation: bool) -> list[int]:
+    return (self._next if continuation else self._first).encode(text, add_special_tokens=False).ids
+
+  def _to_text(self, ids: list[int], continuation: bool) -> str:
+    return (self._next if continuation else self._first).decode(ids, skip_special_tokens=False)
+
+
+def _any_of(names: Iterable[str], pattern_of: Callable[[str], str]) -> re.Pattern[str]:
+  """Matches the longest of the names; a tokenizer may have hundreds, so their first characters are looked for first."""
+  patterns = [pattern_of(name) for name in sorted(names, key=len, reverse=True)]
+  firsts = {re.escape(name[0]) for name in names} | {r'\s' for pattern in patterns if pattern.startswith(r'\s')}
+  return re.compile(f'(?=[{"".join(sorted(firsts))}])(?:{"|".join(patterns)})')
+
+
+def load(path: str | os.PathLike) -> Tokenizer:
+  """Loads a tokenizer.
+
+  Args:
+    path: a SentencePiece model, a `tokenizer.json`, or a directory with `tokenizer.json`, `tokenizer.model` or one
+      `*.model`, in this order. Special tokens and chat template come from `tokenizer_config.json`,
+      `special_tokens_map.json` and `chat_template.jinja` beside it, or from the model's `config.json` (EOS only).
+
+  Raises:
+    RunError: a file is missing or corrupt, or names no EOS token.
+  """
+  path = pathlib.Path(path)
+  file = _find(path) if path.is_dir() else path
+  name = _JSON if file.suffix == '.json' else _MODEL
+  files = {name: _read(file)}
+  for beside in (_CONFIG, _SPECIAL_MAP, _TEMPLATE):
+    if (file.parent / beside).is_file():
+      files[beside] = _read(file.parent / beside)
+  settings = _settings(files, file.parent)
+  if name == _JSON and 'eos_token' not in settings and (file.parent / _MODEL_CONFIG).is_file():
+    files[_MODEL_CONFIG] = _read(file.parent / _MODEL_CONFIG)
+    eos_ids = _json(files[_MODEL_CONFIG], str(file.parent / _MODEL_CONFIG)).get('eos_token_id')
+    settings['eos_token_id'] = eos_ids[0] if isinstance(eos_ids, list) and eos_ids else eos_ids
+  return (_Json if name == _JSON else _SentencePiece)(files, settings, str(file))
+
+
+def _find(directory: pathlib.Path) -> pathlib.Path:
+  models = sorted(directory.glob('*.model'))
+  for file in (directory / _JSON, directory / _MODEL, *(models if len(models) == 1 else ())):
+    if file.is_file():
+      return file
+  found = f'several .model files ({", ".join(file.name for file in models)}); name one' if models else 'none of them'
+  raise types.RunError(f'{directory}: a tokenizer is {_JSON}, {_MODEL} or one *.model file; there is {found}')
+
+
+def _settings(files: Mapping[str, bytes], directory: pathlib.Path) -> dict[str, Any]:
+  """Special tokens by role, chat template and options that the files state."""
+  config, special_map = (
+      _json(files[name], str(directory / name)) if name in files else {} for name in (_CONFIG, _SPECIAL_MAP)
+  )
+  settings = {name: config[name] for name in ('add_bos_token', 'legacy') if config.get(name) is not None}
+  for role in ('bos_token', 'eos_token', 'pad_token'):
+    token = config.get(role) or special_map.get(role)
+    if token:
+      settings[role] = token['content'] if isinstance(token, dict) else token
+  template = config.get('chat_template')
+  if isinstance(template, list):
+    template = {one['name']: one['template'] for one in template}.get('default')
+  if _TEMPLATE in files:
+    template = _text(files[_TEMPLATE], str(directory / _TEMPLATE))
+  return settings | ({'chat_template': template} if template else {})
+
+
+def _read(file: pathlib.Path) -> bytes:
+  try:
+    return file.read_bytes()
+  except OSError as err:
+    raise types.RunError(f'{file}: cannot read the tokenizer ({err.strerror})') from err
+
+
+def _text(content: bytes, where: str) -> str:
+  try:
+    return content.decode('utf-8')
+  except UnicodeDecodeError as err:
+    raise types.RunError(f'{where}: not UTF-8 text (byte {err.start})') from err
+
+
+def _json(content: bytes, where: str) -> dict[str, Any]:
+  try:
+    value = json.loads(_text(content, where))
+  except json.JSONDecodeError as err:
+    raise types.RunError(f'{where}: not JSON (line {err.lineno}: {err.msg})') from err
+  if not isinstance(value, dict):
+    raise types.RunError(f'{where}: not a JSON object')
+  return value
+
+
+def _json_tokenizer(spec: dict[str, Any], where: str) -> hf_tokenizers.Tokenizer:
+  try:
+    tokenizer = hf_tokenizers.Tokenizer.from_str(json.dumps(spec))
+  except Exception as err:  # Exception itself is what the library raises.
+    raise types.RunError(f'{where}: not a tokenizer of the tokenizers library ({err})') from err
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  return tokenizer
+
+
+def _without_prefix(node: dict[str, Any] | None) -> dict[str, Any] | None:
+  """A normalizer, pre-tokenizer or decoder that neither puts a space in front of the text nor takes one away."""
+  if node is None or node['type'] == 'Prepend':
+    return None
+  if node['type'] == 'Sequence':
+    key = next(name for name in node if name != 'type')
+    children = [_without_prefix(child) for child in node[key]]
+    return {**node, key: [child for child in children if child is not None]}
+  if node['type'] == 'Metaspace':
+    return {name: value for name, value in node.items() if name != 'add_prefix_space'} | {'prepend_scheme': 'never'}
+  changes = {'ByteLevel': {'add_prefix_space': False}, 'Strip': {'start': 0}}.get(node['type'], {})
+  return {**node, **{name: value for name, value in changes.items() if name in node}}
