@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Runs jaxalign on this machine: bash launch/local.sh --algo=dpo
+# Makes .venv and installs the package where that has not been done, then passes all arguments on.
+# PYTHON names the Python to make .venv with; JAX_PLATFORMS, if set, is left alone.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+
+case $(accelerator) in
+  nvidia) prepare cuda ;;
+  tpu) prepare tpu ;;
+  none)
+    prepare ''
+    export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+    ;;
+esac
+exec "$PY" -m jaxalign.main "$@"

@@ -1,0 +1,30 @@
+"""What every test runs under: eight CPU devices, no implicit rank promotion, no network, no cache of the user's."""
+
+import os
+
+# Before jax is imported. The TPU lines let tests compile for a TPU that is not there.
+os.environ.update(
+    JAX_PLATFORMS='cpu',
+    JAX_NUM_CPU_DEVICES='8',
+    HF_HUB_OFFLINE='1',
+    TPU_SKIP_MDS_QUERY='1',
+    ALLOW_MULTIPLE_LIBTPU_LOAD='1',
+    TPU_ACCELERATOR_TYPE='v5litepod-16',
+    TPU_WORKER_HOSTNAMES='localhost',
+)
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# Compilation makes first examples slow, and a run must not depend on chance.
+hypothesis.settings.register_profile('jaxalign', deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile('jaxalign')
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+  """Tokenised data and reference log-probabilities of a test go to a folder of its own."""
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg_cache'))
