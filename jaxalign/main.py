@@ -12,6 +12,7 @@ Exit codes: 0, 2 for a wrong flag or binding, 1 for a run that failed.
 
 from collections.abc import Sequence
 import json
+import logging as python_logging
 import os
 import pathlib
 import sys
@@ -110,8 +111,7 @@ _RESUMABLE = (
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line and returns the exit code."""
-  logging.use_absl_handler()
-  logging.set_verbosity(logging.INFO)
+  _set_up_logging()
   try:
     _dispatch(_parse_flags(list(sys.argv if argv is None else argv)))
   except (types.UsageError, flags.Error) as err:
@@ -123,7 +123,19 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 0
 
 
+def _set_up_logging() -> None:
+  """The time and one message a line; of Orbax, which tells of every file, only warnings."""
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(['jaxalign'])
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.INFO)
+  handler = logging.get_absl_handler()
+  handler.setFormatter(python_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
+  handler.addFilter(lambda record: record.levelno > python_logging.INFO or '/orbax/' not in record.pathname)
+
+
 def _fail(message: str, code: int) -> int:
+  message = message.split('\n  In call to configurable')[0]  # what gin adds to an exception that passes through it
   sys.stderr.write(f'jaxalign: {" ".join(message.split())}\n')
   return code
 

@@ -165,23 +165,18 @@ def _check_vocabulary(config: transformer.Config, tokenizer: tokenizers.Tokenize
 def open_data(job: Job, recipe: Recipe, tokenizer: tokenizers.Tokenizer, specs: str) -> list[dataset.Dataset]:
   """Tokenises the sources of a mixture, or finds them in the cache."""
   row_length = recipe.packing.row_length
-  example_fn = lambda record: recipe.example_fn(record, tokenizer, row_length=row_length)
   return [
       dataset.build(
           spec,
           tokenizer=tokenizer,
-          example_fn=example_fn,
-          key_parts=f'{example_key(recipe)} {row_length}',
+          example_fn=lambda record: recipe.example_fn(record, tokenizer, row_length=row_length),
+          key_parts=examples.describe(recipe.example_fn, tokenizer, row_length=row_length),
           data_dir=job.data_dir,
-          cache_dir=job.cache_dir,
+          cache_dir=str(job.cache_dir),
           skip_bad_records=job.skip_bad_records,
       )
       for spec, _ in sources.parse_mixture(specs)
   ]
-
-
-def example_key(recipe: Recipe) -> str:
-  return examples.describe(recipe.example_fn)
 
 
 def open_loader(

@@ -7,6 +7,7 @@ import functools
 
 from absl import logging
 import jax
+import jax.numpy as jnp
 
 from jaxalign import metrics
 from jaxalign import objectives
@@ -78,19 +79,20 @@ def open_streams(
   wants_ref = _wants_ref(recipe, (train_sets or held_sets)[0])
   live = wants_ref and recipe.reference == 'live'
   cache = _open_cache(job, recipe, model, ref_params) if wants_ref and not live else None
-  open_one = functools.partial(_open_loader, job, recipe, cache)
-  train = open_one(train_sets, job.data) if steps else None
-  held = open_one(held_sets, job.eval_data) if held_sets else None
-  ref_fn = functools.partial(objectives.ref_logps, model=model)
-  attach = lambda batch: batch
-  if live:
-    attach = _live(job, counter.counted(ref_fn), jax.tree.map(jax.numpy.copy, ref_params))
-  elif cache is not None:
-    compute = jax.jit(counter.counted(ref_fn), out_shardings=sharding.named(job.mesh))
-    if train is not None:
-      reference.fill(cache, ref_params, train, compute, train.records_of(steps), job.data)
-    if held is not None:
-      reference.fill(cache, ref_params, held, compute, range(len(held)), job.eval_data)
+  ref_fn = counter.counted(functools.partial(objectives.ref_logps, model=model))
+  compute = jax.jit(ref_fn, out_shardings=sharding.named(job.mesh))
+
+  def open_one(datasets, specs, records_of):
+    opened = recipe_lib.open_loader(job, recipe, datasets, specs)
+    if cache is None:
+      return opened
+    reference.fill(cache, ref_params, opened, compute, records_of(opened), specs)
+    keys = opened.row_keys
+    return recipe_lib.open_loader(job, recipe, datasets, specs, lambda record, slot: cache[int(keys[record][slot])])
+
+  train = open_one(train_sets, job.data, lambda loader: loader.records_of(steps)) if steps else None
+  held = open_one(held_sets, job.eval_data, lambda loader: range(len(loader.dataset))) if held_sets else None
+  attach = _live(job, ref_fn, ref_params) if live else lambda batch: batch
   return Streams(train, held, attach, wants_ref, _report(train_sets, held_sets))
 
 
@@ -105,16 +107,9 @@ def _open_cache(job, recipe, model, ref_params) -> reference.Cache:
   return reference.Cache(job.cache_dir, name)
 
 
-def _open_loader(job, recipe, cache, datasets, specs) -> loader_lib.Loader:
-  extra = None
-  if cache is not None:
-    # Which record a loader means is its own numbering, which it knows once it is built.
-    extra = lambda record, slot: cache[int(opened.row_keys[record][slot])]
-  opened = recipe_lib.open_loader(job, recipe, datasets, specs, extra)
-  return opened
-
-
 def _live(job, ref_fn, ref_params) -> Callable[[types.Batch], types.Batch]:
+  # Its own copy: the step takes the buffers of the parameters that it starts from.
+  ref_params = jax.tree.map(jnp.copy, ref_params)
   run = jax.jit(ref_fn, out_shardings=sharding.named(job.mesh, 'micro', 'batch', 'length'))
   return lambda batch: batch.replace(ref_logps_BT=run(ref_params, batch))
 
