@@ -39,7 +39,15 @@ TEMPLATES = {'hh': HH_TEMPLATE}
 _OPEN, _CLOSE = '\ufdd1', '\ufdd2'
 _TURN = re.compile(r'\n\n(Human|Assistant):')
 # What the evaluation of a template may raise besides Jinja's own errors: its expressions are Python's.
-_TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 def pick(template: str | None, default: str | None) -> str:
@@ -221,7 +229,9 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
   return environment
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys=False) -> str:
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys=False
+) -> str:
   return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -11,20 +11,17 @@ and is learned, even where it is also the padding, unless the template ended the
 from collections.abc import Callable
 from collections.abc import Mapping
 import dataclasses
+import functools
 import hashlib
 import inspect
-import math
 from typing import Any
 
 import numpy as np
 
 from jaxalign import types
 from jaxalign.data import chat
+from jaxalign.data import records
 from jaxalign.data import tokenizers
-
-Record = Mapping[str, Any]
-
-_COLUMNS = ('messages', 'prompt', 'completion', 'text', 'chosen', 'rejected', 'margin', 'append_eos')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +55,16 @@ class Group:
 
 
 class Dropped(Exception):
-  """A record has nothing to learn from; the message is the reason, the same for all records dropped for it."""
+  """A record has nothing to learn from.
+
+  Attributes:
+    reason: the message, the same for all records dropped for it. (gin adds lines to an exception that passes through
+      it, so str() of one that was caught may say more.)
+  """
+
+  def __init__(self, reason: str):
+    super().__init__(reason)
+    self.reason = reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +87,7 @@ class _Tokens:
 
 
 def supervised(
-    record: Record,
+    record: records.Record,
     tokenizer: tokenizers.Tokenizer,
     *,
     row_length: int,
@@ -109,23 +115,22 @@ def supervised(
     Dropped: there is nothing to learn.
     RunError: a column is missing or of the wrong kind, or the chat template fails.
   """
-  values = _values(record, columns)
+  values = records.known(record, columns)
   if 'messages' in values:
-    turns = _turns(values['messages'], 'messages')
+    turns = records.messages(values, 'messages')
     text = _chat_text(tokenizer, turns, template)
   elif 'prompt' in values and 'completion' in values:
-    text = _prompted_text(tokenizer, values['prompt'], values['completion'], 'completion', template)
+    text = _prompted_text(tokenizer, values, 'completion', template)
   elif 'text' in values:
-    text = _Text('', [(_string(values['text'], 'text'), True)], special=False)
+    text = _Text('', [(records.text(values, 'text'), True)], special=False)
   else:
-    raise _missing(record, columns, [['messages'], ['prompt', 'completion'], ['text']])
-  if not completion_only:
-    text = _Text('', [(text.prompt, True), *((piece, True) for piece, _ in text.body)], text.special)
-  return _group([text], tokenizer, row_length, labels={}, append_eos=_append_eos(values))
+    raise records.missing(record, columns, ('messages',), ('prompt', 'completion'), ('text',))
+  append_eos = records.append_eos(values)
+  return _group([text], tokenizer, row_length, labels={}, append_eos=append_eos, learn_all=not completion_only)
 
 
 def preference(
-    record: Record,
+    record: records.Record,
     tokenizer: tokenizers.Tokenizer,
     *,
     row_length: int,
@@ -150,20 +155,20 @@ def preference(
     Dropped: the responses are equal, or there is nothing to learn.
     RunError: a column is missing or of the wrong kind, or the chat template fails.
   """
-  values = _values(record, columns)
+  values = records.known(record, columns)
   if 'chosen' not in values or 'rejected' not in values:
-    raise _missing(record, columns, [['prompt', 'chosen', 'rejected'], ['chosen', 'rejected']])
+    raise records.missing(record, columns, ('prompt', 'chosen', 'rejected'), ('chosen', 'rejected'))
   if values['chosen'] == values['rejected']:
     raise Dropped('equal responses')
   names = ('chosen', 'rejected')
-  if 'prompt' in values and not any(_is_conversation(values[name]) for name in names):
-    texts = [_prompted_text(tokenizer, values['prompt'], values[name], name, template) for name in names]
+  if 'prompt' in values and not any(_is_conversation(values, name) for name in names):
+    texts = [_prompted_text(tokenizer, values, name, template) for name in names]
   else:
-    chosen, rejected = (_turns(values[name], name) for name in names)
+    chosen, rejected = (records.messages(values, name) for name in names)
     shared = min(_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     texts = [_chat_text(tokenizer, turns, template, first_turn=shared) for turns in (chosen, rejected)]
-  labels = {'margin': _margin(values)}
-  group = _group(texts, tokenizer, row_length, labels=labels, append_eos=_append_eos(values))
+  labels = {'margin': records.margin(values)}
+  group = _group(texts, tokenizer, row_length, labels=labels, append_eos=records.append_eos(values))
   if np.array_equal(group.sequences[0].ids, group.sequences[1].ids):
     raise Dropped('equal responses' + (' after truncation' if group.truncated else ''))
   return group
@@ -181,7 +186,7 @@ def prompt_ids(
   """
   if isinstance(prompt, str):
     return _prompt_tokens(tokenizer, prompt, special=False)
-  turns = _turns(prompt, 'prompt')
+  turns = records.messages({'prompt': prompt}, 'prompt')
   text, _ = _render(tokenizer, turns, template, add_generation_prompt=True, first_turn=len(turns))
   return _prompt_tokens(tokenizer, text, special=True)
 
@@ -192,26 +197,23 @@ def describe(example_fn: Callable[..., Group], tokenizer: tokenizers.Tokenizer, 
   It is taken from the function's source and from what it makes of a few records, errors included: options may be bound
   where nobody can read them, by gin for instance, but they cannot hide from that.
   """
-  digest = hashlib.blake2b(inspect.getsource(inspect.unwrap(_unbound(example_fn))).encode(), digest_size=12)
+  function = example_fn
+  while isinstance(function, functools.partial):
+    function = function.func
+  digest = hashlib.blake2b(inspect.getsource(inspect.unwrap(function)).encode(), digest_size=12)
   for record in _PROBES:
     try:
       group = example_fn(record, tokenizer, row_length=row_length)
       made = repr([(s.ids.tolist(), s.mask.tolist()) for s in group.sequences]) + repr(sorted(group.labels.items()))
-    except (Dropped, types.RunError, LookupError, TypeError, ValueError) as err:
-      made = repr(err)
+    except (Dropped, types.RunError, AttributeError, LookupError, TypeError, ValueError) as err:
+      # The first line: gin adds others, with addresses that differ from process to process.
+      made = f'{type(err).__name__} {str(err).partition(chr(10))[0]}'
     digest.update(made.encode())
   return digest.hexdigest()
 
 
-def _unbound(fn: Callable[..., Any]) -> Callable[..., Any]:
-  """The function under `functools.partial`."""
-  while hasattr(fn, 'func'):
-    fn = fn.func
-  return fn
-
-
 _TALK = [{'role': 'user', 'content': 'a b'}, {'role': 'assistant', 'content': 'c\n\nd'}]
-_PROBES: tuple[Record, ...] = (
+_PROBES: tuple[records.Record, ...] = (
     {},
     {'messages': [*_TALK, *_TALK]},
     {'prompt': 'a b ', 'completion': ' c\n'},
@@ -221,68 +223,14 @@ _PROBES: tuple[Record, ...] = (
 )
 
 
-def _values(record: Record, columns: Mapping[str, str] | None) -> dict[str, Any]:
-  """The record under the names that this module uses, without columns that are empty (None)."""
-  columns = columns or {}
-  unknown = sorted(set(columns) - set(_COLUMNS))
-  if unknown:
-    raise types.UsageError(f'columns: {unknown[0]!r} is not one of {", ".join(_COLUMNS)}')
-  found = {name: record.get(columns.get(name, name)) for name in _COLUMNS}
-  return {name: value for name, value in found.items() if value is not None}
-
-
-def _missing(record: Record, columns: Mapping[str, str] | None, choices: list[list[str]]) -> types.RunError:
-  columns = columns or {}
-  wanted = '; or '.join(', '.join(columns.get(name, name) for name in choice) for choice in choices)
-  present = ', '.join(name for name, value in record.items() if value is not None) or 'none'
-  return types.RunError(f'a column is missing; wanted: {wanted}; present: {present} (`columns` renames)')
-
-
-def _string(value: Any, name: str) -> str:
-  if not isinstance(value, str):
-    raise types.RunError(f'column {name} holds {type(value).__name__} where text is wanted')
-  return value
-
-
-def _turns(value: Any, name: str, role: str | None = None) -> list[chat.Message]:
-  """Messages of a column: a list, or a string that is what `role` says, or without `role` a dialogue."""
-  if isinstance(value, str) and role:
-    return [{'role': role, 'content': value}]
-  if isinstance(value, str):
-    try:
-      return list(chat.parse_transcript(value))
-    except types.RunError as err:
-      raise types.RunError(f'column {name}: {err}; a plain response needs a column prompt') from err
-  if not isinstance(value, list | tuple) or not value:
-    raise types.RunError(f'column {name} holds {type(value).__name__} where text or a list of messages is wanted')
-  for i, message in enumerate(value):
-    if not isinstance(message, Mapping) or not isinstance(message.get('role'), str) or 'content' not in message:
-      raise types.RunError(f'column {name}: message {i} has no role and content')
-  return list(value)
-
-
 def _shared(a: list[Any], b: list[Any]) -> int:
   """How many leading items two lists share."""
   return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def _is_conversation(value: Any) -> bool:
+def _is_conversation(values: Mapping[str, Any], name: str) -> bool:
   """Whether a response is in truth a whole conversation, prompt included, as some data sets have it."""
-  return not isinstance(value, str) and _turns(value, 'chosen')[0]['role'] != 'assistant'
-
-
-def _append_eos(values: Mapping[str, Any]) -> bool:
-  value = values.get('append_eos', True)
-  if not isinstance(value, bool | np.bool_):
-    raise types.RunError(f'column append_eos holds {value!r} where true or false is wanted')
-  return bool(value)
-
-
-def _margin(values: Mapping[str, Any]) -> float:
-  value = values.get('margin', 0.0)
-  if not isinstance(value, int | float | np.number) or not math.isfinite(value):
-    raise types.RunError(f'column margin holds {value!r} where a finite number is wanted')
-  return float(value)
+  return not isinstance(values[name], str) and records.messages(values, name)[0]['role'] != 'assistant'
 
 
 def _render(tokenizer, turns: list[chat.Message], template: str | None, **options) -> tuple[str, list[chat.Span]]:
@@ -316,17 +264,22 @@ def _chat_text(tokenizer, turns: list[chat.Message], template: str | None, first
   return _Text(text[: spans[0][0]], body[1:], special=True)
 
 
-def _prompted_text(tokenizer, prompt: Any, response: Any, name: str, template: str | None) -> _Text:
-  if isinstance(prompt, str) and isinstance(response, str):
-    return _Text(prompt, [(response, True)], special=False)
-  before, after = _turns(prompt, 'prompt', role='user'), _turns(response, name, role='assistant')
+def _prompted_text(tokenizer, values: Mapping[str, Any], name: str, template: str | None) -> _Text:
+  """The column `prompt` with the response in the column `name`."""
+  if isinstance(values['prompt'], str) and isinstance(values[name], str):
+    return _Text(values['prompt'], [(values[name], True)], special=False)
+  before, after = records.messages(values, 'prompt', 'user'), records.messages(values, name, 'assistant')
   return _chat_text(tokenizer, before + after, template, first_turn=len(before))
 
 
-def _group(texts, tokenizer, row_length: int, *, labels: Mapping[str, float], append_eos: bool) -> Group:
+def _group(
+    texts: list[_Text], tokenizer, row_length: int, *, labels, append_eos: bool, learn_all: bool = False
+) -> Group:
   prompts = {text.prompt: _prompt_tokens(tokenizer, text.prompt, text.special) for text in texts}
   tokens = [_tokens(tokenizer, text, prompts[text.prompt], append_eos) for text in texts]
   keep = int(all(one.prompt[:1] == [tokenizer.bos_id] for one in tokens))
+  if learn_all:
+    tokens = [_learn_prompt(one, keep) for one in tokens]
   fitted = _fit(tokens, row_length + 1, keep)
   sequences = tuple(_sequence(one) for one in fitted)
   if not all(sequence.mask.any() for sequence in sequences):
@@ -363,6 +316,12 @@ def _tokens(tokenizer, text: _Text, prompt: list[int], append_eos: bool) -> _Tok
   if len(text.body) == 1:
     tokens.first = len(tokens.body)
   return tokens
+
+
+def _learn_prompt(tokens: _Tokens, keep: int) -> _Tokens:
+  """The same with all but the first `keep` tokens (BOS) as body."""
+  body = tokens.prompt[keep:] + tokens.body
+  return _Tokens(tokens.prompt[:keep], body, [True] * len(body), len(body))
 
 
 def _fit(tokens: list[_Tokens], size: int, keep: int) -> list[_Tokens]:

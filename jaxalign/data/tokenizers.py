@@ -23,7 +23,7 @@ import tokenizers as hf_tokenizers
 
 from jaxalign import types
 
-# A noncharacter, "for internal use" in Unicode's words; it stands inside the name of a special token that is plain text.
+# A noncharacter, for internal use as Unicode says; it stands inside the name of a special token that is plain text.
 _BREAK = '\ufdd0'
 _MODEL, _JSON = 'tokenizer.model', 'tokenizer.json'
 _CONFIG, _SPECIAL_MAP, _TEMPLATE = 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja'
@@ -45,15 +45,49 @@ class Tokenizer(abc.ABC):
     fingerprint: a hash of the files, chat template included.
   """
 
-  def __init__(self, files: Mapping[str, bytes], settings: Mapping[str, Any], where: str):
-    """Resolves the special tokens; the subclass has loaded its library's tokenizer already."""
+  # Whether the library starts afresh, with a space in front, after a special token inside a text.
+  _prefix_after_special = True
+
+  def __init__(
+      self,
+      files: Mapping[str, bytes],
+      settings: Mapping[str, Any],
+      where: str,
+      *,
+      vocabulary: Mapping[str, int],
+      specials: Mapping[str, int],
+      bos_id: int | None,
+      eos_id: int | None,
+  ):
+    """Resolves the special tokens: by `settings`, where they say something, otherwise as the library has them.
+
+    Args:
+      files: what was loaded, by the name to save it under.
+      settings: see `_settings`.
+      where: the file, for errors.
+      vocabulary: all ids by token.
+      specials: the special ones of them.
+      bos_id: what the library puts in front of a text, None where it does not.
+      eos_id: EOS where no setting names it.
+    """
     self._files = dict(files)
-    self.special_tokens = self._library_specials()
-    self.eos_token, self.eos_id = self._named('eos_token', settings, where)
-    self.bos_token, self.bos_id = self._bos(settings, where)
-    self.pad_id = self._named('pad_token', settings, where)[1] if settings.get('pad_token') else self.eos_id
+    self.vocab_size = max(vocabulary.values(), default=-1) + 1
+    names = {token_id: name for name, token_id in vocabulary.items()}
+    roles = {'bos_token': names.get(bos_id), 'eos_token': names.get(settings.get('eos_token_id', eos_id))} | settings
+    tokens = {role: roles[role] for role in ('bos_token', 'eos_token') if roles.get(role) is not None}
+    if 'eos_token' not in tokens:
+      raise types.RunError(f'{where}: it has no end-of-sequence token; name one as eos_token in {_CONFIG} beside it')
+    absent = [f'{role} {name!r}' for role, name in tokens.items() if name not in vocabulary]
+    if absent:
+      raise types.RunError(f'{where}: {absent[0]} of {_CONFIG} is not in its vocabulary')
+    self.special_tokens = {**specials, **{name: vocabulary[name] for name in tokens.values()}}
+    self.bos_token, self.eos_token = tokens.get('bos_token', ''), tokens['eos_token']
+    adds_bos = self.bos_token and settings.get('add_bos_token', bos_id is not None)
+    self.bos_id = vocabulary[self.bos_token] if adds_bos else None
+    self.eos_id = vocabulary[self.eos_token]
+    self.pad_id = vocabulary.get(settings.get('pad_token'), self.eos_id)
     self.chat_template: str | None = settings.get('chat_template')
-    self._ids_of_specials = frozenset(self.special_tokens.values())
+    self._names_of_specials = {token_id: name for name, token_id in self.special_tokens.items()}
     self._names_pattern = _any_of(self.special_tokens, re.escape)
     self._special_pattern = _any_of(self.special_tokens, self._pattern_of)
     digest = hashlib.blake2b(digest_size=12)
@@ -61,18 +95,13 @@ class Tokenizer(abc.ABC):
       digest.update(f'{name} {len(content)} '.encode() + content)
     self.fingerprint = digest.hexdigest()
 
-  @property
-  @abc.abstractmethod
-  def vocab_size(self) -> int:
-    """One more than the largest id."""
-
   def encode(self, text: str, *, continuation: bool = False, special: bool = False) -> list[int]:
     """The ids of a text, without BOS and EOS.
 
     Args:
       text: any text without lone surrogates.
-      continuation: the text goes on from an earlier one, so that no space is put in front of it and none is taken away.
-      special: names of special tokens become their ids; for rendered chat templates only. Otherwise they are plain text.
+      continuation: the text goes on from an earlier one: no space is put in front of it, and none is taken away.
+      special: names of special tokens become their ids, for rendered chat templates; otherwise they are plain text.
     """
     ids: list[int] = []
     for part in self._parts(text if special else self.literal(text)):
@@ -93,18 +122,18 @@ class Tokenizer(abc.ABC):
       continuation: the ids go on from earlier ones (a response), so that a space in front belongs to the text.
       skip_special: leave special tokens out, otherwise they are shown by name.
     """
+    names = self._names_of_specials
     ids = [int(i) for i in ids]
     if skip_special:
-      return self._to_text([i for i in ids if i not in self._ids_of_specials], continuation)
-    text, names = '', {i: name for name, i in self.special_tokens.items()}
-    for is_special, run in itertools.groupby(ids, lambda i: i in names):
-      text += ''.join(names[i] for i in run) if is_special else self._to_text(list(run), continuation or bool(text))
+      return self._to_text([i for i in ids if i not in names], continuation)
+    text = ''
+    for name, run in itertools.groupby(ids, names.get):
+      plain = list(run)
+      text += name * len(plain) if name else self._to_text(plain, continuation or bool(text))
     return text
 
   def literal(self, text: str) -> str:
     """The text with names of special tokens marked as plain text, which `encode(..., special=True)` respects."""
-    if not self.special_tokens:
-      return text
     return self._names_pattern.sub(lambda match: match[0][:1] + _BREAK + match[0][1:], text)
 
   def save(self, directory: str | os.PathLike) -> None:
@@ -120,73 +149,26 @@ class Tokenizer(abc.ABC):
     except OSError as err:
       raise types.RunError(f'{directory}: cannot save the tokenizer ({err.strerror})') from err
 
-  # What differs between the libraries.
-  _prefix_after_special = True
-
-  @abc.abstractmethod
-  def _library_specials(self) -> dict[str, int]:
-    ...
-
-  @abc.abstractmethod
-  def _id_of(self, token: str) -> int | None:
-    ...
-
-  @abc.abstractmethod
-  def _default_bos(self) -> int | None:
-    """The id that the library itself would put first."""
-
-  @abc.abstractmethod
-  def _default_eos(self) -> int | None:
-    ...
-
   @abc.abstractmethod
   def _to_ids(self, text: str, continuation: bool) -> list[int]:
-    ...
+    """Encodes a text without special tokens."""
 
   @abc.abstractmethod
   def _to_text(self, ids: list[int], continuation: bool) -> str:
-    ...
+    """Decodes ids that are not special."""
 
   def _pattern_of(self, name: str) -> str:
+    """A regular expression for what counts as the special token `name`."""
     return re.escape(name)
 
   def _parts(self, text: str) -> Iterable[str | int]:
     """Splits a text at its special tokens, which come as ids."""
     end = 0
-    for match in self._special_pattern.finditer(text) if self.special_tokens else ():
+    for match in self._special_pattern.finditer(text):
       yield text[end : match.start()]
       yield self.special_tokens[match[0] if match[0] in self.special_tokens else match[0].strip()]
       end = match.end()
     yield text[end:]
-
-  def _named(self, key: str, settings: Mapping[str, Any], where: str) -> tuple[str, int]:
-    """Name and id of the token that `key` stands for; it counts as special from now on."""
-    name = settings.get(key)
-    if name is None and key == 'eos_token':
-      name = self._name_of(settings.get('eos_token_id', self._default_eos()))
-    if name is None:
-      raise types.RunError(f'{where}: no {key}; name one in {_CONFIG} beside it')
-    token_id = self._id_of(name)
-    if token_id is None:
-      raise types.RunError(f'{where}: {key} {name!r} of {_CONFIG} is not in the vocabulary')
-    self.special_tokens[name] = token_id
-    return name, token_id
-
-  def _bos(self, settings: Mapping[str, Any], where: str) -> tuple[str, int | None]:
-    default = self._default_bos()
-    if settings.get('bos_token') is None and default is None:
-      return '', None
-    settings = {'bos_token': self._name_of(default), **settings}
-    name, token_id = self._named('bos_token', settings, where)
-    add = settings.get('add_bos_token', default is not None)
-    return name, token_id if add else None
-
-  def _name_of(self, token_id: int | None) -> str | None:
-    return None if token_id is None else self._token_of(token_id)
-
-  @abc.abstractmethod
-  def _token_of(self, token_id: int) -> str | None:
-    ...
 
 
 class _SentencePiece(Tokenizer):
@@ -203,29 +185,16 @@ class _SentencePiece(Tokenizer):
     proto.normalizer_spec.remove_extra_whitespaces = False
     self._next = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     # What transformers calls legacy, and its default: text after a special token starts afresh.
-    self._prefix_after_special = settings.get('legacy') is not False
-    super().__init__(files, settings, where)
-
-  @property
-  def vocab_size(self) -> int:
-    return self._first.vocab_size()
-
-  def _library_specials(self) -> dict[str, int]:
-    ids = range(self._first.vocab_size())
-    return {self._first.id_to_piece(i): i for i in ids if self._first.is_control(i)}
-
-  def _id_of(self, token: str) -> int | None:
-    token_id = self._first.piece_to_id(token)
-    return token_id if self._first.id_to_piece(token_id) == token else None
-
-  def _token_of(self, token_id: int) -> str | None:
-    return self._first.id_to_piece(token_id) if 0 <= token_id < self.vocab_size else None
-
-  def _default_bos(self) -> int | None:
-    return self._first.bos_id() if self._first.bos_id() >= 0 else None
-
-  def _default_eos(self) -> int | None:
-    return self._first.eos_id() if self._first.eos_id() >= 0 else None
+    self._prefix_after_special = settings.get('legacy', True)
+    first = self._first
+    pieces = {first.id_to_piece(i): i for i in range(first.vocab_size())}
+    specials = {piece: i for piece, i in pieces.items() if first.is_control(i)}
+    bos_id, eos_id = (i if i >= 0 else None for i in (first.bos_id(), first.eos_id()))
+    # Written by the template, such a token would be taken apart as plain text.
+    lost = [name for name in settings['added'] if name not in pieces and name in settings.get('chat_template', '')]
+    if lost:
+      raise types.RunError(f'{where}: it lacks {lost[0]!r}, which the chat template writes; use its {_JSON}')
+    super().__init__(files, settings, where, vocabulary=pieces, specials=specials, bos_id=bos_id, eos_id=eos_id)
 
   def _to_ids(self, text: str, continuation: bool) -> list[int]:
     return (self._next if continuation else self._first).encode(text)
@@ -245,32 +214,21 @@ class _Json(Tokenizer):
     self._first = _json_tokenizer(spec, where)
     parts = {name: _without_prefix(spec.get(name)) for name in ('normalizer', 'pre_tokenizer', 'decoder')}
     self._next = _json_tokenizer({**spec, **parts, 'post_processor': None}, where)
-    super().__init__(files, settings, where)
-
-  @property
-  def vocab_size(self) -> int:
-    return max(self._first.get_vocab(with_added_tokens=True).values()) + 1
-
-  def _library_specials(self) -> dict[str, int]:
-    return {name: token['id'] for name, token in self._added.items() if token.get('special')}
+    plain, framed = (self._first.encode('a', add_special_tokens=add).ids for add in (False, True))
+    super().__init__(
+        files,
+        settings,
+        where,
+        vocabulary=self._first.get_vocab(with_added_tokens=True),
+        specials={name: token['id'] for name, token in self._added.items() if token.get('special')},
+        bos_id=framed[0] if framed[:1] != plain[:1] else None,
+        eos_id=None,
+    )
 
   def _pattern_of(self, name: str) -> str:
     token = self._added.get(name, {})
     left, right = (r'\s*' if token.get(side) else '' for side in ('lstrip', 'rstrip'))
     return left + re.escape(name) + right
-
-  def _id_of(self, token: str) -> int | None:
-    return self._first.token_to_id(token)
-
-  def _token_of(self, token_id: int) -> str | None:
-    return self._first.id_to_token(token_id)
-
-  def _default_bos(self) -> int | None:
-    plain, framed = (self._first.encode('a', add_special_tokens=add).ids for add in (False, True))
-    return framed[0] if framed[:1] != plain[:1] else None
-
-  def _default_eos(self) -> int | None:
-    return None
 
   def _to_ids(self, text: str, continuation: bool) -> list[int]:
     return (self._next if continuation else self._first).encode(text, add_special_tokens=False).ids
@@ -327,13 +285,17 @@ def _settings(files: Mapping[str, bytes], directory: pathlib.Path) -> dict[str, 
       _json(files[name], str(directory / name)) if name in files else {} for name in (_CONFIG, _SPECIAL_MAP)
   )
   settings = {name: config[name] for name in ('add_bos_token', 'legacy') if config.get(name) is not None}
-  for role in ('bos_token', 'eos_token', 'pad_token'):
-    token = config.get(role) or special_map.get(role)
-    if token:
-      settings[role] = token['content'] if isinstance(token, dict) else token
-  template = config.get('chat_template')
-  if isinstance(template, list):
-    template = {one['name']: one['template'] for one in template}.get('default')
+  try:
+    for role in ('bos_token', 'eos_token', 'pad_token'):
+      token = config.get(role) or special_map.get(role)
+      if token:
+        settings[role] = token['content'] if isinstance(token, dict) else token
+    settings['added'] = [token['content'] for token in config.get('added_tokens_decoder', {}).values()]
+    template = config.get('chat_template')
+    if isinstance(template, list):
+      template = {one['name']: one['template'] for one in template}.get('default')
+  except (AttributeError, KeyError, TypeError) as err:
+    raise types.RunError(f'{directory / _CONFIG}: not as transformers writes it ({err!r})') from err
   if _TEMPLATE in files:
     template = _text(files[_TEMPLATE], str(directory / _TEMPLATE))
   return settings | ({'chat_template': template} if template else {})

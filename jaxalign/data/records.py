@@ -1,0 +1,102 @@
+"""Reading the columns of a record: they hold whatever a file held."""
+
+from collections.abc import Mapping
+import math
+from typing import Any
+
+import numpy as np
+
+from jaxalign import types
+from jaxalign.data import chat
+
+Record = Mapping[str, Any]
+
+COLUMNS = ('messages', 'prompt', 'completion', 'text', 'chosen', 'rejected', 'margin', 'append_eos')
+
+
+def known(record: Record, columns: Mapping[str, str] | None) -> dict[str, Any]:
+  """The values of `COLUMNS` that the record has, those that are empty (None) left out.
+
+  Args:
+    record: any columns.
+    columns: what the record calls some of `COLUMNS`.
+
+  Raises:
+    UsageError: a key of `columns` is none of `COLUMNS`.
+  """
+  columns = columns or {}
+  unknown = sorted(set(columns) - set(COLUMNS))
+  if unknown:
+    raise types.UsageError(f'columns: {unknown[0]!r} is not one of {", ".join(COLUMNS)}')
+  values = {name: record.get(columns.get(name, name)) for name in COLUMNS}
+  return {name: value for name, value in values.items() if value is not None}
+
+
+def missing(record: Record, columns: Mapping[str, str] | None, *choices: tuple[str, ...]) -> types.RunError:
+  """The error that says which columns were wanted, in one of several choices, and which there are."""
+  columns = columns or {}
+  wanted = ' or '.join(' + '.join(columns.get(name, name) for name in choice) for choice in choices)
+  present = ', '.join(sorted(name for name, value in record.items() if value is not None)) or 'none'
+  return types.RunError(f'a column is missing: wanted {wanted}, found {present}; rename them with `columns`')
+
+
+def text(values: Mapping[str, Any], name: str) -> str:
+  """A column of text.
+
+  Raises:
+    RunError: it is something else.
+  """
+  if not isinstance(values[name], str):
+    raise types.RunError(f'column {name}: {type(values[name]).__name__} where text is wanted')
+  return values[name]
+
+
+def messages(values: Mapping[str, Any], name: str, role: str | None = None) -> list[chat.Message]:
+  """A column of messages.
+
+  Args:
+    values: see `known`.
+    name: a list of messages, or a string.
+    role: whose message a string is; without it a string is a dialogue, see `chat.parse_transcript`.
+
+  Raises:
+    RunError: it is something else.
+  """
+  value = values[name]
+  if isinstance(value, str) and role:
+    return [{'role': role, 'content': value}]
+  if isinstance(value, str):
+    try:
+      return list(chat.parse_transcript(value))
+    except types.RunError as err:
+      raise types.RunError(f'column {name}: {err}; other responses need a column prompt') from err
+  if not isinstance(value, list | tuple) or not value:
+    raise types.RunError(f'column {name}: {type(value).__name__} where text or a list of messages is wanted')
+  for i, message in enumerate(value):
+    if not isinstance(message, Mapping) or not isinstance(message.get('role'), str) or 'content' not in message:
+      raise types.RunError(f'column {name}: message {i} has no role and content')
+  return list(value)
+
+
+def append_eos(values: Mapping[str, Any]) -> bool:
+  """The column `append_eos`, by default true.
+
+  Raises:
+    RunError: it is something else.
+  """
+  value = values.get('append_eos', True)
+  if not isinstance(value, bool | np.bool_):
+    raise types.RunError(f'column append_eos: {value!r} where true or false is wanted')
+  return bool(value)
+
+
+def margin(values: Mapping[str, Any]) -> float:
+  """The column `margin`, by default 0.
+
+  Raises:
+    RunError: it is not a finite number.
+  """
+  value = values.get('margin', 0.0)
+  if not isinstance(value, int | float | np.number) or not math.isfinite(value):
+    raise types.RunError(f'column margin: {value!r} where a finite number is wanted')
+  return float(value)
