@@ -3,9 +3,9 @@
   python tools/prepare_data.py --input=jsonl:pairs.jsonl.gz --output_dir=data --name=my_pairs --test_fraction=0.1
   python -m jaxalign.main --algo=dpo --data=tfds:my_pairs --eval_data=tfds:my_pairs:test --data_dir=data
 
-The features are inferred: text, whole numbers, numbers, true or false, objects of these, and lists of any of them (such as
-messages with role and content). TFDS stores numbers with a fraction in 32 bits, has no missing values, and cannot nest
-lists without TensorFlow.
+The features are inferred: text, whole numbers, numbers, true or false, objects of these, and lists of any of them (such
+as messages with role and content). TFDS stores numbers with a fraction in 32 bits, has no missing values, and
+cannot nest lists without TensorFlow.
 """
 
 import argparse
@@ -71,6 +71,8 @@ def infer(values: Sequence[Any], wheres: Sequence[str], column: str) -> Any:
     other = next(where for value, where in zip(values, wheres) if type(value) is not type(values[0]))
     raise types.RunError(f'column {column!r} holds {names} (see {wheres[0]} and {other}); TFDS needs one kind')
   kind = kinds.pop() if kinds else str
+  if kind is int and not all(-(2**63) <= value < 2**63 for value in values):
+    raise types.RunError(f'column {column!r} holds whole numbers of more than 64 bits')
   if kind is str:
     return tfds.features.Text()
   if kind in _SCALARS:
@@ -79,10 +81,14 @@ def infer(values: Sequence[Any], wheres: Sequence[str], column: str) -> Any:
     return _infer_columns(values, wheres, column + '.')
   if kind is list:
     items = [(item, where) for value, where in zip(values, wheres) for item in value]
-    if any(isinstance(item, list) for item, _ in items):
+    if any(_has_list(item) for item, _ in items):
       raise types.RunError(f'column {column!r} holds lists of lists, which TFDS cannot write without TensorFlow')
     return tfds.features.Sequence(infer([item for item, _ in items], [where for _, where in items], f'{column}[]'))
   raise types.RunError(f'{wheres[0]}: column {column!r} holds {kind.__name__}, for which TFDS has no feature')
+
+
+def _has_list(value: Any) -> bool:
+  return isinstance(value, list) or (isinstance(value, dict) and any(_has_list(item) for item in value.values()))
 
 
 def _any_float(values: Sequence[Any]) -> bool:
@@ -104,8 +110,8 @@ def split(count: int, test_fraction: float, seed: int) -> dict[str, np.ndarray]:
   Raises:
     UsageError: a split would be empty.
   """
-  tests = round(count * test_fraction)
-  if not 0 <= tests < count or (test_fraction > 0 and tests == 0):
+  tests = round(count * test_fraction) if 0 <= test_fraction < 1 else -1
+  if not 0 <= tests < count or (test_fraction != 0 and tests == 0):
     raise types.UsageError(f'--test_fraction={test_fraction:g} of {count} records leaves a split empty')
   shuffled = np.random.default_rng(seed).permutation(count)
   splits = {'train': np.sort(shuffled[tests:])}
@@ -125,6 +131,8 @@ def prepare(spec: str, output_dir: str, name: str, test_fraction: float, seed: i
   if os.path.exists(folder):
     raise types.UsageError(f'{folder} exists; choose another --name, or remove it')
   source = sources.open_source(spec)
+  if not len(source):
+    raise types.RunError(f'{spec}: there are no records')
   features = _infer_columns([source[i] for i in range(len(source))], [source.where(i) for i in range(len(source))])
   builder = _Builder(name, source, features, split(len(source), test_fraction, seed), output_dir)
   try:

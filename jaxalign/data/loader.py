@@ -11,12 +11,12 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 import sys
 import threading
 from typing import Any
 from typing import NamedTuple
 
-from absl import logging
 import grain
 import jax
 import numpy as np
@@ -157,8 +157,8 @@ class Loader:
     """
     if step > self.steps_per_epoch(epoch):
       raise types.UsageError(
-          f'{step} steps of epoch {epoch} were consumed, but it has {self.steps_per_epoch(epoch)}: data or packing are not'
-          ' those of the run that is resumed'
+          f'{step} steps of epoch {epoch} were consumed, but it has {self.steps_per_epoch(epoch)}: data or packing'
+          ' have changed since the run began'
       )
     for (after_epoch, after_step), _, batch in self.prefetch(_Epochs(self, epoch, step)):
       yield after_epoch, after_step, batch
@@ -300,7 +300,10 @@ def _check_mesh(packing: Packing, mesh: jax.sharding.Mesh) -> None:
 
 
 def _bound_responses(lengths_NK: np.ndarray, row_length: int) -> int:
-  """A static S: what rows of short sequences (the tenth percentile) hold, but at most 64 where the average row allows it."""
+  """A static S that hardly ever closes a row: what one of short sequences (the tenth percentile) holds, up to 64.
+
+  Beyond 64 only where the average row needs it.
+  """
   short, mean = np.percentile(lengths_NK, 10), lengths_NK.mean()
   generous = min(64, row_length // max(1, int(short)))
   return max(1, generous, lengths_NK.shape[1], math.ceil(1.25 * row_length / max(1.0, mean)))
@@ -316,7 +319,7 @@ def describe(batch: types.Batch, tokenizer: tokenizers.Tokenizer) -> str:
   host = jax.tree.map(np.asarray, batch)
   lines = []
   for a, b in np.ndindex(host.inputs_BT.shape[:2]):
-    row = jax.tree.map(lambda x: x[a, b], host)  # pylint: disable=cell-var-from-loop
+    row = jax.tree.map(operator.itemgetter((a, b)), host)
     used = int(np.count_nonzero(row.segments_BT))
     lines.append(f'micro-batch {a}, row {b}: {used} of {row.segments_BT.size} slots used')
     for rank in range(int(row.segments_BT.max())):

@@ -1,7 +1,7 @@
 """The global plan of an epoch: which record comes when, and in which row of which micro-batch it lies.
 
-Everything here is a pure function of lengths, seed and epoch, so every host computes the same plan, and a run resumes at
-(epoch, step) without replaying anything. Two functions: `order` draws the records of an epoch, `pack` puts them in rows.
+Everything here is a pure function of lengths, seed and epoch, so every host computes the same plan, and a run resumes
+at (epoch, step) without replaying anything. `order` draws the records of an epoch, `pack` puts them in rows.
 """
 
 import bisect
@@ -51,6 +51,7 @@ class Plan:
 
   @property
   def num_steps(self) -> int:
+    """Steps of the epoch."""
     return len(self.bounds) - 1
 
   def step(self, index: int) -> Placements:
@@ -69,7 +70,7 @@ def draws_per_epoch(sizes: Sequence[int], weights: Sequence[float]) -> list[int]
 
 
 def _permutation(seed: int, source: int, cycle: int, size: int) -> np.ndarray:
-  # Sorting raw generator output: NumPy promises the bit stream for ever, but not what Generator.permutation makes of it.
+  # Raw generator output is sorted: NumPy keeps the bit stream as it is, but not what Generator.permutation makes of it.
   bits = np.random.Philox(np.random.SeedSequence([seed & (2**64 - 1), source, cycle]))
   return np.argsort(bits.random_raw(size), kind='stable')
 

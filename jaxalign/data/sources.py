@@ -274,7 +274,7 @@ def _tfds_directory(spec: str, name: str, version: str | None, data_dir: pathlib
 
 
 def _as_python(value: Any, feature: Any) -> Any:
-  """Values as TFDS gives them into those of JSON: strings for bytes, lists for arrays, a list of dicts for a Sequence."""
+  """Turns values of TFDS into those of JSON: bytes into text, arrays into lists, a Sequence into a list of dicts."""
   if isinstance(value, Mapping):
     inner = feature.feature if hasattr(feature, 'feature') else feature
     columns = {key: _as_python(item, inner[key]) for key, item in value.items()}

@@ -374,22 +374,33 @@ from jaxalign.data import dataset
 from jaxalign.data import loader
 import conftest
 
-data = dataset.build(spec, tokenizer=conftest.TOKENIZER, example_fn=conftest.example_of, key_parts='ids', cache_dir=cache)
-read = []
-opened = loader.Loader([data], [1.0], packing=loader.Packing(rows=8, row_length=64), mesh=sharding.make_mesh(''), seed=0)
+data = dataset.build(
+    spec, tokenizer=conftest.TOKENIZER, example_fn=conftest.example_of, key_parts='ids', cache_dir=cache
+)
+packing = loader.Packing(rows=8, row_length=64)
+opened = loader.Loader([data], [1.0], packing=packing, mesh=sharding.make_mesh(''), seed=0)
 batches = opened.batches(0, 1)
 found = []
 for _ in range(3):
   epoch, step, batch = next(batches)
   rows = {shard.index[1].start: np.asarray(shard.data).tolist() for shard in batch.targets_BT.addressable_shards}
   found.append([epoch, step, rows])
-json.dump(found, open(out, 'w'))
+batches.close()
+
+read = []
+def extra(record, slot):
+  read.append((record, slot))
+  return np.zeros(data.trained_NK[record, slot])
+
+counted = loader.Loader([data], [1.0], packing=packing, mesh=sharding.make_mesh(''), seed=0, extra=extra)
+assert len(list(counted.ordered(range(len(data))))) > 1
+json.dump({'found': found, 'read': read}, open(out, 'w'))
 """
 
 
 class TestTwoProcesses:
 
-  def test_hold_together_the_rows_of_one_process(self, token_dataset, random_records, tmp_path):
+  def test_hold_together_the_rows_of_one_process_and_read_no_more(self, token_dataset, random_records, tmp_path):
     data = token_dataset(random_records(60))
     (tmp_path / 'run.py').write_text(_PROCESS)
     here = pathlib.Path(__file__).parent
@@ -404,7 +415,10 @@ class TestTwoProcesses:
     for run in runs:
       _, errors = run.communicate(timeout=100)
       assert run.returncode == 0, errors.decode()
-    found = [json.loads((tmp_path / f'{i}.json').read_text()) for i in range(2)]
+    results = [json.loads((tmp_path / f'{i}.json').read_text()) for i in range(2)]
+    found, read = [result['found'] for result in results], [result['read'] for result in results]
+    assert sorted(read[0] + read[1]) == [[record, slot] for record in range(60) for slot in range(2)]
+    assert min(map(len, read)) > 30
     for i, (epoch, step, batch) in enumerate(_take(_open([data]).batches(0, 1), 3)):
       assert [process[i][:2] for process in found] == [[epoch, step]] * 2
       assert [len(process[i][2]) for process in found] == [4, 4]

@@ -136,7 +136,7 @@ class TestPack:
     numbers = collections.defaultdict(set)
     for step, micro, group in groups:
       numbers[step, micro].add(group)
-    for (step, micro), found in numbers.items():
+    for found in numbers.values():
       assert found == set(range(len(found)))
       assert len(found) * lengths.shape[1] <= options['rows'] * options['max_responses']
 
