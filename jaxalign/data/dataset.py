@@ -286,11 +286,12 @@ def _example(
   try:
     return example_fn(source[index])
   except examples.Dropped as err:
-    reason = report['dropped'].setdefault(str(err), {'count': 0, 'first': source.where(index)})
+    reason = report['dropped'].setdefault(err.reason, {'count': 0, 'first': source.where(index)})
     reason['count'] += 1
   except types.RunError as err:
     where = source.where(index)
-    message = f'{where}: {str(err).removeprefix(f"{where}: ")}'
+    # The first line is ours; what calls the function by configuration (gin) may have added others.
+    message = f'{where}: {str(err).splitlines()[0].removeprefix(f"{where}: ")}'
     if not skip_bad_records:
       raise types.RunError(message) from err
     report['bad'] += 1

@@ -7,6 +7,7 @@ import pathlib
 import resource
 import types as pytypes
 
+import gin
 import numpy as np
 import pytest
 
@@ -212,6 +213,17 @@ class TestBuild:
     with pytest.raises(types.RunError, match=r"^data\.jsonl:2: no column 'margin'$"):
       build(spec, example_fn=picky)
     assert build(spec, example_fn=picky, skip_bad_records=True).report['bad'] == 1
+
+  def test_reasons_are_those_of_the_function_also_when_gin_calls_it(self, build, write_jsonl):
+    def function(record):
+      raise examples.Dropped('equal') if record.get('drop') else types.RunError("no column 'margin'")
+
+    configured = gin.external_configurable(function, module='dataset_test')
+    message = r"^data.jsonl:2: no column 'margin'$"
+    with pytest.raises(types.RunError, match=message):
+      build(write_jsonl([{'drop': 1}, {}]), example_fn=configured)
+    with pytest.raises(types.RunError, match=r'none of its 1 records can be used; 1 dropped: equal \(first'):
+      build(write_jsonl([{'drop': 1}]), example_fn=configured)
 
   def test_bad_lines_are_skipped_and_counted_on_request(self, build, write_jsonl, caplog):
     data = build(write_jsonl([_RECORDS[0], '{"ids"', '[]', _RECORDS[1]]), skip_bad_records=True)
