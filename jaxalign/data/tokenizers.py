@@ -64,7 +64,7 @@ class Tokenizer(abc.ABC):
     Args:
       files: what was loaded, by the name to save it under.
       settings: see `_settings`.
-      where: the file, for errors.
+      where: the file.
       vocabulary: all ids by token.
       specials: the special ones of them.
       bos_id: what the library puts in front of a text, None where it does not.
@@ -72,8 +72,9 @@ class Tokenizer(abc.ABC):
     """
     self._files = dict(files)
     self.vocab_size = max(vocabulary.values(), default=-1) + 1
-    names = {token_id: name for name, token_id in vocabulary.items()}
-    roles = {'bos_token': names.get(bos_id), 'eos_token': names.get(settings.get('eos_token_id', eos_id))} | settings
+    names: dict[int | None, str] = {token_id: name for name, token_id in vocabulary.items()}
+    defaults = {'bos_token': names.get(bos_id), 'eos_token': names.get(settings.get('eos_token_id', eos_id))}
+    roles = {**defaults, **settings}
     tokens = {role: roles[role] for role in ('bos_token', 'eos_token') if roles.get(role) is not None}
     if 'eos_token' not in tokens:
       raise types.RunError(f'{where}: it has no end-of-sequence token; name one as eos_token in {_CONFIG} beside it')
@@ -85,7 +86,7 @@ class Tokenizer(abc.ABC):
     adds_bos = self.bos_token and settings.get('add_bos_token', bos_id is not None)
     self.bos_id = vocabulary[self.bos_token] if adds_bos else None
     self.eos_id = vocabulary[self.eos_token]
-    self.pad_id = vocabulary.get(settings.get('pad_token'), self.eos_id)
+    self.pad_id = vocabulary.get(settings.get('pad_token', ''), self.eos_id)
     self.chat_template: str | None = settings.get('chat_template')
     self._names_of_specials = {token_id: name for name, token_id in self.special_tokens.items()}
     self._names_pattern = _any_of(self.special_tokens, re.escape)
@@ -122,14 +123,14 @@ class Tokenizer(abc.ABC):
       continuation: the ids go on from earlier ones (a response), so that a space in front belongs to the text.
       skip_special: leave special tokens out, otherwise they are shown by name.
     """
-    names = self._names_of_specials
-    ids = [int(i) for i in ids]
+    names, ids = self._names_of_specials, [int(i) for i in ids]
     if skip_special:
       return self._to_text([i for i in ids if i not in names], continuation)
     text = ''
     for name, run in itertools.groupby(ids, names.get):
       plain = list(run)
-      text += name * len(plain) if name else self._to_text(plain, continuation or bool(text))
+      text += name * len(plain) if name else self._to_text(plain, continuation)
+      continuation = continuation if name else not self._prefix_after_special
     return text
 
   def literal(self, text: str) -> str:
@@ -151,14 +152,13 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def _to_ids(self, text: str, continuation: bool) -> list[int]:
-    """Encodes a text without special tokens."""
+    """Encodes a text that has no special tokens."""
 
   @abc.abstractmethod
   def _to_text(self, ids: list[int], continuation: bool) -> str:
     """Decodes ids that are not special."""
 
   def _pattern_of(self, name: str) -> str:
-    """A regular expression for what counts as the special token `name`."""
     return re.escape(name)
 
   def _parts(self, text: str) -> Iterable[str | int]:
@@ -177,13 +177,14 @@ class _SentencePiece(Tokenizer):
   def __init__(self, files: Mapping[str, bytes], settings: Mapping[str, Any], where: str):
     try:
       self._first = sentencepiece.SentencePieceProcessor(model_proto=files[_MODEL])
+      proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+      proto.ParseFromString(self._first.serialized_model_proto())
+      proto.normalizer_spec.add_dummy_prefix = False
+      # Otherwise the space in front of a continuation would be lost, and its first word glued to the one before.
+      proto.normalizer_spec.remove_extra_whitespaces = False
+      self._next = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     except RuntimeError as err:
       raise types.RunError(f'{where}: not a SentencePiece model') from err
-    proto = sentencepiece_model_pb2.ModelProto.FromString(self._first.serialized_model_proto())
-    proto.normalizer_spec.add_dummy_prefix = False
-    # Otherwise the space in front of a continuation would be lost, and its first word glued to the one before.
-    proto.normalizer_spec.remove_extra_whitespaces = False
-    self._next = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     # What transformers calls legacy, and its default: text after a special token starts afresh.
     self._prefix_after_special = settings.get('legacy', True)
     first = self._first
@@ -329,7 +330,7 @@ def _json_tokenizer(spec: dict[str, Any], where: str) -> hf_tokenizers.Tokenizer
   try:
     tokenizer = hf_tokenizers.Tokenizer.from_str(json.dumps(spec))
   except Exception as err:  # Exception itself is what the library raises.
-    raise types.RunError(f'{where}: not a tokenizer of the tokenizers library ({err})') from err
+    raise types.RunError(f'{where}: not a tokenizer.json ({err})') from err
   tokenizer.no_truncation()
   tokenizer.no_padding()
   return tokenizer
@@ -345,5 +346,5 @@ def _without_prefix(node: dict[str, Any] | None) -> dict[str, Any] | None:
     return {**node, key: [child for child in children if child is not None]}
   if node['type'] == 'Metaspace':
     return {name: value for name, value in node.items() if name != 'add_prefix_space'} | {'prepend_scheme': 'never'}
-  changes = {'ByteLevel': {'add_prefix_space': False}, 'Strip': {'start': 0}}.get(node['type'], {})
-  return {**node, **{name: value for name, value in changes.items() if name in node}}
+  neutral = {'add_prefix_space': False, 'start': 0}  # of ByteLevel, and of the decoder Strip
+  return {**node, **{name: value for name, value in neutral.items() if name in node}}

@@ -1,10 +1,12 @@
-"""What tests of data share: data sets made of token ids that the test writes down."""
+"""What tests of data share: data sets made of token ids that the test writes down, and tiny tokenizers."""
 
 import json
 import types as pytypes
 
 import numpy as np
 import pytest
+import sentencepiece
+from tokenizers import pre_tokenizers
 
 from jaxalign.data import dataset
 from jaxalign.data import examples
@@ -71,3 +73,73 @@ def random_records():
     return records
 
   return draw
+
+
+_CORPUS = 'the cat sat on the mat and said hello to the dog. Human Assistant user hello there how are you ' * 20
+
+
+@pytest.fixture(scope='session')
+def train_sentencepiece(tmp_path_factory):
+  """A function that trains a tiny SentencePiece model (BPE with byte fallback) and returns its path."""
+
+  def train(**options):
+    path = tmp_path_factory.mktemp('sentencepiece') / 'tokenizer.model'
+    defaults = {
+        'vocab_size': 340,
+        'model_type': 'bpe',
+        'byte_fallback': True,
+        'normalization_rule_name': 'identity',
+        'remove_extra_whitespaces': False,
+        'control_symbols': ['[INST]', '[/INST]'],
+        'hard_vocab_limit': False,
+        'minloglevel': 2,
+    }
+    with path.open('wb') as f:
+      sentencepiece.SentencePieceTrainer.train(
+          sentence_iterator=iter(_CORPUS.split('. ')), model_writer=f, **(defaults | options)
+      )
+    return path
+
+  return train
+
+
+@pytest.fixture(scope='session')
+def sentencepiece_model(train_sentencepiece):
+  """Path of a SentencePiece model of the layout of Llama's: <unk> 0, <s> 1, </s> 2, byte fallback."""
+  return train_sentencepiece()
+
+
+@pytest.fixture
+def write_json_tokenizer(tmp_path):
+  """A function that writes a directory with a tokenizer.json, and returns its path.
+
+  By default it is a byte-level BPE whose merges go across anything: 'Ġ' is a space and 'Ċ' a newline in its alphabet.
+  """
+
+  def write(merges=('Ġ Ċ', 'Ċ Ċ', 'ĠĊ a', 'a b', 'Ġ a', 'Ċ b'), special=('<s>', '</s>'), config=None, **parts):
+    vocab = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    for merge in merges:
+      vocab.setdefault(merge.replace(' ', ''), len(vocab))
+    byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': False, 'use_regex': False}
+    added = [
+        {'id': vocab[name], 'content': name, 'single_word': False, 'lstrip': False, 'rstrip': False}
+        | {'normalized': False, 'special': True}
+        for name in special
+    ]
+    spec = {
+        'version': '1.0',
+        'added_tokens': added,
+        'normalizer': None,
+        'pre_tokenizer': byte_level,
+        'post_processor': None,
+        'decoder': byte_level,
+        'model': {'type': 'BPE', 'vocab': vocab, 'merges': list(merges)},
+    }
+    config = {'bos_token': '<s>', 'eos_token': '</s>', 'add_bos_token': True} if config is None else config
+    directory = tmp_path / f'tokenizer-{len(list(tmp_path.iterdir()))}'
+    directory.mkdir()
+    (directory / 'tokenizer.json').write_text(json.dumps(spec | parts))
+    (directory / 'tokenizer_config.json').write_text(json.dumps(config))
+    return directory
+
+  return write
