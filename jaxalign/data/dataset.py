@@ -10,6 +10,7 @@ KEY is a hash of the source's records, the tokenizer and how examples are made o
 its place and then renamed, so it is there whole or not at all, and any number of processes may build it at once.
 """
 
+import array
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -224,7 +225,9 @@ def _move(scratch: str, directory: str) -> Dataset:
 def _write(source: sources.Source, example_fn: ExampleFn, skip_bad_records: bool, scratch: str) -> None:
   """Writes the three files of a cache into the folder `scratch`."""
   report: dict[str, Any] = {'records': len(source), 'kept': 0, 'truncated': 0, 'bad': 0, 'dropped': {}}
-  rows: list[tuple[list[int], list[int], list[int], int]] = []
+  # Flat arrays, since lists of a million groups would take a gigabyte.
+  lengths, trained, keys, places = (array.array(code) for code in 'iiQq')
+  group_size = 0
   label_names: tuple[str, ...] = ()
   path = os.path.join(scratch, _GROUPS)
   with _writing(path) as write:
@@ -233,26 +236,28 @@ def _write(source: sources.Source, example_fn: ExampleFn, skip_bad_records: bool
       if group is None:
         continue
       names = tuple(sorted(group.labels))
-      if rows and (label_names != names or len(rows[0][0]) != len(group.sequences)):
+      if places and (label_names != names or group_size != len(group.sequences)):
         raise types.RunError(
             f'{source.where(index)}: {len(group.sequences)} responses labelled {names}; the records before it have'
-            f' {len(rows[0][0])} labelled {label_names}'
+            f' {group_size} labelled {label_names}'
         )
-      label_names = names
+      label_names, group_size = names, len(group.sequences)
       report['truncated'] += group.truncated
       write(_pack(group))
-      rows.append((*_index_of(group), int(source.places[index])))
-  report['kept'] = len(rows)
-  if not rows:
+      lengths.extend(len(s.ids) - 1 for s in group.sequences)
+      trained.extend(int(np.count_nonzero(s.mask[1:])) for s in group.sequences)
+      keys.extend(_key(s) for s in group.sequences)
+      places.append(int(source.places[index]))
+  report['kept'] = len(places)
+  if not places:
     found = [f'{r["count"]} dropped: {reason} (first {r["first"]})' for reason, r in report['dropped'].items()]
     found += [f'{report["bad"]} unreadable'] if report['bad'] else []
     raise types.RunError(f'data {source.spec!r}: none of its {len(source)} records can be used; {", ".join(found)}')
-  lengths, trained, keys, places = zip(*rows)
   np.savez(
       os.path.join(scratch, _INDEX),
-      lengths_NK=np.array(lengths, np.int32),
-      trained_NK=np.array(trained, np.int32),
-      keys_NK=np.array(keys, np.uint64),
+      lengths_NK=np.array(lengths, np.int32).reshape(-1, group_size),
+      trained_NK=np.array(trained, np.int32).reshape(-1, group_size),
+      keys_NK=np.array(keys, np.uint64).reshape(-1, group_size),
       places_N=np.array(places, np.int64),
   )
   sizes = {name: os.path.getsize(os.path.join(scratch, name)) for name in (_GROUPS, _INDEX)}
@@ -298,13 +303,6 @@ def _example(
     if report['bad'] <= _SHOWN_BAD:
       logging.warning('%s (skipped)', message)
   return None
-
-
-def _index_of(group: examples.Group) -> tuple[list[int], list[int], list[int]]:
-  """Lengths, trained tokens and keys of a group's sequences."""
-  lengths = [len(s.ids) - 1 for s in group.sequences]
-  trained = [int(np.count_nonzero(s.mask[1:])) for s in group.sequences]
-  return lengths, trained, [_key(s) for s in group.sequences]
 
 
 def _key(sequence: examples.Sequence) -> int:
