@@ -68,6 +68,11 @@ class TestPrepare:
     for part in (train, test):
       assert part == sorted(part, key=lambda r: r['margin'])
 
+  def test_splits_are_increasing_and_disjoint(self, tool):
+    splits = tool.split(20, 0.25, 3)
+    assert all((splits[name] == sorted(splits[name])).all() for name in ('train', 'test'))
+    assert sorted([*splits['train'], *splits['test']]) == list(range(20))
+
   def test_another_seed_is_another_split(self, tool):
     assert tool.split(20, 0.25, 0)['test'].tolist() != tool.split(20, 0.25, 1)['test'].tolist()
 
