@@ -99,12 +99,16 @@ def render(
     RunError: the template fails, reaches out of the sandbox, or does not tell where the assistant speaks.
   """
   write = functools.partial(_write, template, bos_token=bos_token, eos_token=eos_token)
-  text, marked = _take_marks(write(messages, add_generation_prompt))
+  text = write(messages, add_generation_prompt)
+  marks = _has_generation(template)
+  if marks and any(mark in str(message.get('content')) for message in messages for mark in (_OPEN, _CLOSE)):
+    raise types.RunError(f'a message holds {_OPEN!r} or {_CLOSE!r}, which mark what the assistant says; take it out')
+  text, marked = _take_marks(text) if marks else (text, [])
   turns = [i for i, message in enumerate(messages) if message['role'] == 'assistant']
   wanted = [i for i in turns if i >= first_turn]
   if not wanted:
     return text, []
-  if _has_generation(template):
+  if marks:
     if len(marked) != len(turns):
       _fail(f'its generation blocks mark {len(marked)} spans for {len(turns)} turns of the assistant')
     spans = marked[len(turns) - len(wanted) :]
@@ -128,7 +132,7 @@ def parse_transcript(text: str) -> list[dict[str, str]]:
   if before or not turns:
     raise types.RunError(f'not a dialogue that starts with "Human:" or "Assistant:": {text[:40]!r}')
   roles = {'Human': 'user', 'Assistant': 'assistant'}
-  pairs = zip(turns[::2], turns[1::2])
+  pairs = zip(turns[::2], turns[1::2], strict=True)
   return [{'role': roles[speaker], 'content': said.removeprefix(' ')} for speaker, said in pairs]
 
 
@@ -155,7 +159,7 @@ def _span_of(turn: int, messages: Sequence[Message], text: str, write) -> Span:
 
 
 def _check_marks(text: str, spans: Sequence[Span], messages: Sequence[Message]) -> None:
-  for (start, end), message in zip(spans, messages):
+  for (start, end), message in zip(spans, messages, strict=True):
     content = message.get('content')
     if isinstance(content, str) and content.strip() in text and content.strip() not in text[start:end]:
       _fail(f'a generation block holds {text[start:end][:40]!r} where the assistant says {content[:40]!r}')

@@ -225,7 +225,7 @@ _PROBES: tuple[records.Record, ...] = (
 
 def _shared(a: list[Any], b: list[Any]) -> int:
   """How many leading items two lists share."""
-  return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+  return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _is_conversation(values: Mapping[str, Any], name: str) -> bool:
