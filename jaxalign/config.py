@@ -2,18 +2,23 @@
 
 Precedence, lowest first: the algorithm's file, files of a named model or data set, `--gin_file`, `--gin`.
 
-gin looks for included files in the current folder first and gives a function its bindings only where it is called through a
-reference. So the package's files are parsed with their own folder as the current one, and after everything has run once
-`checked_operative` compares what was bound with what was used.
+gin looks for included files in the current folder first and gives a function its bindings only where it is called
+through a reference. So files are parsed with their own folder as the current one, and after everything has run once
+`checked_operative` compares what the user bound with what was used. The package's own files may bind more than a run
+reaches: base.gin serves every mode.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import difflib
+import inspect
+import os
 import pathlib
 import re
 import sys
+import tokenize
 from typing import Any
 
 import gin
@@ -41,6 +46,12 @@ from jaxalign.models import transformer
 from jaxalign.rewards import rules
 """
 
+# A binding: its scope, the full name of what it configures, the parameter.
+_Key = tuple[str, str, str]
+
+# What the user bound in the last parse. A state of the process, as all of gin's is.
+_users: set[_Key] = set()
+
 
 def algorithms(root: pathlib.Path = _ROOT) -> dict[str, str]:
   """Name and description of each algorithm: the gin files with a header '# NAME: DESCRIPTION', but for base.gin."""
@@ -57,7 +68,7 @@ def check_algorithm(name: str) -> None:
   known = algorithms()
   if name in known:
     return
-  nearest = difflib.get_close_matches(name, known, 1)
+  nearest = difflib.get_close_matches(name, known, 1, cutoff=0.3)
   hint = f'; did you mean {nearest[0]}?' if nearest else ''
   raise types.UsageError(f'--algo={name}: unknown algorithm; there are {", ".join(known)}{hint}')
 
@@ -74,7 +85,7 @@ def table() -> str:
   rows = ['| algorithm | what it is | paper | gin file | test |', '|---|---|---|---|---|']
   for name, text in algorithms().items():
     link = re.search(r'https?://\S+', text)
-    what = re.sub(r'\s*https?://\S+', '', text)
+    what = re.sub(r'[\s,]*https?://\S+', '', text)
     loss = re.search(r'loss_fn = @(\w+)\.', (_ROOT / f'{name}.gin').read_text(encoding='utf-8'))
     test = f'tests/losses/{loss[1]}_test.py' if loss else ''
     rows.append(f'| `{name}` | {what} | {link[0] if link else ""} | `gin_configs/{name}.gin` | `{test}` |')
@@ -86,12 +97,6 @@ def exists(name: str) -> bool:
   return (_ROOT / name).is_file()
 
 
-class Parsed:
-  """Which bindings the package's own files made: one of them may stay unused in some mode, one of the user's may not."""
-
-  package: dict[str, str] = {}
-
-
 def parse(algo: str, *, files: Sequence[str], user_files: Sequence[str], bindings: Sequence[str]) -> None:
   """Parses gin files and bindings, later ones winning.
 
@@ -99,35 +104,67 @@ def parse(algo: str, *, files: Sequence[str], user_files: Sequence[str], binding
     algo: an algorithm.
     files: further files of the package, named from its gin folder.
     user_files: any gin files; what they include and import is looked for beside them.
-    bindings: as 'preference.dpo.beta=0.2'.
+    bindings: as 'preference.dpo.beta=0.2'. They can name the modules of the package that gin files name, and what a
+      user file imports, which wins where the names are the same.
 
   Raises:
     UsageError: a file is missing, or a line or binding is wrong; the message quotes it.
   """
-  _clear()
-  with contextlib.chdir(_ROOT), _explained(f'gin_configs/{algo}.gin'):
-    for name in (f'{algo}.gin', *files):
-      gin.parse_config_file(name, print_includes_and_imports=False)
-  Parsed.package = _values(gin.config_str())
-  _parse_user(user_files, bindings)
+
+  def package() -> None:
+    with contextlib.chdir(_ROOT):
+      for name in (f'{algo}.gin', *files):
+        with _explained(f'gin_configs/{name}'):
+          gin.parse_config_file(name)
+
+  _parse(package, user_files, bindings)
 
 
 def parse_saved(text: str, user_files: Sequence[str], bindings: Sequence[str]) -> None:
-  """Parses base.gin, then the operative configuration that a checkpoint holds, then files and bindings of the user."""
-  _clear()
+  """Parses base.gin, then the bindings that a checkpoint holds, then files and bindings of the user.
+
+  Raises:
+    UsageError: as `parse` does, and where the checkpoint's bindings name a module that is not there.
+  """
+
+  def package() -> None:
+    with contextlib.chdir(_ROOT), _explained('the bindings of the checkpoint'):
+      gin.parse_config_file('base.gin')
+      gin.parse_config(text)
+
   for name in user_files:
     _import_from(pathlib.Path(name).absolute().parent)
-  with contextlib.chdir(_ROOT), _explained('the config.gin of the checkpoint'):
-    gin.parse_config_file('base.gin', print_includes_and_imports=False)
-    gin.parse_config(text)
-  Parsed.package = _values(gin.config_str())
+  _parse(package, user_files, bindings)
+
+
+def _parse(package: Callable[[], None], user_files: Sequence[str], bindings: Sequence[str]) -> None:
+  """Parses the package's part, then the user's, and notes what the user bound."""
+  _clear()
+  package()
+  # The user's part alone, once the package's names are known to gin, tells which bindings are the user's.
+  _clear()
   _parse_user(user_files, bindings)
+  _users.clear()
+  _users.update(_keys(gin.config._CONFIG))
+  _clear()
+  package()
+  _parse_user(user_files, bindings)
+  with _explained('gin'):
+    gin.finalize()
 
 
 def _clear() -> None:
   gin.clear_config()
-  if str(_ROOT) not in gin.config._LOCATION_PREFIXES:  # pylint: disable=protected-access
-    gin.add_config_file_search_path(str(_ROOT))
+  # Includes are found beside the file, then among the package's. gin's third way, as resources of Python packages, logs
+  # an error for each folder that it does not find.
+  gin.config._LOCATION_PREFIXES[:] = ['', str(_ROOT)]
+  gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
+
+
+def _keys(config: dict[tuple[str, str], dict[str, Any]]) -> Iterator[_Key]:
+  for (scope, name), values in config.items():
+    for parameter in values:
+      yield scope, name, parameter
 
 
 def _import_from(folder: pathlib.Path) -> None:
@@ -142,73 +179,133 @@ def _parse_user(user_files: Sequence[str], bindings: Sequence[str]) -> None:
     if not path.is_file():
       raise types.UsageError(f'--gin_file={name}: no such file')
     _import_from(path.parent)
+    before = set(gin.config._IMPORTS)
     with contextlib.chdir(path.parent), _explained(f'--gin_file={name}'):
-      gin.parse_config_file(str(path), print_includes_and_imports=False)
-    imports += re.findall(r'^(?:from [\w.]+ )?import [\w. ]+$', path.read_text(encoding='utf-8'), re.MULTILINE)
-  header = _header(imports)
+      gin.parse_config_file(str(path))
+    imports += _statements(gin.config._IMPORTS - before)
   for binding in bindings:
     if '=' not in binding:
       raise types.UsageError(f'--gin={binding}: write NAME.PARAMETER=VALUE, as preference.dpo.beta=0.2')
-    with _explained(f'--gin={binding}'):
-      gin.parse_config(header + binding)
+    with _explained(f'--gin={binding}', quote=False):
+      gin.parse_config(_header(imports) + binding)
+
+
+def _statements(imports) -> list[str]:
+  """Import statements as text, in the order of their lines."""
+  ordered = sorted(imports, key=lambda statement: statement.location.line_num)
+  return [statement.format() for statement in ordered if not statement.module.startswith('__gin__')]
 
 
 def _header(imports: Sequence[str]) -> str:
   """Imports of the package's modules and of the user's, whose names win."""
-  bound = lambda line: line.split(' as ')[-1].split('import ')[-1].strip()
-  users = [line for line in imports if '__gin__' not in line]
-  taken = {bound(line) for line in users}
+  bound = lambda line: line.split(' as ')[-1].split('import ')[-1].split('.')[0].strip()
+  taken = {bound(line) for line in imports}
   package = [line for line in _HEADER.strip().splitlines() if bound(line) not in taken]
-  return '\n'.join([*package, *users, ''])
+  return '\n'.join([*package, *imports, ''])
 
 
 @contextlib.contextmanager
-def _explained(where: str):
-  """Turns what gin and the user's modules raise while parsing into one line for the user."""
+def _explained(where: str, quote: bool = True) -> Iterator[None]:
+  """Turns what gin raises while parsing into one line for the user; `quote` adds file, line and content."""
   try:
     yield
-  except (OSError, SyntaxError, ImportError, ValueError, TypeError, AttributeError, NameError, RuntimeError) as err:
-    raise types.UsageError(f'{where}: {" ".join(str(err).split())}') from err
+  except SyntaxError as err:
+    place = f' ({err.filename or "line"}:{err.lineno}: {(err.text or "").strip()})' if quote else ''
+    raise types.UsageError(f'{where}: {_plain(err.msg)}{place}') from err
+  except tokenize.TokenError as err:
+    raise types.UsageError(f'{where}: a bracket or string is not closed: {err.args[0]}') from err
+  except (OSError, ImportError, ValueError, TypeError, AttributeError, NameError, RuntimeError) as err:
+    # gin appends a place for each file that includes the next; the first is where it happened.
+    text, *places = re.split(r'\n  In (?:file |bindings string)', str(err))
+    place = ''
+    if places and quote:
+      at = re.match(r'(?:"(.*)",)? ?line (\d+)\n(.*)', places[0])
+      place = f' ({at[1] or "line"}:{at[2]}: {at[3].strip()})' if at else ''
+    raise types.UsageError(f'{where}: {_plain(text)}{place}') from err
+
+
+def _plain(text: str) -> str:
+  """What gin says, in words of the user."""
+  text = ' '.join(text.split())
+  token = re.search(r"Failed to parse token '(.*)'", text)
+  if token:
+    return f"cannot read the value {token[1]}; strings are quoted ('{token[1]}'), functions begin with @"
+  unknown = re.fullmatch(r"Configurable '(.*)' doesn't have a parameter named '(.*)'\.", text)
+  if unknown:
+    return f"{unknown[1]} has no parameter '{unknown[2]}'{_parameters(unknown[1])}"
+  macro = re.match(r"No bindings specified for '(.*)/gin\.macro'", text)
+  if macro:
+    return f'the macro %{macro[1]} is read, but nothing binds it'
+  text = re.sub(r'\. Searched config paths: .*', '', text)
+  text = re.sub(r"Couldn't resolve selector [\w.]+; <(?:module|class|function) '?([\w.]+)'?.*?>", r'\1', text)
+  text = re.sub(r'was not provided by an import statement\.?', 'is not imported (import it in a gin file)', text)
+  return text.rstrip('.')
+
+
+def _parameters(name: str) -> str:
+  """What can be bound of something that gin knows by this name alone."""
+  if len(gin.config._REGISTRY.matching_selectors(name)) != 1:
+    return ''
+  parameters = inspect.signature(gin.config._REGISTRY.get_match(name).wrapped).parameters.values()
+  # A function's other parameters are its caller's.
+  keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] or [p.name for p in parameters]
+  return f'; it has {", ".join(keywords)}'
 
 
 def get(name: str) -> Callable[..., Any]:
-  """The function or class of this name ('train.train'), with its bindings."""
+  """The function or class of the package of this name ('train.train'), with its bindings."""
   with _explained(name):
-    return gin.get_configurable(name)
+    return gin.get_configurable(f'jaxalign.{name}')
 
 
 def query(name: str) -> Any:
-  """The value bound to a parameter ('loop.Options.steps')."""
-  return gin.query_parameter(name)
+  """The value bound to a parameter of the package's ('loop.Options.steps')."""
+  with _explained(name):
+    return gin.query_parameter(f'jaxalign.{name}')
 
 
 def bindings() -> str:
   """Everything that was bound, as text."""
-  return gin.config_str()
+  return _text(gin.config_str)
 
 
 def checked_operative() -> str:
   """The operative configuration as text; call it when everything has been called once.
 
   Raises:
-    UsageError: a binding of the user's had no effect, so far as can be known by now.
+    UsageError: a binding of the user's had no effect so far, because nothing that it configures was called by a gin
+      reference, or because the caller gives that parameter.
   """
-  operative = gin.operative_config_str()
-  used = _values(operative)
-  idle = [
-      f'{name} = {value}'
-      for name, value in _values(gin.config_str()).items()
-      if name not in used and Parsed.package.get(name) != value
-  ]
+  used = set(_keys(gin.config._OPERATIVE_CONFIG))
+  idle = sorted(_named(key) for key in _users if not _is_used(key, used))
   if idle:
-    raise types.UsageError(f'bound, but not used by this run: {"; ".join(idle)}; see config.gin of a run for what is used')
-  return operative
+    raise types.UsageError(
+        f'bound, but not used by this run: {", ".join(idle)}; leave it out, or bind what uses it'
+        ' (config.gin in a workdir has all that a run used)'
+    )
+  return _text(gin.operative_config_str)
 
 
-def _values(text: str) -> dict[str, str]:
-  """Bindings of a gin text by name."""
-  joined = re.sub(r'\\\n\s*', '', text)
-  return dict(re.findall(r'^([\w./]+) = ((?:.*)(?:\n[ \]\)}].*)*)', joined, re.MULTILINE))
+def _is_used(key: _Key, used: set[_Key]) -> bool:
+  """A binding serves its own scope and all within it."""
+  scope, name, parameter = key
+  return any(
+      (name, parameter) == (other, parameter_) and (not scope or f'{within}/'.startswith(f'{scope}/'))
+      for within, other, parameter_ in used
+  )
+
+
+def _named(key: _Key) -> str:
+  scope, name, parameter = key
+  if name == 'gin.macro':
+    return f'{scope} (a macro)'
+  return f'{scope}/' * bool(scope) + '.'.join([*name.split('.')[-2:], parameter])
+
+
+def _text(write: Callable[..., str]) -> str:
+  """A configuration as gin writes it, each binding on one line."""
+  lines = write(max_line_length=100_000).splitlines()
+  return ''.join(line + '\n' for line in lines if not line.startswith('# ='))
 
 
 def diff(old: str, new: str, ignore: Sequence[str] = ()) -> list[str]:
@@ -219,3 +316,8 @@ def diff(old: str, new: str, ignore: Sequence[str] = ()) -> list[str]:
       for name in sorted(before.keys() | after.keys())
       if before.get(name) != after.get(name) and name not in ignore
   ]
+
+
+def _values(text: str) -> dict[str, str]:
+  """Bindings by name, of a text that has each on one line."""
+  return dict(re.findall(r'^([\w./]+) = (.*)$', text, re.MULTILINE))

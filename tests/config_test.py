@@ -1,0 +1,484 @@
+"""gin: which file wins, what is found from where, and which mistakes are refused by name."""
+
+import logging
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import zipfile
+
+import gin
+import pytest
+
+from jaxalign import config
+from jaxalign import types
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+IMPORTS = (
+    'from __gin__ import dynamic_registration\nfrom jaxalign import optim\nfrom jaxalign.losses import preference\n'
+)
+HOSTILE = 'this is not gin at all ('
+
+
+@pytest.fixture
+def write(tmp_path):
+  """A function that writes a file of the user's and returns its path."""
+
+  def run(name, text):
+    path = tmp_path / 'user' / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(textwrap.dedent(text), encoding='utf-8')
+    return str(path)
+
+  return run
+
+
+@pytest.fixture(autouse=True)
+def no_trace_of_user_modules(monkeypatch):
+  """Takes the folders and modules of a test's user out of the process again."""
+  monkeypatch.setattr(sys, 'path', list(sys.path))
+  before = set(sys.modules)
+  yield
+  for name in set(sys.modules) - before:
+    if '/user/' in str(sys.modules[name]):
+      del sys.modules[name]
+
+
+def parse(algo='dpo', files=(), user_files=(), bindings=()):
+  config.parse(algo, files=files, user_files=user_files, bindings=bindings)
+
+
+def refusal(**what):
+  with pytest.raises(types.UsageError) as caught:
+    parse(**what)
+  message = str(caught.value)
+  assert '\n' not in message
+  return message
+
+
+class TestAlgorithms:
+
+  def test_are_the_gin_files_at_the_top_but_for_base(self, tmp_path):
+    (tmp_path / 'models').mkdir()
+    for name, header in (('b', '# b: second. B et al.'), ('base', '# base: no'), ('a', '# a: first'), ('models/m', '')):
+      (tmp_path / f'{name}.gin').write_text(header + '\n# more\n')
+    assert config.algorithms(tmp_path) == {'a': 'first', 'b': 'second. B et al.'}
+
+  def test_of_the_package_have_a_paper(self):
+    found = config.algorithms()
+    assert {'sft', 'rm', 'dpo'} <= found.keys()
+    assert all('https://' in text for text in found.values())
+
+
+class TestCheckAlgorithm:
+
+  def test_accepts_a_known_name(self):
+    config.check_algorithm('dpo')
+
+  @pytest.mark.parametrize(('wrong', 'near'), [('dop', 'dpo'), ('dpo2', 'dpo'), ('stf', 'sft'), ('rmm', 'rm')])
+  def test_names_the_choices_and_the_nearest(self, wrong, near):
+    with pytest.raises(types.UsageError, match=f'--algo={wrong}: .*dpo, .*rm, .*sft.*did you mean {near}'):
+      config.check_algorithm(wrong)
+
+  def test_suggests_nothing_where_nothing_is_near(self):
+    with pytest.raises(types.UsageError, match='unknown algorithm') as caught:
+      config.check_algorithm('xyzzy')
+    assert 'did you mean' not in str(caught.value)
+
+
+class TestListing:
+
+  def test_is_one_line_for_each_algorithm(self):
+    lines = config.listing().splitlines()
+    assert [line.split()[0] for line in lines] == list(config.algorithms())
+    assert any(line.startswith('dpo') and 'Direct Preference Optimization' in line for line in lines)
+
+
+class TestTable:
+
+  def test_names_paper_file_and_test_that_exist(self):
+    rows = [re.split(r'\s*\|\s*', line)[1:-1] for line in config.table().splitlines()[2:]]
+    assert [row[0].strip('`') for row in rows] == list(config.algorithms())
+    for _, what, paper, gin_file, test in rows:
+      assert what and 'http' not in what
+      assert paper.startswith('https://')
+      assert (ROOT / gin_file.strip('`')).is_file()
+      assert (ROOT / test.strip('`')).is_file()
+
+
+class TestExists:
+
+  def test_knows_files_by_their_name_in_the_gin_folder(self):
+    assert config.exists('models/stories260K.gin')
+    assert not config.exists('models/nothing.gin')
+    assert not config.exists('models')
+
+
+class TestParse:
+
+  def test_gives_a_function_its_bindings(self):
+    parse()
+    assert config.query('losses.preference.dpo.beta') == 0.1
+
+  def test_later_sources_win(self, write):
+    user = write('my.gin', IMPORTS + 'optim.linear.lr = 2.0\n')
+    other = write('more.gin', IMPORTS + 'optim.linear.lr = 3.0\n')
+    model = ['models/stories260K.gin']
+    found = []
+    for what in (
+        {},
+        {'files': model},
+        {'files': model, 'user_files': [user]},
+        {'files': model, 'user_files': [user, other]},
+        {'files': model, 'user_files': [user, other], 'bindings': ['optim.linear.lr = 4.0']},
+        {'files': model, 'user_files': [user], 'bindings': ['optim.linear.lr = 4.0', 'optim.linear.lr=5.0']},
+    ):
+      parse(**what)
+      found.append(config.query('optim.linear.lr'))
+    assert found[0] < found[1] < found[2]
+    assert found[2:] == [2.0, 3.0, 4.0, 5.0]
+
+  def test_forgets_the_parse_before(self):
+    parse(bindings=['preference.dpo.beta=7.0'])
+    parse()
+    assert config.query('losses.preference.dpo.beta') == 0.1
+
+  def test_ignores_gin_files_of_the_current_folder(self, tmp_path, monkeypatch):
+    for name in ('base.gin', 'dpo.gin', 'models/stories260K.gin'):
+      (tmp_path / name).parent.mkdir(exist_ok=True)
+      (tmp_path / name).write_text(HOSTILE)
+    monkeypatch.chdir(tmp_path)
+    parse(files=['models/stories260K.gin'])
+    assert config.query('losses.preference.dpo.beta') == 0.1
+    assert pathlib.Path.cwd() == tmp_path
+
+  def test_ignores_gin_files_beside_the_file_of_the_user(self, write):
+    write('base.gin', HOSTILE)
+    user = write('my.gin', 'from __gin__ import dynamic_registration\n')
+    parse(user_files=[user])
+
+  def test_finds_what_a_user_file_includes_beside_it(self, write, tmp_path, monkeypatch):
+    write('common.gin', IMPORTS + 'optim.linear.lr = 0.5\n')
+    write('my.gin', "include 'common.gin'\n")
+    (tmp_path / 'common.gin').write_text(HOSTILE)
+    monkeypatch.chdir(tmp_path)
+    parse(user_files=['user/my.gin'])
+    assert config.query('optim.linear.lr') == 0.5
+
+  def test_finds_what_a_user_file_includes_of_the_package_without_a_complaint(self, write, caplog):
+    user = write('my.gin', "include 'models/stories260K.gin'\n")
+    with caplog.at_level(logging.WARNING):
+      parse(user_files=[user])
+    assert config.query('data.loader.Packing.row_length') == 512
+    assert not caplog.records
+
+  def test_serves_a_user_module_named_as_one_of_the_package(self, write):
+    write('preference.py', 'def mine(policy, *, beta):\n  return policy * beta\n\n\ndef dpo(*, beta):\n  return beta\n')
+    user = write(
+        'my.gin',
+        """
+        from __gin__ import dynamic_registration
+        import preference
+        from jaxalign import recipe
+        recipe.Recipe.loss_fn = @preference.mine
+        preference.mine.beta = 3.0
+        preference.dpo.beta = 4.0
+        """,
+    )
+    parse(user_files=[user], bindings=['preference.mine.beta = 5.0'])
+    loss_fn = config.query('recipe.Recipe.loss_fn').scoped_configurable_fn
+    assert loss_fn(2.0) == 10.0
+    assert config.query('losses.preference.dpo.beta') == 0.1
+
+  def test_serves_a_user_module_that_only_an_included_file_imports(self, write):
+    write('losses_of_mine.py', 'def mine(policy, *, beta):\n  return policy * beta\n')
+    write(
+        'common.gin',
+        'from __gin__ import dynamic_registration\nimport losses_of_mine\nlosses_of_mine.mine.beta = 1.0\n',
+    )
+    user = write('my.gin', "include 'common.gin'\n")
+    parse(
+        user_files=[user], bindings=['losses_of_mine.mine.beta = 5.0', 'recipe.Recipe.loss_fn = @losses_of_mine.mine']
+    )
+    assert config.query('recipe.Recipe.loss_fn').scoped_configurable_fn(2.0) == 10.0
+
+  def test_lets_a_binding_name_any_module_that_gin_files_of_the_package_name(self):
+    files = sorted((ROOT / 'gin_configs').rglob('*.gin'))
+    names = {
+        line for file in files for line in re.findall(r'^from jaxalign.*import \w+$', file.read_text(), re.MULTILINE)
+    }
+    assert len(names) > 5
+    assert names <= set(config._HEADER.splitlines())
+
+  @pytest.mark.parametrize(
+      ('line', 'parts'),
+      [
+          ('optim.cosine.lrr = 1', ["optim.cosine has no parameter 'lrr'", 'it has lr, ', 'my.gin:4']),
+          ('preference.dp.beta = 1', ['jaxalign.losses.preference has no attribute dp', 'my.gin:4']),
+          ('prefrence.dpo.beta = 1', ["'prefrence'", 'import', 'my.gin:4']),
+          ('preference.dpo.beta =', ['my.gin:4', 'preference.dpo.beta =']),
+          ('preference.dpo.beta 1', ['my.gin:4', 'preference.dpo.beta 1']),
+          ('preference.dpo.beta = (1,', ['my.gin', 'not closed']),
+          ('preference.dpo.beta = high', ['my.gin:4', 'high', 'quoted']),
+          ('preference.dpo.beta = @preference.nothing', ['my.gin:4', 'nothing']),
+          ('preference.dpo.beta = %nothing', ['%nothing', 'nothing binds it']),
+          ('import nothing_of_this_name', ['my.gin:4', 'nothing_of_this_name']),
+          ("include 'nothing.gin'", ['my.gin:4', 'nothing.gin']),
+          ('import broken', ['broken.py:1']),
+      ],
+  )
+  def test_quotes_the_line_that_is_wrong(self, write, line, parts):
+    write('broken.py', 'x = = 1\n')
+    user = write('my.gin', IMPORTS + line + '\n')
+    message = refusal(user_files=[user])
+    assert f'--gin_file={user}' in message or line.endswith('%nothing')
+    for part in parts:
+      assert part in message
+
+  def test_names_the_innermost_file_that_is_wrong(self, write):
+    write('inner.gin', IMPORTS + 'optim.linear.rate = 1\n')
+    user = write('my.gin', "# a comment\ninclude 'inner.gin'\n")
+    message = refusal(user_files=[user])
+    assert 'inner.gin:4: optim.linear.rate = 1' in message
+
+  @pytest.mark.parametrize(
+      ('binding', 'part'),
+      [
+          ('optim.cosine.lrr=1', "no parameter 'lrr'"),
+          ('preference.ipo.tau=1', 'ipo'),
+          ('prefrence.dpo.beta=1', "'prefrence'"),
+          ('preference.dpo.beta', 'NAME.PARAMETER=VALUE'),
+          ('recipe.Recipe.dtype=bfloat16', "'bfloat16'"),
+          ('preference.dpo.beta=(', 'closed'),
+      ],
+  )
+  def test_quotes_the_binding_that_is_wrong(self, binding, part):
+    message = refusal(bindings=[binding])
+    assert message.startswith(f'--gin={binding}: ')
+    assert part in message
+
+  def test_names_a_missing_user_file(self):
+    assert refusal(user_files=['nowhere/my.gin']) == '--gin_file=nowhere/my.gin: no such file'
+
+  def test_returns_to_the_current_folder_after_a_mistake(self, write):
+    before = pathlib.Path.cwd()
+    refusal(user_files=[write('my.gin', HOSTILE)])
+    assert pathlib.Path.cwd() == before
+
+
+class TestParseSaved:
+
+  def test_restores_what_was_bound(self, write):
+    write('saved_losses.py', 'def mine(policy, *, beta):\n  return policy * beta\n')
+    user = write(
+        'my.gin',
+        """
+        from __gin__ import dynamic_registration
+        import saved_losses
+        from jaxalign import recipe
+        recipe.Recipe.loss_fn = @saved_losses.mine
+        saved_losses.mine.beta = %strength
+        strength = 3.0
+        """,
+    )
+    parse('sft', user_files=[user], bindings=["recipe.Recipe.dtype = 'bfloat16'"])
+    text = config.bindings()
+    config.parse_saved(text, [], [])
+    assert config.bindings() == text
+    assert config.query('recipe.Recipe.data') == 'builtin:stories:train'
+    assert config.query('recipe.Recipe.loss_fn').scoped_configurable_fn(2.0) == 6.0
+
+  def test_lets_the_user_bind_anew(self):
+    parse()
+    config.parse_saved(config.bindings(), [], ['optim.linear.lr = 9.0'])
+    assert config.query('optim.linear.lr') == 9.0
+
+  def test_names_a_module_that_is_gone(self):
+    with pytest.raises(types.UsageError, match='bindings of the checkpoint.*gone_module'):
+      config.parse_saved('from __gin__ import dynamic_registration\nimport gone_module\n', [], [])
+
+
+class TestGet:
+
+  def test_is_the_function_with_its_bindings(self):
+    parse(bindings=['optim.linear.lr = 0.5'])
+    assert config.get('optim.linear')(10)(0) == pytest.approx(0.5)
+
+  def test_is_the_function_of_the_package_where_the_user_has_one_of_that_name(self, write):
+    write('optim.py', 'def linear(steps, *, lr):\n  return "not this one"\n')
+    user = write('my.gin', 'from __gin__ import dynamic_registration\nimport optim\noptim.linear.lr = 1.0\n')
+    parse(user_files=[user])
+    assert config.get('optim.linear').__module__ == 'jaxalign.optim'
+
+  def test_names_what_is_not_there(self):
+    with pytest.raises(types.UsageError, match='train.nothing'):
+      config.get('train.nothing')
+
+
+class TestCheckedOperative:
+
+  def call(self, *names):
+    for name in names:
+      config.get(name)(10)
+
+  def test_is_the_configuration_that_was_used(self):
+    parse(bindings=['optim.linear.lr = 0.5', 'optim.linear.warmup = 0.25'])
+    self.call('optim.linear')
+    text = config.checked_operative()
+    assert 'optim.linear.lr = 0.5' in text.splitlines()
+    assert 'optim.linear.warmup = 0.25' in text.splitlines()
+    assert 'preference' not in re.sub(r'(?m)^from.*', '', text)
+
+  def test_refuses_a_binding_that_was_not_used_by_name(self):
+    parse(bindings=['optim.linear.lr = 0.5', 'optim.cosine.end = 0.5', 'reward.bradley_terry.centring = 0.5'])
+    self.call('optim.linear')
+    with pytest.raises(types.UsageError) as caught:
+      config.checked_operative()
+    assert 'optim.cosine.end, reward.bradley_terry.centring' in str(caught.value)
+    assert 'linear' not in str(caught.value)
+
+  def test_refuses_it_where_the_package_binds_the_same_value(self):
+    parse(bindings=['preference.dpo.beta = 0.1'])
+    with pytest.raises(types.UsageError, match='preference.dpo.beta'):
+      config.checked_operative()
+
+  def test_refuses_it_in_a_file_of_the_user(self, write):
+    user = write('my.gin', IMPORTS + 'optim.cosine.end = 1.0\n')
+    parse(user_files=[user])
+    with pytest.raises(types.UsageError, match=r'optim\.cosine\.end'):
+      config.checked_operative()
+
+  def test_refuses_a_parameter_that_the_caller_gives(self):
+    parse(bindings=['optim.linear.lr = 0.5', 'optim.linear.steps = 7'])
+    self.call('optim.linear')
+    with pytest.raises(types.UsageError, match=r'optim\.linear\.steps'):
+      config.checked_operative()
+
+  def test_refuses_a_macro_that_nothing_reads(self):
+    parse(bindings=['lr = 0.5', 'rate = 0.5', 'optim.linear.lr = %rate'])
+    self.call('optim.linear')
+    with pytest.raises(types.UsageError, match=r'lr \(a macro\)') as caught:
+      config.checked_operative()
+    assert 'rate' not in str(caught.value)
+
+  def test_tells_scopes_apart(self):
+    parse(bindings=['optim.linear.lr = 0.5', 'outer/optim.linear.warmup = 0.5', 'other/optim.linear.warmup = 0.5'])
+    config.get('optim.linear')
+    self.call('optim.linear')
+    with gin.config_scope('outer'):
+      self.call('optim.linear')
+    with pytest.raises(types.UsageError, match=r'other/optim\.linear\.warmup') as caught:
+      config.checked_operative()
+    assert 'outer' not in str(caught.value)
+
+  def test_lets_the_package_bind_what_a_run_does_not_reach(self):
+    parse(bindings=['optim.linear.lr = 0.5'])
+    self.call('optim.linear')
+    config.checked_operative()
+
+
+class TestBindings:
+
+  def test_writes_each_on_one_line(self):
+    parse(bindings=[f'recipe.Recipe.data = {"x" * 300!r}', f'train.train.optimizer = {list(range(100))}'])
+    lines = config.bindings().splitlines()
+    assert f'recipe.Recipe.data = {"x" * 300!r}' in lines
+    assert f'train.train.optimizer = {list(range(100))}' in lines
+    assert max(map(len, lines)) < 500
+
+
+class TestDiff:
+
+  def texts(self, *bindings):
+    parse()
+    old = config.bindings()
+    parse(bindings=bindings)
+    return old, config.bindings()
+
+  def test_is_empty_for_equal_bindings(self):
+    assert config.diff(*self.texts()) == []
+
+  def test_names_what_was_changed_added_and_taken_away(self):
+    old, new = self.texts('preference.dpo.beta = 0.2', 'optim.adamw.b1 = 0.5')
+    assert config.diff(old, new) == ['optim.adamw.b1: unset -> 0.5', 'preference.dpo.beta: 0.1 -> 0.2']
+    assert config.diff(new, old) == ['optim.adamw.b1: 0.5 -> unset', 'preference.dpo.beta: 0.2 -> 0.1']
+
+  def test_leaves_out_what_is_ignored(self):
+    old, new = self.texts('preference.dpo.beta = 0.2', 'loop.Options.steps = 3')
+    assert config.diff(old, new, ['loop.Options.steps']) == ['preference.dpo.beta: 0.1 -> 0.2']
+
+
+PROBE = """
+import os, pathlib, sys
+import jaxalign
+from jaxalign import config
+config.parse('dpo', files=['models/stories260K.gin'], user_files=[], bindings=['preference.dpo.label_smoothing=0.25'])
+assert config.query('losses.preference.dpo.label_smoothing') == 0.25
+assert pathlib.Path(jaxalign.__file__).is_relative_to(sys.argv[1]), jaxalign.__file__
+assert pathlib.Path(jaxalign.__file__).with_name('assets').joinpath('stories260K', 'model.safetensors').is_file()
+print(' '.join(config.algorithms()))
+"""
+
+
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory):
+  """A copy of what a build reads, so that building leaves nothing in the checkout."""
+  copy = tmp_path_factory.mktemp('a checkout') / 'jaxalign'
+  copy.mkdir()
+  for name in ('setup.py', 'README.md', 'LICENSE'):
+    shutil.copy(ROOT / name, copy)
+  ignore = shutil.ignore_patterns('__pycache__')
+  shutil.copytree(ROOT / 'gin_configs', copy / 'gin_configs')
+  shutil.copytree(ROOT / 'jaxalign', copy / 'jaxalign', symlinks=True, ignore=ignore)
+  return copy
+
+
+def build(checkout, hook, folder):
+  """Calls a hook of the build backend and returns the wheel."""
+  code = f'import setuptools.build_meta as backend; print(backend.{hook}({str(folder)!r}))'
+  done = subprocess.run([sys.executable, '-c', code], cwd=checkout, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  return folder / done.stdout.splitlines()[-1]
+
+
+class TestInstallation:
+
+  def probe(self, tmp_path, place, setup=''):
+    """Parses gin files in a process of its own that finds the package in one place, from a hostile current folder."""
+    here = tmp_path / 'elsewhere'
+    here.mkdir()
+    (here / 'base.gin').write_text(HOSTILE)
+    # -S and PYTHONPATH: an editable install of the checkout under test must not answer instead.
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(place), sysconfig.get_path('purelib')]))
+    command = [sys.executable, '-S', '-P', '-c', setup + PROBE, str(place)]
+    done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == list(config.algorithms())
+
+  def test_serves_a_plain_checkout(self, tmp_path, checkout):
+    self.probe(tmp_path, checkout)
+
+  def test_serves_an_editable_install(self, tmp_path, checkout):
+    site = tmp_path / 'site'
+    with zipfile.ZipFile(build(checkout, 'build_editable', tmp_path)) as wheel:
+      wheel.extractall(site)
+      assert not any(name.endswith('.gin') for name in wheel.namelist())
+    hidden = f'import site, sys; site.addsitedir({str(site)!r}); sys.argv[1] = {str(checkout)!r}\n'
+    self.probe(tmp_path, site, hidden)
+
+  def test_serves_a_wheel(self, tmp_path, checkout):
+    site = tmp_path / 'site'
+    with zipfile.ZipFile(build(checkout, 'build_wheel', tmp_path)) as wheel:
+      wheel.extractall(site)
+      names = set(wheel.namelist())
+      size = sum(entry.compress_size for entry in wheel.infolist() if entry.filename.startswith('jaxalign/assets/'))
+    data = [*(ROOT / 'gin_configs').rglob('*.gin'), *(ROOT / 'jaxalign' / 'assets').rglob('*')]
+    wanted = {str(path.relative_to(ROOT)).removeprefix('jaxalign/') for path in data if path.is_file()}
+    assert {f'jaxalign/{name}' for name in wanted} <= names
+    assert any(name.endswith('LICENSE') for name in names)
+    assert 0 < size <= 3 * 2**20
+    self.probe(tmp_path, site)
