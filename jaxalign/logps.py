@@ -1,8 +1,9 @@
 """Log-probabilities of targets from hidden states, in chunks: full logits `[B, T, V]` never exist.
 
-Only targets that the mask counts are computed. They are compacted to the front, and a loop takes them a chunk at a time,
-forward and backward; the largest array with a vocabulary axis is `[chunk, V / tensor]`. The loop runs under `shard_map`,
-so that the head is gathered over fsdp once before it and its gradient is reduced and scattered once after it.
+Only targets that the mask counts are computed. They are compacted to the front, and a loop takes them a chunk at a
+time, forward and backward; the largest array with a vocabulary axis is `[chunk, V / tensor]`. The loop runs under
+`shard_map`, so that the head is gathered over fsdp once before it and its gradient is reduced and scattered once after
+it.
 """
 
 from collections.abc import Callable
@@ -111,9 +112,9 @@ def _sharded(local: Callable, ins: str, outs: tuple[str, ...]) -> Callable:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return functools.partial(local, _Axes())
-  axes = _Axes(
-      sharding.axes_of('batch') + sharding.axes_of('length'), sharding.axes_of('vocab'), sharding.axes_of('embed')
-  )
+  # A collective over an axis of one device is not always compiled away.
+  split = lambda *names: tuple(a for name in names for a in sharding.axes_of(name) if mesh.shape[a] > 1)
+  axes = _Axes(split('batch', 'length'), split('vocab'), split('embed'))
   kinds = {'h': sharding.spec('batch', 'length', None), 't': sharding.spec('embed', 'vocab')}
   of = lambda kind: kinds.get(kind, sharding.spec('batch', 'length'))
   return jax.shard_map(
@@ -140,7 +141,7 @@ def _chunks(axes: _Axes, mask, chunk: int):
 
 
 def _take(x, rows):
-  return x.at[rows].get(mode='fill', fill_value=0)
+  return jnp.take(x, rows, axis=0, mode='fill', fill_value=0)
 
 
 def _logits(axes: _Axes, static: _Static, hidden, head, targets):
@@ -165,17 +166,19 @@ def _forward_local(static, axes, hidden, head, targets, mask):
     logits, is_target = _logits(axes, static, _take(hidden, rows), head, _take(targets, rows))
     top = jnp.max(logits, axis=1)
     top = jax.lax.pmax(top, axes.vocab) if axes.vocab else top
-    exp = jnp.exp(logits - top[:, None])
+    # Differences to the largest logit lose nothing where logits are large and the result is small.
+    shifted = logits - top[:, None]
+    exp = jnp.exp(shifted)
     sum_exp = total(exp)
-    normaliser = top + jnp.log(sum_exp)
-    chosen = total(jnp.where(is_target, logits, 0.0))
-    new = [chosen - normaliser, normaliser]
+    log_sum = jnp.log(sum_exp)
+    chosen = total(jnp.where(is_target, shifted, 0.0))
+    new = [chosen - log_sum, top + log_sum]
     if 'correct' in static.dense:
-      new.append((chosen >= top).astype(jnp.float32))
+      new.append((chosen >= 0).astype(jnp.float32))
     if 'mean_logit' in static.dense:
       new.append(total(jnp.where(logits > _MASKED_LOGIT, logits, 0.0)) / static.vocab_size)
     if 'entropy' in static.dense:
-      new.append(normaliser - total(exp * logits) / sum_exp)
+      new.append(log_sum - total(exp * shifted) / sum_exp)
     return tuple(o.at[rows].set(x, mode='drop') for o, x in zip(out, new))
 
   zeros = (jnp.zeros(targets.size, jnp.float32),) * (2 + len(static.dense))
