@@ -1,0 +1,92 @@
+"""Tests of the losses of reward models, against float64 formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import types
+from jaxalign.losses import reward
+
+
+def _rewards(groups=6, seed=0):
+  rng = np.random.default_rng(seed)
+  rewards_GK = rng.normal(0, 3, (groups, 2)).astype(np.float32)
+  margin_GK = np.repeat(rng.choice([0.0, 1 / 3, 1.0], (groups, 1)), 2, axis=1).astype(np.float32)
+  return rewards_GK, margin_GK
+
+
+def _bradley_terry(rewards_GK, margin_GK=None, **options):
+  rewards_GK = jnp.asarray(rewards_GK)
+  margin_GK = jnp.zeros_like(rewards_GK) if margin_GK is None else jnp.asarray(margin_GK)
+  return reward.bradley_terry(types.Stats(rewards_GK=rewards_GK), types.Stats(), {'margin': margin_GK}, **options)
+
+
+def _softplus(x):
+  return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
+
+
+class TestBradleyTerry:
+
+  @pytest.mark.parametrize('centring', [0.0, 0.01, 1.0])
+  def test_equals_the_formula_with_margin_and_centring(self, centring):
+    rewards_GK, margin_GK = _rewards()
+    chosen_G, rejected_G = rewards_GK.astype(np.float64).T
+    gold_G = _softplus(-(chosen_G - rejected_G - margin_GK[:, 0])) + centring * (chosen_G + rejected_G) ** 2
+    np.testing.assert_allclose(_bradley_terry(rewards_GK, margin_GK, centring=centring).per_item, gold_G, rtol=1e-5)
+
+  def test_equals_a_number_worked_out_by_hand(self):
+    # log(1 + e^-(2 - 0.5 - 1)) + 0.01 * 2.5^2 = 0.474076984 + 0.0625
+    out = _bradley_terry([[2.0, 0.5]], [[1.0, 1.0]], centring=0.01)
+    np.testing.assert_allclose(out.per_item, [0.536576984], rtol=1e-6)
+
+  def test_is_log_2_where_rewards_are_equal(self):
+    for value in (0.0, -3.0, 7.0):
+      out = _bradley_terry(np.full((2, 2), value, np.float32))
+      np.testing.assert_allclose(out.per_item, [np.log(2)] * 2, rtol=1e-6)
+
+  def test_a_constant_added_to_both_rewards_changes_nothing_without_centring(self):
+    rewards_GK, margin_GK = _rewards()
+    rewards_GK = np.round(rewards_GK * 64) / 64  # so that adding 8 is exact
+    here, there = _bradley_terry(rewards_GK, margin_GK), _bradley_terry(rewards_GK + np.float32(8), margin_GK)
+    np.testing.assert_array_equal(here.per_item, there.per_item)
+
+  def test_centring_pulls_the_mean_of_a_pair_to_zero(self):
+    rewards_GK, _ = _rewards()
+    loss = lambda centring: lambda x: jnp.sum(_bradley_terry(x, centring=centring).per_item)
+    pull_GK = jax.grad(loss(0.5))(rewards_GK) - jax.grad(loss(0.0))(rewards_GK)
+    np.testing.assert_allclose(pull_GK, np.repeat(rewards_GK.sum(1, keepdims=True), 2, axis=1), rtol=1e-4, atol=1e-5)
+
+  def test_a_margin_asks_for_more_than_a_win(self):
+    slope = lambda margin: jax.grad(lambda x: jnp.sum(_bradley_terry(x, np.full((1, 2), margin, np.float32)).per_item))(
+        np.array([[1.0, 0.0]], np.float32)
+    )[0, 0]
+    np.testing.assert_allclose(slope(1.0), -0.5, rtol=1e-6)
+    assert slope(3.0) < slope(1.0) < slope(0.0) < 0
+
+  def test_a_step_downhill_raises_chosen_and_lowers_rejected(self):
+    rewards_GK, margin_GK = _rewards()
+    grads_GK = jax.grad(lambda x: jnp.sum(_bradley_terry(x, margin_GK).per_item))(rewards_GK)
+    assert np.all(grads_GK[:, 0] < 0) and np.all(grads_GK[:, 1] > 0)
+
+  @pytest.mark.parametrize('gap', [1e4, -1e4])
+  def test_is_finite_at_extreme_rewards(self, gap):
+    rewards_GK = np.array([[gap, 0.0]], np.float32)
+    value, grads_GK = jax.value_and_grad(lambda x: jnp.sum(_bradley_terry(x).per_item))(rewards_GK)
+    np.testing.assert_allclose(value, max(-gap, 0.0))
+    np.testing.assert_array_equal(grads_GK, [[0, 0]] if gap > 0 else [[-1, 1]])
+
+  def test_metrics_are_accuracy_margin_and_mean(self):
+    rewards_GK, margin_GK = _rewards()
+    metrics = _bradley_terry(rewards_GK, margin_GK).metrics
+    np.testing.assert_array_equal(metrics['accuracy'], rewards_GK[:, 0] > rewards_GK[:, 1])
+    np.testing.assert_allclose(metrics['margin'], rewards_GK[:, 0] - rewards_GK[:, 1])
+    np.testing.assert_allclose(np.mean(metrics['mean_reward']), rewards_GK.mean(), rtol=1e-6)
+    assert set(metrics) == {'accuracy', 'margin', 'mean_reward'}
+
+  def test_a_tie_is_not_accurate(self):
+    out = _bradley_terry(np.array([[1.0, 1.0], [2.0, 1.0], [1.0, 2.0]], np.float32))
+    assert out.metrics['accuracy'].tolist() == [0, 1, 0]
+
+  def test_passes_the_loss_state_through(self):
+    assert _bradley_terry(*_rewards(), state={'mean': 3}).state == {'mean': 3}
