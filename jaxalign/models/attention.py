@@ -1,3 +1,4 @@
+"""draft"""
 import jax
 import jax.numpy as jnp
 
@@ -12,11 +13,16 @@ def attend(name, q, k, v, segments):
   return dense(q, k, v, ok)
 
 
-def dense(q, k, v, ok_BTS):
-  B, T, N, H = q.shape
-  K = k.shape[2]
-  q = q.reshape(B, T, K, N // K, H)
-  s = jnp.einsum('BTKRH,BSKH->BKRTS', q, k, preferred_element_type=jnp.float32) * H**-0.5
-  s = jnp.where(ok_BTS[:, None, None], s, -1e30)
-  p = jax.nn.softmax(s, -1).astype(v.dtype)
-  return jnp.einsum('BKRTS,BSKH->BTKRH', p, v).reshape(B, T, N, H)
+def dense(q_BTNH, k_BSKH, v_BSKH, allowed_BTS):
+  B, T, N, H = q_BTNH.shape
+  S, K = k_BSKH.shape[1:3]
+  R = N // K
+  q = q_BTNH.reshape(B, T, K, R, H).transpose(0, 2, 3, 1, 4).reshape(B, K, R * T, H)
+  k, v = k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)
+  logits = jnp.matmul(q, k, preferred_element_type=jnp.float32).reshape(B, K, R, T, S) * H**-0.5
+  logits = jnp.where(allowed_BTS[:, None, None], logits, -1e30)
+  exp = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+  total = jnp.sum(exp, axis=-1)
+  out = jnp.matmul(exp.astype(v.dtype).reshape(B, K, R * T, S), v, preferred_element_type=jnp.float32)
+  out = out.reshape(B, K, R, T, H) / total[..., None]
+  return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)

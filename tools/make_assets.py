@@ -1,0 +1,163 @@
+"""Makes the package's assets from the TinyStories 260K model: tokenizer, prompts, preference pairs and demonstrations.
+
+    python tools/make_assets.py --source=DIR [--output=jaxalign/assets] [--seed=0]
+
+DIR holds `tok512.bin` (llama2.c's tokenizer) and `hf/` (the weights in Hugging Face layout). The controlled-sentiment
+experiment of the DPO paper (Rafailov et al., 2023, https://arxiv.org/abs/2305.18290, Sec. 6) in miniature: every prompt is
+continued several times at temperature 1, and VADER ranks the continuations. Same seed, same bytes.
+"""
+
+import gzip
+import itertools
+import json
+import pathlib
+import random
+import shutil
+import struct
+
+from absl import app
+from absl import flags
+import jax
+import numpy as np
+from sentencepiece import sentencepiece_model_pb2
+
+from jaxalign import sampling
+from jaxalign import sharding
+from jaxalign.data import examples
+from jaxalign.data import tokenizers
+from jaxalign.models import hf
+from jaxalign.models import transformer
+from jaxalign.rewards import rules
+
+_SOURCE = flags.DEFINE_string('source', None, 'Folder with tok512.bin and hf/.', required=True)
+_OUTPUT = flags.DEFINE_string('output', 'jaxalign/assets', 'Where the assets go.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Of prompts and samples.')
+
+_HELD_OUT_PROMPTS, _TEST_PROMPTS, _TRAIN_PROMPTS = 64, 480, 2000
+_SAMPLES, _NEW_TOKENS, _LEAST_DIFFERENCE = 4, 64, 0.2
+
+_SUBJECTS = (
+    'Tom', 'Lily', 'Tim', 'Sara', 'Ben', 'Anna', 'Max', 'Mia', 'Sam', 'Lucy', 'Jack', 'Amy', 'The dog', 'The cat',
+    'The bird', 'The bear', 'The bunny', 'The frog', 'The fish', 'The boy', 'The girl', 'Her mom', 'His dad',
+    'The old man', 'The little duck', 'The big lion', 'A small mouse', 'The king', 'The farmer', 'My friend',
+)  # fmt: skip
+_PREDICATES = (
+    'was sad because', 'was happy because', 'was scared of', 'was lost in the', 'wanted to', 'did not want to',
+    'went to the', 'saw a big', 'found a', 'lost the', 'looked at the', 'ran to the', 'heard a loud', 'had a',
+    'liked to', 'was playing with', 'was tired and', 'fell down and', 'asked for', 'said no to', 'was angry at the',
+    'tried to open the', 'could not find the', 'forgot the', 'broke the', 'was sitting on the', 'was in the',
+)  # fmt: skip
+_OPENERS = ('', 'One day, ', 'Every day, ', 'That night, ', 'Then, ')
+
+
+def tokenizer_model(path: pathlib.Path) -> bytes:
+  """llama2.c's tokenizer file as a SentencePiece model: BPE by score, bytes for what is not a piece, a space in front."""
+  data = path.read_bytes()
+  proto = sentencepiece_model_pb2.ModelProto()
+  kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+  offset = 4
+  for index in range(512):
+    score, size = struct.unpack_from('<fi', data, offset)
+    text = data[offset + 8 : offset + 8 + size].decode()
+    offset += 8 + size
+    piece = proto.pieces.add(score=score)
+    if index < 3:
+      piece.piece, piece.type = ('<unk>', '<s>', '</s>')[index], kinds.UNKNOWN if index == 0 else kinds.CONTROL
+    elif index < 259:
+      piece.piece, piece.type = f'<0x{index - 3:02X}>', kinds.BYTE
+    else:
+      piece.piece, piece.type = text.replace(' ', '\u2581'), kinds.NORMAL
+  spec = proto.trainer_spec
+  spec.model_type, spec.vocab_size, spec.byte_fallback = spec.BPE, 512, True
+  spec.unk_id, spec.bos_id, spec.eos_id, spec.pad_id = 0, 1, 2, -1
+  proto.normalizer_spec.name = 'identity'
+  proto.normalizer_spec.add_dummy_prefix = True
+  proto.normalizer_spec.remove_extra_whitespaces = False
+  proto.normalizer_spec.escape_whitespaces = True
+  return proto.SerializeToString(deterministic=True)
+
+
+def prompts(seed: int) -> list[str]:
+  """All openings in an order drawn from the seed, no two alike."""
+  lower = lambda text: text if text.split()[0] in _SUBJECTS else text[0].lower() + text[1:]
+  found = [
+      opener + (lower(subject) if opener else subject) + ' ' + predicate
+      for opener, subject, predicate in itertools.product(_OPENERS, _SUBJECTS, _PREDICATES)
+  ]
+  random.Random(seed).shuffle(found)
+  return found
+
+
+def _continuations(model, params, tokenizer, texts: list[str], count: int, seed: int) -> list[list[str]]:
+  """Distinct continuations of each text that come back as the tokens that were sampled."""
+  ids = [examples.prompt_ids(tokenizer, text, None) for text in texts for _ in range(count)]
+  drawn = sampling.sample(
+      model, params, ids, max_new_tokens=_NEW_TOKENS, seed=seed, stop_ids=(tokenizer.bos_id, tokenizer.eos_id), rows=512
+  )
+  whole = [tokenizer.decode(one.ids, continuation=True) for one in drawn]
+  same = [not one.finished and tokenizer.encode(text, continuation=True) == one.ids for one, text in zip(drawn, whole)]
+  kept = [
+      sorted({whole[i] for i in range(first, first + count) if same[i]}) for first in range(0, len(ids), count)
+  ]
+  print(f'{len(ids)} samples, {sum(same)} kept: whole, and the same tokens when read again')
+  return kept
+
+
+def _write(path: pathlib.Path, records: list[dict]) -> None:
+  lines = ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in records)
+  with path.open('wb') as raw, gzip.GzipFile(filename='', mode='wb', fileobj=raw, mtime=0) as file:
+    file.write(lines.encode())
+  print(f'{path}: {len(records)} records, {path.stat().st_size} bytes')
+
+
+def _pairs_and_demonstrations(texts: list[str], continuations: list[list[str]]) -> tuple[list[dict], list[dict]]:
+  """Best and worst continuation where they differ enough, and the best of every prompt."""
+  pairs, demonstrations = [], []
+  for text, candidates in zip(texts, continuations):
+    if len(candidates) < 2:
+      continue
+    scores = rules.vader(candidates)
+    best, worst = int(np.argmax(scores)), int(np.argmin(scores))
+    demonstrations.append({'prompt': text, 'completion': candidates[best], 'append_eos': False})
+    if scores[best] - scores[worst] > _LEAST_DIFFERENCE:
+      pairs.append({
+          'prompt': text,
+          'chosen': candidates[best],
+          'rejected': candidates[worst],
+          'chosen_score': scores[best],
+          'rejected_score': scores[worst],
+          'append_eos': False,
+      })
+  return pairs, demonstrations
+
+
+def main(_) -> None:
+  source, output = pathlib.Path(_SOURCE.value), pathlib.Path(_OUTPUT.value)
+  target = output / 'stories260K'
+  target.mkdir(parents=True, exist_ok=True)
+  for name in ('config.json', 'model.safetensors'):
+    shutil.copyfile(source / 'hf' / name, target / name)
+  (target / 'tokenizer.model').write_bytes(tokenizer_model(source / 'tok512.bin'))
+  tokenizer = tokenizers.load(target)
+  mesh = sharding.make_mesh()
+  config = hf.read_config(target)
+  with jax.set_mesh(mesh):
+    model = transformer.build(config, mesh, length=config.max_length)
+    params = hf.read_params(target, config, mesh, 'float32')
+    texts = prompts(_SEED.value)
+    cuts = np.cumsum([_HELD_OUT_PROMPTS, _TEST_PROMPTS, _TRAIN_PROMPTS])
+    held, test, train = texts[: cuts[0]], texts[cuts[0] : cuts[1]], texts[cuts[1] : cuts[2]]
+    (output / 'prompts.txt').write_text('\n'.join(held) + '\n', encoding='utf-8')
+    for number, (name, part) in enumerate((('train', train), ('test', test))):
+      found = _continuations(model, params, tokenizer, part, _SAMPLES, _SEED.value + number)
+      pairs, demonstrations = _pairs_and_demonstrations(part, found)
+      _write(output / f'sentiment-{name}.jsonl.gz', pairs)
+      _write(output / f'stories-{name}.jsonl.gz', demonstrations)
+    ids = [examples.prompt_ids(tokenizer, text, None) for text in held for _ in range(8)]
+    drawn = sampling.sample(model, params, ids, max_new_tokens=_NEW_TOKENS, seed=_SEED.value + 9)
+    base = np.mean(rules.vader([tokenizer.decode(one.ids, continuation=True) for one in drawn]))
+    print(f'{len(ids)} samples from the {len(held)} held-out prompts: mean sentiment {base:.3f}')
+
+
+if __name__ == '__main__':
+  app.run(main)
