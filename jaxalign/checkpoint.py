@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import dataclasses
 import json
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 from absl import logging
 from etils import epath

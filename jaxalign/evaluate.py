@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import dataclasses
 import math
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np

@@ -14,7 +14,7 @@ class Weighted(NamedTuple):
   weight: types.Array
 
   def mean(self) -> types.Array:
-    """sum / weight, and 0 where nothing was weighed."""
+    """Sum / weight, and 0 where nothing was weighed."""
     return self.sum / jnp.maximum(self.weight, jnp.finfo(jnp.float32).tiny)
 
 

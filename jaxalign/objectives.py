@@ -6,7 +6,8 @@ never reduces to a mean: the step divides one global sum by one global weight.
 
 from collections.abc import Callable
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp

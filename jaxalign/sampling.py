@@ -136,7 +136,11 @@ def _decode(model, static: _Static, params, ids_BT, lengths_B, requests_B, key):
       jnp.zeros(batch, jnp.int32),
   )
   _, _, _, tokens, logps, _, counts_B = jax.lax.while_loop(going, one, start)
-  return sharding.constrain(tokens, None, None), sharding.constrain(logps, None, None), sharding.constrain(counts_B, None)
+  return (
+      sharding.constrain(tokens, None, None),
+      sharding.constrain(logps, None, None),
+      sharding.constrain(counts_B, None),
+  )
 
 
 def _choose(static: _Static, logits_BV, uniform_B):

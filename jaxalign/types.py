@@ -13,10 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax import struct
-import jax
-import numpy as np
 
-Array = jax.Array | np.ndarray
+Array = Any  # a jax.Array or an np.ndarray: a union would have each operation checked against both
 PyTree = Any
 
 
@@ -53,7 +51,7 @@ class Batch:
   group_BS: Array
   slot_BS: Array
   labels_BS: Mapping[str, Array]
-  ref_logps_BT: Array | None = None
+  ref_logps_BT: Array = None
   num_groups: int = struct.field(pytree_node=False, default=1)
   group_size: int = struct.field(pytree_node=False, default=1)
 
@@ -72,12 +70,12 @@ class Stats:
     rewards_GK: scores of a reward head, at the last token of each response.
   """
 
-  logps_BT: Array | None = None
-  mask_BT: Array | None = None
-  logps_GK: Array | None = None
-  tokens_GK: Array | None = None
-  logratios_GK: Array | None = None
-  rewards_GK: Array | None = None
+  logps_BT: Array = None
+  mask_BT: Array = None
+  logps_GK: Array = None
+  tokens_GK: Array = None
+  logratios_GK: Array = None
+  rewards_GK: Array = None
 
 
 @struct.dataclass

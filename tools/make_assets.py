@@ -96,9 +96,7 @@ def _continuations(model, params, tokenizer, texts: list[str], count: int, seed:
   )
   whole = [tokenizer.decode(one.ids, continuation=True) for one in drawn]
   same = [not one.finished and tokenizer.encode(text, continuation=True) == one.ids for one, text in zip(drawn, whole)]
-  kept = [
-      sorted({whole[i] for i in range(first, first + count) if same[i]}) for first in range(0, len(ids), count)
-  ]
+  kept = [sorted({whole[i] for i in range(first, first + count) if same[i]}) for first in range(0, len(ids), count)]
   print(f'{len(ids)} samples, {sum(same)} kept: whole, and the same tokens when read again')
   return kept
 
@@ -120,14 +118,16 @@ def _pairs_and_demonstrations(texts: list[str], continuations: list[list[str]]) 
     best, worst = int(np.argmax(scores)), int(np.argmin(scores))
     demonstrations.append({'prompt': text, 'completion': candidates[best], 'append_eos': False})
     if scores[best] - scores[worst] > _LEAST_DIFFERENCE:
-      pairs.append({
-          'prompt': text,
-          'chosen': candidates[best],
-          'rejected': candidates[worst],
-          'chosen_score': scores[best],
-          'rejected_score': scores[worst],
-          'append_eos': False,
-      })
+      pairs.append(
+          {
+              'prompt': text,
+              'chosen': candidates[best],
+              'rejected': candidates[worst],
+              'chosen_score': scores[best],
+              'rejected_score': scores[worst],
+              'append_eos': False,
+          }
+      )
   return pairs, demonstrations
 
 

@@ -1,4 +1,5 @@
 """draft"""
+
 import jax
 import jax.numpy as jnp
 

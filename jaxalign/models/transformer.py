@@ -1,10 +1,8 @@
 """A decoder-only transformer of the Llama family: RMSNorm, RoPE, grouped-query attention, SwiGLU, tied or untied head."""
 
-from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from absl import logging
 from flax import linen as nn
 from flax import struct
 import jax
@@ -80,8 +78,12 @@ class Block(nn.Module):
   def __call__(self, carry, positions_BT, segments_BT):
     c = self.config
     x, cache, layer = carry
-    p = lambda name, shape, axes, fan: self.param(name, nn.with_logical_partitioning(nn.initializers.normal(fan ** -0.5), axes), shape, jnp.float32).astype(self.dtype)
-    scale = lambda name: self.param(name, nn.with_logical_partitioning(nn.initializers.ones, ('norm',)), (c.embed_dim,), jnp.float32)
+    p = lambda name, shape, axes, fan: self.param(
+        name, nn.with_logical_partitioning(nn.initializers.normal(fan**-0.5), axes), shape, jnp.float32
+    ).astype(self.dtype)
+    scale = lambda name: self.param(
+        name, nn.with_logical_partitioning(nn.initializers.ones, ('norm',)), (c.embed_dim,), jnp.float32
+    )
     D, N, K, H, F = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_size, c.mlp_dim
     h = _norm(x, scale('attn_norm'), c.norm_eps)
     q = jnp.einsum('BTD,DNH->BTNH', h, p('q', (D, N, H), ('embed', 'heads', 'head_size'), D))
@@ -117,18 +119,44 @@ class Transformer(nn.Module):
   @nn.compact
   def __call__(self, inputs_BT, positions_BT, segments_BT, cache=None):
     c = self.config
-    embed = self.param('embed', nn.with_logical_partitioning(nn.initializers.normal(0.02), ('vocab', 'embed')), (c.padded_vocab, c.embed_dim), jnp.float32)
+    embed = self.param(
+        'embed',
+        nn.with_logical_partitioning(nn.initializers.normal(0.02), ('vocab', 'embed')),
+        (c.padded_vocab, c.embed_dim),
+        jnp.float32,
+    )
     if not c.tie_embeddings:
-      self.param('head', nn.with_logical_partitioning(nn.initializers.normal(0.02), ('embed', 'vocab')), (c.embed_dim, c.padded_vocab), jnp.float32)
+      self.param(
+          'head',
+          nn.with_logical_partitioning(nn.initializers.normal(0.02), ('embed', 'vocab')),
+          (c.embed_dim, c.padded_vocab),
+          jnp.float32,
+      )
     if c.reward_head:
-      self.param('reward_head', nn.with_logical_partitioning(nn.initializers.zeros, ('embed', 'one')), (c.embed_dim, 1), jnp.float32)
+      self.param(
+          'reward_head',
+          nn.with_logical_partitioning(nn.initializers.zeros, ('embed', 'one')),
+          (c.embed_dim, 1),
+          jnp.float32,
+      )
     x = sharding.constrain(embed.astype(self.dtype)[inputs_BT], 'batch', 'length', 'hidden')
     block = Block
     if REMAT[self.remat] is not None:
       block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
-    layers = nn.scan(block, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=(nn.broadcast, nn.broadcast), length=c.num_layers, metadata_params={nn.PARTITION_NAME: 'layers'})
-    (x, cache_out, _), _ = layers(c, self.dtype, self.attention, name='layers')((x, cache, 0), positions_BT, segments_BT)
-    scale = self.param('final_norm', nn.with_logical_partitioning(nn.initializers.ones, ('norm',)), (c.embed_dim,), jnp.float32)
+    layers = nn.scan(
+        block,
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+        in_axes=(nn.broadcast, nn.broadcast),
+        length=c.num_layers,
+        metadata_params={nn.PARTITION_NAME: 'layers'},
+    )
+    (x, cache_out, _), _ = layers(c, self.dtype, self.attention, name='layers')(
+        (x, cache, 0), positions_BT, segments_BT
+    )
+    scale = self.param(
+        'final_norm', nn.with_logical_partitioning(nn.initializers.ones, ('norm',)), (c.embed_dim,), jnp.float32
+    )
     x = _norm(x, scale, c.norm_eps)
     if cache is None:
       return x
