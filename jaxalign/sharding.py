@@ -118,6 +118,11 @@ def axes_of(logical: str) -> tuple[str, ...]:
   return _rule(logical)
 
 
+def parts(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, logical: str) -> int:
+  """How many ways an axis of this name is split on `mesh`."""
+  return math.prod(mesh.shape[axis] for axis in _rule(logical))
+
+
 def _rule(logical: str) -> tuple[str, ...]:
   if logical not in RULES:
     raise ValueError(f'unknown logical axis {logical!r}; sharding.RULES knows {", ".join(RULES)}')
@@ -129,7 +134,7 @@ def spec(*logical: str | None) -> jax.sharding.PartitionSpec:
   return jax.sharding.PartitionSpec(*((_rule(name) or None) if name else None for name in logical))
 
 
-def named(mesh: jax.sharding.Mesh, *logical: str | None) -> jax.sharding.NamedSharding:
+def named(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, *logical: str | None) -> jax.sharding.NamedSharding:
   """The sharding, on `mesh`, of an array whose axes have these logical names; no names means replicated."""
   return jax.sharding.NamedSharding(mesh, spec(*logical))
 

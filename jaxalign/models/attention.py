@@ -1,29 +1,171 @@
-"""draft"""
+"""Causal attention within segments, by the kernel that suits the platform a program is compiled for.
 
+xla     dense, in blocks of queries; anywhere
+cudnn   fused, with a dense mask; NVIDIA GPUs, 16-bit floats
+splash  Pallas kernel that skips what the mask rules out; TPUs
+"""
+
+from absl import logging
 import jax
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 import jax.numpy as jnp
 
+from jaxalign import sharding
+from jaxalign import types
 
-def pick(platform, dtype, config, length, mesh):
-  return 'xla'
+KERNELS = ('xla', 'cudnn', 'splash')
+_QUERIES = 256  # of a block: with it, a quarter to a half of the products that the causal mask discards is not computed
+_CUDNN_LENGTH = 4096  # beyond it the dense mask takes more memory than the kernel saves
+_SPLASH_BLOCKS = (512, 256, 128)
+_OUT = -1e30  # finite, so that a row that may see nothing is not NaN
 
 
-def attend(name, q, k, v, segments):
-  T = q.shape[1]
-  ok = (segments[:, :, None] == segments[:, None, :]) & jnp.tril(jnp.ones((T, T), bool))[None]
-  return dense(q, k, v, ok)
+def pick(mesh: jax.sharding.Mesh, dtype: jax.typing.DTypeLike, *, head_size: int, length: int) -> str:
+  """The kernel for programs on `mesh`, whose platform need not be the local one; logs it with the reason.
+
+  Args:
+    mesh: of the program.
+    dtype: of queries, keys and values.
+    head_size: H.
+    length: T.
+  """
+  platform = sharding.platform_of(mesh)
+  sixteen_bits = jnp.dtype(dtype).itemsize == 2
+  name, reason = 'xla', f'the platform is {platform}'
+  if platform == 'tpu':
+    local = length // sharding.parts(mesh, 'length')
+    if head_size % 64 or local % _SPLASH_BLOCKS[-1]:
+      reason = f'splash wants heads in multiples of 64 (here {head_size}), tokens of 128 (here {local} per device)'
+    else:
+      name = 'splash'
+  elif platform == 'gpu':
+    if not sixteen_bits or head_size % 8 or head_size > 128 or length > _CUDNN_LENGTH:
+      reason = (
+          f'cuDNN wants 16-bit floats (here {jnp.dtype(dtype).name}), heads in multiples of 8 up to 128 (here'
+          f' {head_size}), at most {_CUDNN_LENGTH} tokens (here {length})'
+      )
+    else:
+      name = 'cudnn'
+  logging.info('attention: %s (%s)', name, reason)
+  return name
+
+
+def attend(
+    name: str, q_BTNH: types.Array, k_BTKH: types.Array, v_BTKH: types.Array, segments_BT: types.Array
+) -> types.Array:
+  """Each query sees the keys of its own segment up to its own place.
+
+    out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s        over s <= t with segment_s = segment_t
+
+  Args:
+    name: one of KERNELS.
+    q_BTNH: queries; query head n reads key head n // (N / K).
+    k_BTKH: keys.
+    v_BTKH: values.
+    segments_BT: int32; padding is a segment like any other.
+
+  Returns:
+    `[B, T, N, H]` in the dtype of the queries; the softmax is float32.
+  """
+  return {'xla': xla, 'cudnn': cudnn, 'splash': splash}[name](q_BTNH, k_BTKH, v_BTKH, segments_BT)
+
+
+def xla(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+  """Dense attention, a block of queries at a time; see `attend`."""
+  length = q_BTNH.shape[1]
+  mesh = jax.sharding.get_abstract_mesh()
+  split = not mesh.empty and sharding.parts(mesh, 'length') > 1
+  size = length if split or length <= _QUERIES else _QUERIES
+  # What the blocks' softmax needs for its gradient is computed again: saved, it would be as large as T x T.
+  block = dense if size == length else jax.checkpoint(dense)
+  out = []
+  for start in range(0, length, size):
+    stop = min(start + size, length)
+    queries, keys = jnp.arange(start, stop), jnp.arange(stop)
+    allowed_BTS = (segments_BT[:, start:stop, None] == segments_BT[:, None, :stop]) & (
+        keys[None, None, :] <= queries[None, :, None]
+    )
+    out.append(block(q_BTNH[:, start:stop], k_BTKH[:, :stop], v_BTKH[:, :stop], allowed_BTS))
+  return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
 
 
 def dense(q_BTNH, k_BSKH, v_BSKH, allowed_BTS):
+  """Attention under any mask; queries that share a key head are rows of one matrix product."""
   B, T, N, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
   R = N // K
   q = q_BTNH.reshape(B, T, K, R, H).transpose(0, 2, 3, 1, 4).reshape(B, K, R * T, H)
   k, v = k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)
   logits = jnp.matmul(q, k, preferred_element_type=jnp.float32).reshape(B, K, R, T, S) * H**-0.5
-  logits = jnp.where(allowed_BTS[:, None, None], logits, -1e30)
+  logits = jnp.where(allowed_BTS[:, None, None], logits, _OUT)
   exp = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
   total = jnp.sum(exp, axis=-1)
+  # Divided after the product: H numbers a query instead of S.
   out = jnp.matmul(exp.astype(v.dtype).reshape(B, K, R * T, S), v, preferred_element_type=jnp.float32)
   out = out.reshape(B, K, R, T, H) / total[..., None]
   return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+  """Fused attention of cuDNN with a dense mask; see `attend`."""
+  same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+  return jax.nn.dot_product_attention(
+      q_BTNH, k_BTKH, v_BTKH, mask=same_BTS[:, None], is_causal=True, implementation='cudnn'
+  )
+
+
+def splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, interpret: bool = False):
+  """Splash attention under `shard_map`: queries split over batch, heads and length, keys gathered over length.
+
+  Args:
+    q_BTNH: see `attend`; likewise the others.
+    k_BTKH: where the tensor axis is larger than K, each device takes a copy of the one head that its queries read.
+    v_BTKH: likewise.
+    segments_BT: see `attend`.
+    interpret: runs the kernel's program with XLA, on any platform.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  parts = {name: 1 if mesh.empty else sharding.parts(mesh, name) for name in ('heads', 'length')}
+  T, N, H = q_BTNH.shape[1:]
+  K = k_BTKH.shape[2]
+  if parts['heads'] > K:
+    k_BTKH, v_BTKH = (jnp.repeat(x, parts['heads'] // K, axis=2) for x in (k_BTKH, v_BTKH))
+  kernel = _splash_kernel(T, N // parts['heads'], parts['length'], interpret)
+
+  def local(kernel, q, k, v, q_segments, kv_segments):
+    ids = splash_attention_kernel.SegmentIds(q_segments, kv_segments)
+    heads_first = lambda x: x.transpose(0, 2, 1, 3)
+    out = jax.vmap(kernel)(heads_first(q * H**-0.5), heads_first(k), heads_first(v), ids)
+    return heads_first(out)
+
+  args = q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT
+  if mesh.empty:
+    return local(kernel, *args)
+  queries, keys = sharding.spec('batch', 'length', 'heads', None), sharding.spec('batch', None, 'heads', None)
+  kernel_spec = kernel.manual_sharding_spec(sharding.named(mesh, None, 'length'))
+  ids = sharding.spec('batch', 'length'), sharding.spec('batch', None)
+  return jax.shard_map(
+      local, mesh=mesh, in_specs=(kernel_spec, queries, keys, keys, *ids), out_specs=queries, check_vma=False
+  )(kernel, *args)
+
+
+def _splash_kernel(length: int, heads: int, shards: int, interpret: bool):
+  """The causal kernel for `heads` heads, its queries split into `shards` parts."""
+  block = next(size for size in _SPLASH_BLOCKS if length // shards % size == 0)
+  sizes = splash_attention_kernel.BlockSizes(
+      block_q=block,
+      block_kv=block,
+      block_q_dkv=block,
+      block_kv_dkv=block,
+      block_q_dq=block,
+      block_kv_dq=block,
+  )
+  mask = splash_attention_mask.CausalMask((length, length), shard_count=shards)
+  return splash_attention_kernel.make_splash_mha(
+      splash_attention_mask.MultiHeadMask([mask] * heads),
+      block_sizes=sizes,
+      head_shards=1,
+      q_seq_shards=shards,
+      interpret=interpret,
+  )

@@ -1,5 +1,11 @@
-"""A decoder-only transformer of the Llama family: RMSNorm, RoPE, grouped-query attention, SwiGLU, tied or untied head."""
+"""A decoder-only transformer of the Llama family.
 
+RMSNorm before each half of a block, rotary positions, grouped-query attention, SwiGLU, tied or untied head. The layers
+are one scanned block, so that a program does not grow with their number. The module returns hidden states: logits of a
+whole batch are never made (`logps.token_stats` makes them in chunks).
+"""
+
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -12,15 +18,34 @@ from jaxalign import sharding
 from jaxalign import types
 from jaxalign.models import attention as attention_lib
 
-REMAT = {
+# What the backward pass finds saved, by name; 'none' is no rematerialisation: everything is.
+REMAT: dict[str, Callable | None] = {
     'none': None,
     'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     'full': jax.checkpoint_policies.nothing_saveable,
 }
+_VOCAB_MULTIPLE = 128  # the vocabulary is padded to it, so that a tensor axis divides it
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+  """Sizes of a transformer.
+
+  Attributes:
+    vocab_size: V without padding.
+    num_layers: L.
+    embed_dim: D.
+    num_heads: N, query heads.
+    num_kv_heads: K, key and value heads; divides N.
+    head_size: H, even.
+    mlp_dim: F.
+    max_length: positions that the model was trained for.
+    rope_theta: base of the rotary frequencies.
+    norm_eps: added to the mean square in RMSNorm.
+    tie_embeddings: whether the output matrix is the transposed embedding.
+    reward_head: whether there is a vector that scores hidden states.
+  """
+
   vocab_size: int
   num_layers: int
   embed_dim: int
@@ -34,164 +59,264 @@ class Config:
   tie_embeddings: bool = True
   reward_head: bool = False
 
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.type in (int, float) and not value > 0:
+        raise types.UsageError(f'transformer.Config.{field.name} = {value}: it must be positive')
+    if self.num_heads % self.num_kv_heads:
+      raise types.UsageError(
+          f'transformer.Config.num_heads = {self.num_heads}: it must be a multiple of num_kv_heads ='
+          f' {self.num_kv_heads}'
+      )
+    if self.head_size % 2:
+      raise types.UsageError(f'transformer.Config.head_size = {self.head_size}: rotary positions want an even number')
+
   @property
   def padded_vocab(self) -> int:
-    return -(-self.vocab_size // 128) * 128
+    """V with padding; ids from `vocab_size` on are never read and have probability 0."""
+    return -(-self.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
 
   def to_json(self) -> dict[str, Any]:
+    """The arguments that make an equal configuration."""
     return dataclasses.asdict(self)
 
 
 @struct.dataclass
 class KVCache:
+  """Keys and values of what has been read, and how much that is.
+
+  Attributes:
+    k_LBSKH: keys, rotated; slot s of a row is its token s.
+    v_LBSKH: values.
+    lengths_B: int32, tokens of each row.
+  """
+
   k_LBSKH: types.Array
   v_LBSKH: types.Array
   lengths_B: types.Array
 
 
-def init_cache(config, batch, length, dtype):
-  shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_size)
-  return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32))
+def init_cache(config: Config, rows: int, length: int, dtype: jax.typing.DTypeLike) -> KVCache:
+  """An empty cache for `rows` rows of up to `length` tokens; what is read beyond that is lost."""
+  shape = (config.num_layers, rows, length, config.num_kv_heads, config.head_size)
+  place = lambda x: sharding.constrain(x, 'layers', 'batch', None, None, None)
+  return KVCache(place(jnp.zeros(shape, dtype)), place(jnp.zeros(shape, dtype)), jnp.zeros(rows, jnp.int32))
 
 
-def _rope(x, positions_BT, theta):
-  H = x.shape[-1]
-  freq = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-  angle = positions_BT.astype(jnp.float32)[..., None] * freq[None, None, :]
-  cos, sin = jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+def _rope(x_BTNH, positions_BT, theta: float):
+  """Rotates the pairs (i, i + H/2) by position * theta^(-2i/H). Su et al., 2021, https://arxiv.org/abs/2104.09864."""
+  H = x_BTNH.shape[-1]
+  frequencies = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+  angles_BTNH = positions_BT[..., None, None].astype(jnp.float32) * frequencies[None, None, None, :]
+  cos, sin = jnp.cos(angles_BTNH), jnp.sin(angles_BTNH)
+  a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def _norm(x, scale, eps):
-  x32 = x.astype(jnp.float32)
-  y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + eps)
-  return (y * scale[None, None, :]).astype(x.dtype)
+def _rms_norm(x_BTD, scale_D, eps: float):
+  """Computes x / sqrt(mean(x^2) + eps) * scale in float32. Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467."""
+  wide = x_BTD.astype(jnp.float32)
+  normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+  return (normed * scale_D[None, None, :]).astype(x_BTD.dtype)
+
+
+def _param(module: nn.Module, name: str, init, shape: tuple[int, ...], axes: tuple[str, ...]) -> types.Array:
+  """A float32 parameter whose axes have logical names."""
+  return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
 class Block(nn.Module):
+  """One layer: attention, then the feed-forward half, each on a normed copy and added to what it read.
+
+  Attributes:
+    config: sizes.
+    dtype: of the computation.
+    attention: one of `attention.KERNELS`.
+  """
+
   config: Config
   dtype: Any
   attention: str
 
   @nn.compact
   def __call__(self, carry, positions_BT, segments_BT):
+    """Takes and returns (hidden states, cache or None, number of the layer), as `nn.scan` wants."""
+    x_BTD, cache, layer = carry
+    a_BTD, cache = self._attend(self._norm('attn_norm', x_BTD), cache, layer, positions_BT, segments_BT)
+    x_BTD = sharding.constrain(x_BTD + a_BTD, 'batch', 'length', 'hidden')
+    x_BTD = x_BTD + self._feed_forward(self._norm('mlp_norm', x_BTD))
+    return (sharding.constrain(x_BTD, 'batch', 'length', 'hidden'), cache, layer + 1), None
+
+  def _attend(self, x_BTD, cache, layer, positions_BT, segments_BT):
     c = self.config
-    x, cache, layer = carry
-    p = lambda name, shape, axes, fan: self.param(
-        name, nn.with_logical_partitioning(nn.initializers.normal(fan**-0.5), axes), shape, jnp.float32
-    ).astype(self.dtype)
-    scale = lambda name: self.param(
-        name, nn.with_logical_partitioning(nn.initializers.ones, ('norm',)), (c.embed_dim,), jnp.float32
-    )
-    D, N, K, H, F = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_size, c.mlp_dim
-    h = _norm(x, scale('attn_norm'), c.norm_eps)
-    q = jnp.einsum('BTD,DNH->BTNH', h, p('q', (D, N, H), ('embed', 'heads', 'head_size'), D))
-    k = jnp.einsum('BTD,DKH->BTKH', h, p('k', (D, K, H), ('embed', 'kv_heads', 'head_size'), D))
-    v = jnp.einsum('BTD,DKH->BTKH', h, p('v', (D, K, H), ('embed', 'kv_heads', 'head_size'), D))
+    D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_size
+    q = jnp.einsum('BTD,DNH->BTNH', x_BTD, self._weight('q', (D, N, H), ('embed', 'heads', 'head_size'), D))
+    k = jnp.einsum('BTD,DKH->BTKH', x_BTD, self._weight('k', (D, K, H), ('embed', 'kv_heads', 'head_size'), D))
+    v = jnp.einsum('BTD,DKH->BTKH', x_BTD, self._weight('v', (D, K, H), ('embed', 'kv_heads', 'head_size'), D))
     q, k = _rope(q, positions_BT, c.rope_theta), _rope(k, positions_BT, c.rope_theta)
     if cache is None:
-      a = attention_lib.attend(self.attention, q, k, v, segments_BT)
+      out = attention_lib.attend(self.attention, q, k, v, segments_BT)
     else:
-      B, T = positions_BT.shape
-      rows, cols = jnp.arange(B)[:, None], cache.lengths_B[:, None] + jnp.arange(T)[None, :]
-      ck = cache.k_LBSKH.at[layer, rows, cols].set(k.astype(cache.k_LBSKH.dtype), mode='drop')
-      cv = cache.v_LBSKH.at[layer, rows, cols].set(v.astype(cache.v_LBSKH.dtype), mode='drop')
-      cache = cache.replace(k_LBSKH=ck, v_LBSKH=cv)
-      ok = jnp.arange(ck.shape[2])[None, None, :] <= cols[:, :, None]
-      a = attention_lib.dense(q, ck[layer].astype(q.dtype), cv[layer].astype(q.dtype), ok)
-    x = x + jnp.einsum('BTNH,NHD->BTD', a, p('o', (N, H, D), ('heads', 'head_size', 'embed'), N * H))
-    x = sharding.constrain(x, 'batch', 'length', 'hidden')
-    h = _norm(x, scale('mlp_norm'), c.norm_eps)
-    g = jnp.einsum('BTD,DF->BTF', h, p('gate', (D, F), ('embed', 'mlp'), D))
-    u = jnp.einsum('BTD,DF->BTF', h, p('up', (D, F), ('embed', 'mlp'), D))
-    x = x + jnp.einsum('BTF,FD->BTD', jax.nn.silu(g) * u, p('down', (F, D), ('mlp', 'embed'), F))
-    x = sharding.constrain(x, 'batch', 'length', 'hidden')
-    return (x, cache, layer + 1), None
+      out, cache = _attend_cached(q, k, v, cache, layer)
+    o = self._weight('o', (N, H, D), ('heads', 'head_size', 'embed'), N * H)
+    return jnp.einsum('BTNH,NHD->BTD', out, o), cache
+
+  def _feed_forward(self, x_BTD):
+    D, F = self.config.embed_dim, self.config.mlp_dim
+    gate = jnp.einsum('BTD,DF->BTF', x_BTD, self._weight('gate', (D, F), ('embed', 'mlp'), D))
+    up = jnp.einsum('BTD,DF->BTF', x_BTD, self._weight('up', (D, F), ('embed', 'mlp'), D))
+    return jnp.einsum('BTF,FD->BTD', jax.nn.silu(gate) * up, self._weight('down', (F, D), ('mlp', 'embed'), F))
+
+  def _norm(self, name: str, x_BTD):
+    scale_D = _param(self, name, nn.initializers.ones, (self.config.embed_dim,), ('norm',))
+    return _rms_norm(x_BTD, scale_D, self.config.norm_eps)
+
+  def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int):
+    return _param(self, name, nn.initializers.normal(fan_in**-0.5), shape, axes).astype(self.dtype)
+
+
+def _attend_cached(q_BTNH, k_BTKH, v_BTKH, cache: KVCache, layer):
+  """Writes the new keys and values behind those of each row and attends to all of them."""
+  T = q_BTNH.shape[1]
+  rows_BT = jnp.arange(q_BTNH.shape[0])[:, None]
+  slots_BT = cache.lengths_B[:, None] + jnp.arange(T)[None, :]
+  write = lambda old, new: old.at[layer, rows_BT, slots_BT].set(
+      new.astype(old.dtype), mode='drop', indices_are_sorted=True, unique_indices=True
+  )
+  cache = dataclasses.replace(cache, k_LBSKH=write(cache.k_LBSKH, k_BTKH), v_LBSKH=write(cache.v_LBSKH, v_BTKH))
+  allowed_BTS = jnp.arange(cache.k_LBSKH.shape[2])[None, None, :] <= slots_BT[:, :, None]
+  read = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).astype(q_BTNH.dtype)
+  return attention_lib.dense(q_BTNH, read(cache.k_LBSKH), read(cache.v_LBSKH), allowed_BTS), cache
 
 
 class Transformer(nn.Module):
+  """The model.
+
+  Attributes:
+    config: sizes.
+    dtype: of the computation; parameters are float32.
+    remat: a key of REMAT.
+    attention: one of `attention.KERNELS`, for whole sequences; with a cache attention is dense.
+  """
+
   config: Config
   dtype: Any = jnp.float32
   remat: str = 'none'
   attention: str = 'xla'
 
   @nn.compact
-  def __call__(self, inputs_BT, positions_BT, segments_BT, cache=None):
+  def __call__(self, inputs_BT, positions_BT, segments_BT, cache: KVCache | None = None):
+    """Reads tokens and returns what the head reads.
+
+    Args:
+      inputs_BT: int32 ids.
+      positions_BT: int32, from 0 in each segment.
+      segments_BT: int32; 0 is padding. With a cache a row is one segment, and tokens of segment 0 can only follow its
+        last: they are not counted in its length.
+      cache: None reads whole sequences; otherwise the tokens follow those in the cache.
+
+    Returns:
+      Hidden states after the final norm, `[B, T, D]`; with a cache, these and the new cache.
+    """
     c = self.config
-    embed = self.param(
-        'embed',
-        nn.with_logical_partitioning(nn.initializers.normal(0.02), ('vocab', 'embed')),
-        (c.padded_vocab, c.embed_dim),
-        jnp.float32,
-    )
+    embed_VD = _param(self, 'embed', nn.initializers.normal(0.02), (c.padded_vocab, c.embed_dim), ('vocab', 'embed'))
     if not c.tie_embeddings:
-      self.param(
-          'head',
-          nn.with_logical_partitioning(nn.initializers.normal(0.02), ('embed', 'vocab')),
-          (c.embed_dim, c.padded_vocab),
-          jnp.float32,
-      )
+      _param(self, 'head', nn.initializers.normal(0.02), (c.embed_dim, c.padded_vocab), ('embed', 'vocab'))
     if c.reward_head:
-      self.param(
-          'reward_head',
-          nn.with_logical_partitioning(nn.initializers.zeros, ('embed', 'one')),
-          (c.embed_dim, 1),
-          jnp.float32,
-      )
-    x = sharding.constrain(embed.astype(self.dtype)[inputs_BT], 'batch', 'length', 'hidden')
-    block = Block
-    if REMAT[self.remat] is not None:
-      block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+      _param(self, 'reward_head', nn.initializers.zeros, (c.embed_dim, 1), ('embed', 'one'))
+    table_VD = sharding.constrain(embed_VD.astype(self.dtype), 'vocab', None)
+    x_BTD = sharding.constrain(jnp.take(table_VD, inputs_BT, axis=0), 'batch', 'length', 'hidden')
+    policy = REMAT[self.remat]
     layers = nn.scan(
-        block,
+        Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=False),
         variable_axes={'params': 0},
         split_rngs={'params': True},
         in_axes=(nn.broadcast, nn.broadcast),
         length=c.num_layers,
         metadata_params={nn.PARTITION_NAME: 'layers'},
-    )
-    (x, cache_out, _), _ = layers(c, self.dtype, self.attention, name='layers')(
-        (x, cache, 0), positions_BT, segments_BT
-    )
-    scale = self.param(
-        'final_norm', nn.with_logical_partitioning(nn.initializers.ones, ('norm',)), (c.embed_dim,), jnp.float32
-    )
-    x = _norm(x, scale, c.norm_eps)
+    )(c, self.dtype, self.attention, name='layers')
+    # The cache is carried, not scanned: as a scanned output it would exist twice.
+    (x_BTD, cache, _), _ = layers((x_BTD, cache, 0), positions_BT, segments_BT)
+    x_BTD = _rms_norm(x_BTD, _param(self, 'final_norm', nn.initializers.ones, (c.embed_dim,), ('norm',)), c.norm_eps)
     if cache is None:
-      return x
-    lengths = cache.lengths_B + jnp.sum(segments_BT > 0, axis=1)
-    return x, cache_out.replace(lengths_B=lengths)
+      return x_BTD
+    return x_BTD, dataclasses.replace(cache, lengths_B=cache.lengths_B + jnp.sum(segments_BT > 0, axis=1))
 
 
-def output_matrix(params):
+def output_matrix(params: types.PyTree) -> types.Array:
+  """The matrix `[D, V]` from hidden states to logits: the head, or the transposed embedding."""
   return params['head'] if 'head' in params else params['embed'].T
 
 
-def build(config, mesh, *, dtype='float32', remat='none', length):
-  name = attention_lib.pick(sharding.platform_of(mesh), jnp.dtype(dtype), config, length, mesh)
+def build(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    *,
+    dtype: jax.typing.DTypeLike = 'float32',
+    remat: str = 'none',
+    attention: str | None = None,
+    length: int,
+) -> Transformer:
+  """The model for programs on `mesh`.
+
+  Args:
+    config: sizes.
+    mesh: see `attention.pick`.
+    dtype: of the computation.
+    remat: a key of REMAT.
+    attention: one of `attention.KERNELS`; None picks it.
+    length: tokens of a row.
+
+  Raises:
+    UsageError: a name is unknown, or rows are longer than the model's context.
+  """
+  if remat not in REMAT:
+    raise types.UsageError(f'recipe.Recipe.remat = {remat!r}: it is one of {", ".join(REMAT)}')
+  if dtype not in ('float32', 'bfloat16', 'float16'):
+    raise types.UsageError(f"recipe.Recipe.dtype = {dtype!r}: it is 'float32', 'bfloat16' or 'float16'")
+  if attention is not None and attention not in attention_lib.KERNELS:
+    raise types.UsageError(f'recipe.Recipe.attention = {attention!r}: it is one of {", ".join(attention_lib.KERNELS)}')
+  if length > config.max_length:
+    raise types.UsageError(
+        f'loader.Packing.row_length = {length}: the context of the model is {config.max_length} tokens'
+    )
+  name = attention or attention_lib.pick(mesh, dtype, head_size=config.head_size, length=length)
   return Transformer(config, jnp.dtype(dtype), remat, name)
 
 
-def _boxed(model, key):
-  one = jnp.zeros((1, 1), jnp.int32)
-  return jax.eval_shape(model.init, key, one, one, one + 1)['params']
+def _init_fn(model: Transformer) -> Callable[[jax.Array], types.PyTree]:
+  """Makes the parameters, boxed with the logical names of their axes, from a key."""
+  one = jnp.zeros((1, 1), jnp.int32)  # a single token, which no kernel but XLA takes
+  plain = dataclasses.replace(model, attention='xla')
+  return lambda key: plain.init(key, one, one, one)['params']
 
 
-def abstract_params(model, mesh):
-  boxed = _boxed(model, jax.random.key(0))
-  shardings = sharding.shardings_of(mesh, boxed)
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
+def abstract_params(model: Transformer, mesh: jax.sharding.Mesh) -> types.PyTree:
+  """Shapes, dtypes and shardings of the parameters.
+
+  Raises:
+    UsageError: the mesh does not divide an axis; the message names both.
+  """
+  boxed = jax.eval_shape(_init_fn(model), jax.random.key(0))
+  place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+  return jax.tree.map(place, nn.unbox(boxed), sharding.shardings_of(mesh, boxed))
 
 
-def init_params(model, key, mesh):
-  one = jnp.zeros((1, 1), jnp.int32)
+def init_params(model: Transformer, key: jax.Array, mesh: jax.sharding.Mesh) -> types.PyTree:
+  """Random normal parameters, made where they lie; their deviation is 1/sqrt(fan-in), 0.02 of embedding and head."""
   where = jax.tree.map(lambda x: x.sharding, abstract_params(model, mesh))
-  return jax.jit(lambda key: nn.unbox(model.init(key, one, one, one + 1)['params']), out_shardings=where)(key)
+  return jax.jit(lambda key: nn.unbox(_init_fn(model)(key)), out_shardings=where)(key)
 
 
-def flops_per_token(config, length):
-  """Model FLOPs of a training token."""
+def flops_per_token(config: Config, length: int) -> float:
+  """FLOPs of training on a token, forward and backward, in rows of `length`: what utilisation is measured by.
+
+    6 * (matrix parameters) + 12 * L * N * H * length / 2
+
+  Recomputation does not count, nor what the causal mask discards. Chowdhery et al., 2022,
+  https://arxiv.org/abs/2204.02311, App. B.
+  """
   D, N, K, H, F = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_size, config.mlp_dim
   layer = D * H * (2 * N + 2 * K) + 3 * D * F
   return 6 * (config.num_layers * layer + D * config.vocab_size) + 6 * config.num_layers * N * H * length
