@@ -7,12 +7,14 @@ whole batch are never made (`logps.token_stats` makes them in chunks).
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 from flax import linen as nn
 from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign import sharding
 from jaxalign import types
@@ -126,6 +128,26 @@ def _param(module: nn.Module, name: str, init, shape: tuple[int, ...], axes: tup
   return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _look_up(dtype, table_VD, ids_BT):
+  """Rows of a float32 table in `dtype`, gathered over the mesh in `dtype`."""
+  return jnp.take(sharding.constrain(table_VD.astype(dtype), 'vocab', None), ids_BT, axis=0)
+
+
+def _look_up_forward(dtype, table_VD, ids_BT):
+  return _look_up(dtype, table_VD, ids_BT), (table_VD, ids_BT)
+
+
+def _look_up_backward(dtype, kept, d_BTD):
+  # In float32: of a frequent token's thousands of small terms, 16-bit sums would lose most.
+  table_VD, ids_BT = kept
+  d_VD = jnp.zeros_like(table_VD).at[ids_BT].add(d_BTD.astype(table_VD.dtype))
+  return sharding.constrain(d_VD, 'vocab', 'embed'), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
 class Block(nn.Module):
   """One layer: attention, then the feed-forward half, each on a normed copy and added to what it read.
 
@@ -225,8 +247,7 @@ class Transformer(nn.Module):
       _param(self, 'head', nn.initializers.normal(0.02), (c.embed_dim, c.padded_vocab), ('embed', 'vocab'))
     if c.reward_head:
       _param(self, 'reward_head', nn.initializers.zeros, (c.embed_dim, 1), ('embed', 'one'))
-    table_VD = sharding.constrain(embed_VD.astype(self.dtype), 'vocab', None)
-    x_BTD = sharding.constrain(jnp.take(table_VD, inputs_BT, axis=0), 'batch', 'length', 'hidden')
+    x_BTD = sharding.constrain(_look_up(self.dtype, embed_VD, inputs_BT), 'batch', 'length', 'hidden')
     policy = REMAT[self.remat]
     layers = nn.scan(
         Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=False),
@@ -287,7 +308,7 @@ def build(
 
 def _init_fn(model: Transformer) -> Callable[[jax.Array], types.PyTree]:
   """Makes the parameters, boxed with the logical names of their axes, from a key."""
-  one = jnp.zeros((1, 1), jnp.int32)  # a single token, which no kernel but XLA takes
+  one = np.zeros((1, 1), np.int32)  # a single token, which no kernel but XLA takes
   plain = dataclasses.replace(model, attention='xla')
   return lambda key: plain.init(key, one, one, one)['params']
 
@@ -298,7 +319,8 @@ def abstract_params(model: Transformer, mesh: jax.sharding.Mesh) -> types.PyTree
   Raises:
     UsageError: the mesh does not divide an axis; the message names both.
   """
-  boxed = jax.eval_shape(_init_fn(model), jax.random.key(0))
+  # Nothing may run: the mesh may be of devices that are not there.
+  boxed = jax.eval_shape(_init_fn(model), jax.eval_shape(lambda: jax.random.key(0)))
   place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
   return jax.tree.map(place, nn.unbox(boxed), sharding.shardings_of(mesh, boxed))
 
