@@ -5,6 +5,8 @@ cudnn   fused, with a dense mask; NVIDIA GPUs, 16-bit floats
 splash  Pallas kernel that skips what the mask rules out; TPUs
 """
 
+from typing import Literal
+
 from absl import logging
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
@@ -107,11 +109,11 @@ def dense(q_BTNH, k_BSKH, v_BSKH, allowed_BTS):
   return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
-def cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT):
-  """Fused attention of cuDNN with a dense mask; see `attend`."""
+def cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, implementation: Literal['cudnn', 'xla'] = 'cudnn'):
+  """Fused attention of cuDNN with a dense mask; see `attend`. With `implementation` 'xla' it runs on any platform."""
   same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
   return jax.nn.dot_product_attention(
-      q_BTNH, k_BTKH, v_BTKH, mask=same_BTS[:, None], is_causal=True, implementation='cudnn'
+      q_BTNH, k_BTKH, v_BTKH, mask=same_BTS[:, None], is_causal=True, implementation=implementation
   )
 
 

@@ -1,0 +1,131 @@
+"""Attention against a float64 formula, kernel by kernel."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import sharding
+from jaxalign.models import attention
+
+
+def arrays(rng, rows, length, heads, kv_heads, size):
+  """Queries, keys, values and segments: runs of equal ids, the last of them padding."""
+  q, k, v = (rng.normal(size=(rows, length, n, size)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
+  segments = np.sort(rng.integers(1, 4, (rows, length)), axis=1)
+  segments[:, -length // 8 :] = 0
+  return q, k, v, segments.astype(np.int32)
+
+
+def formula(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+  """Softmax attention, a query at a time, in float64."""
+  out = np.zeros(q_BTNH.shape)
+  ratio = q_BTNH.shape[2] // k_BTKH.shape[2]
+  for b, t, n in np.ndindex(q_BTNH.shape[:3]):
+    seen = [s for s in range(t + 1) if segments_BT[b, s] == segments_BT[b, t]]
+    scores = k_BTKH[b, seen, n // ratio].astype(np.float64) @ q_BTNH[b, t, n] / np.sqrt(q_BTNH.shape[3])
+    weights = np.exp(scores - scores.max())
+    out[b, t, n] = weights / weights.sum() @ v_BTKH[b, seen, n // ratio]
+  return out
+
+
+def splash(*args):
+  return attention.splash(*args, interpret=True)
+
+
+def fused(*args):
+  return attention.cudnn(*args, implementation='xla')
+
+
+class TestAttend:
+
+  @pytest.mark.parametrize('length', [1, 12, 300])
+  @pytest.mark.parametrize('heads,kv_heads', [(4, 4), (4, 2), (3, 1)])
+  def test_is_softmax_attention_within_segments(self, length, heads, kv_heads):
+    args = arrays(np.random.default_rng(0), 2, length, heads, kv_heads, 8)
+    np.testing.assert_allclose(attention.attend('xla', *args), formula(*args), atol=2e-6)
+
+  def test_is_the_same_in_blocks_and_whole_with_its_gradient(self, monkeypatch):
+    q, k, v, segments = arrays(np.random.default_rng(1), 2, 40, 4, 2, 8)
+
+    def both(queries):
+      monkeypatch.setattr(attention, '_QUERIES', queries)
+      total = lambda q, k, v: jnp.sum(jnp.sin(attention.xla(q, k, v, segments)))
+      return attention.xla(q, k, v, segments), *jax.grad(total, (0, 1, 2))(q, k, v)
+
+    for blocks, whole in zip(both(16), both(40)):
+      np.testing.assert_allclose(blocks, whole, atol=3e-6)
+
+  def test_of_large_logits_is_finite(self):
+    q, k, v, segments = arrays(np.random.default_rng(2), 1, 9, 2, 2, 4)
+    out, grads = jax.value_and_grad(lambda q: jnp.sum(attention.xla(q, 1e4 * k, v, segments)))(1e4 * q)
+    assert np.isfinite(out)
+    assert np.isfinite(grads).all()
+
+  def test_keeps_the_softmax_in_float32(self):
+    q, k, v, segments = arrays(np.random.default_rng(3), 2, 64, 2, 2, 16)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+    exact = formula(*(np.asarray(x, np.float64) for x in (q, k, v)), segments)
+    found = attention.attend('xla', q, k, v, segments)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, atol=0.02)
+
+
+class TestCudnn:
+
+  def test_gives_the_kernel_the_mask_of_segments(self):
+    args = arrays(np.random.default_rng(4), 2, 24, 4, 2, 8)
+    np.testing.assert_allclose(fused(*args), formula(*args), atol=2e-6)
+
+
+class TestSplash:
+
+  def test_is_softmax_attention_within_segments(self):
+    args = arrays(np.random.default_rng(5), 1, 128, 2, 1, 64)
+    np.testing.assert_allclose(splash(*args), formula(*args), atol=2e-6)
+
+  @pytest.mark.parametrize('mesh', ['fsdp:8', 'fsdp:2,tensor:2,context:2', 'data:2,tensor:4'])
+  def test_on_a_mesh_equals_the_dense_one_with_its_gradient(self, mesh):
+    # Two key heads: with tensor:4 there are more devices than heads.
+    q, k, v, segments = arrays(np.random.default_rng(6), 8, 256, 4, 2, 64)
+
+    def grads(fn):
+      return jax.jit(jax.grad(lambda q, k, v: jnp.sum(jnp.sin(fn(q, k, v, segments))), (0, 1, 2)))(q, k, v)
+
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+      np.testing.assert_allclose(jax.jit(splash)(q, k, v, segments), attention.xla(q, k, v, segments), atol=2e-6)
+      for found, wanted in zip(grads(splash), grads(attention.xla)):
+        np.testing.assert_allclose(found, wanted, atol=3e-5)
+
+
+def mesh_of(platform, **sizes):
+  """A stand-in for a mesh of devices that this machine lacks."""
+  device = types.SimpleNamespace(platform=platform)
+  return types.SimpleNamespace(devices=np.array([device]), shape=dict.fromkeys(sharding.AXES, 1) | sizes)
+
+
+class TestPick:
+
+  @pytest.mark.parametrize(
+      'platform,dtype,head_size,length,sizes,name',
+      [
+          ('cpu', 'bfloat16', 64, 1024, {}, 'xla'),
+          ('tpu', 'bfloat16', 128, 1024, {}, 'splash'),
+          ('tpu', 'float32', 64, 1024, {}, 'splash'),
+          ('tpu', 'bfloat16', 96, 1024, {}, 'xla'),
+          ('tpu', 'bfloat16', 128, 1000, {}, 'xla'),
+          ('tpu', 'bfloat16', 128, 512, {'context': 4}, 'splash'),
+          ('tpu', 'bfloat16', 128, 512, {'context': 8}, 'xla'),
+          ('gpu', 'bfloat16', 64, 1024, {}, 'cudnn'),
+          ('gpu', 'float16', 128, 4096, {}, 'cudnn'),
+          ('gpu', 'float32', 64, 1024, {}, 'xla'),
+          ('gpu', 'bfloat16', 64, 8192, {}, 'xla'),
+          ('gpu', 'bfloat16', 20, 1024, {}, 'xla'),
+      ],
+  )
+  def test_takes_what_the_platform_runs_and_logs_it(self, caplog, platform, dtype, head_size, length, sizes, name):
+    with caplog.at_level('INFO', logger='absl'):
+      assert attention.pick(mesh_of(platform, **sizes), dtype, head_size=head_size, length=length) == name
+    assert f'attention: {name} (' in caplog.text

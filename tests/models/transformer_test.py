@@ -1,0 +1,248 @@
+"""The transformer: what must not change a number, and what must."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import sharding
+from jaxalign import types
+from jaxalign.models import transformer
+
+TINY = transformer.Config(
+    vocab_size=50,
+    num_layers=2,
+    embed_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=4,
+    mlp_dim=24,
+    max_length=64,
+    tie_embeddings=False,
+)
+MESH = sharding.make_mesh('fsdp:1', devices=jax.devices()[:1])
+MODEL = transformer.build(TINY, MESH, length=32)
+PARAMS = transformer.init_params(MODEL, jax.random.key(0), MESH)
+
+
+def ids(rows, length, seed=0):
+  return np.random.default_rng(seed).integers(0, TINY.vocab_size, (rows, length)).astype(np.int32)
+
+
+def read(inputs, positions=None, segments=None, model=MODEL, params=PARAMS):
+  shape = np.shape(inputs)
+  positions = np.broadcast_to(np.arange(shape[1]), shape) if positions is None else positions
+  segments = np.ones(shape, np.int32) if segments is None else segments
+  return apply(model, params, inputs, positions, segments)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, *args):
+  return model.apply({'params': params}, *args)
+
+
+class TestTransformer:
+
+  def test_sees_nothing_that_comes_later(self):
+    inputs = ids(2, 10)
+    changed = inputs.copy()
+    changed[:, 6] = (changed[:, 6] + 1) % TINY.vocab_size
+    found, other = read(inputs), read(changed)
+    np.testing.assert_array_equal(found[:, :6], other[:, :6])
+    assert (np.abs(found - other)[:, 6:].max(axis=2) > 1e-4).all()
+
+  def test_reads_packed_sequences_as_if_each_were_alone(self):
+    a, b = ids(1, 7, 1), ids(1, 5, 2)
+    packed = np.concatenate([a, b, np.zeros((1, 4), np.int32)], axis=1)
+    positions = np.array([[*range(7), *range(5), 0, 0, 0, 0]])
+    segments = np.array([[1] * 7 + [2] * 5 + [0] * 4])
+    found = read(packed, positions, segments)
+    np.testing.assert_allclose(found[:, :7], read(a), atol=2e-6)
+    np.testing.assert_allclose(found[:, 7:12], read(b), atol=2e-6)
+    assert np.isfinite(found).all()
+
+  def test_gives_a_sequence_no_gradient_from_its_neighbour(self):
+    inputs, segments = np.arange(12)[None] % 50, np.array([[1] * 6 + [2] * 6])
+    positions = np.array([[*range(6)] * 2])
+    total = lambda params: jnp.sum(read(inputs, positions, segments, params=params)[:, 6:] ** 2)
+    grads = jax.grad(total)(PARAMS)['embed']
+    np.testing.assert_array_equal(grads[:6], 0)
+    assert (np.abs(grads[6:12]).max(axis=1) > 0).all()
+
+  def test_depends_on_distances_alone(self):
+    inputs = ids(1, 8)
+    positions = np.arange(8)[None]
+    np.testing.assert_allclose(read(inputs, positions), read(inputs, positions + 20), atol=1e-5)
+    assert np.abs(read(inputs, positions) - read(inputs, 2 * positions)).max() > 1e-3
+
+  @pytest.mark.parametrize('pieces', [(9,), (4, 5), (6, 1, 1, 1)])
+  def test_reads_the_same_through_a_cache_in_pieces(self, pieces):
+    inputs = ids(3, 9)
+    cache = transformer.init_cache(TINY, 3, 12, jnp.float32)
+    found, start = [], 0
+    for size in pieces:
+      part = inputs[:, start : start + size]
+      positions = np.broadcast_to(np.arange(start, start + size), part.shape)
+      out, cache = apply(MODEL, PARAMS, part, positions, np.ones_like(part), cache)
+      found.append(out)
+      start += size
+    np.testing.assert_allclose(np.concatenate(found, axis=1), read(inputs), atol=3e-6)
+    np.testing.assert_array_equal(cache.lengths_B, [9, 9, 9])
+
+  def test_continues_rows_of_different_lengths_each_behind_its_own_end(self):
+    whole = ids(2, 8)
+    lengths = np.array([3, 6])
+    prompt = np.where(np.arange(6)[None] < lengths[:, None], whole[:, :6], 0)
+    segments = (np.arange(6)[None] < lengths[:, None]).astype(np.int32)
+    positions = np.broadcast_to(np.arange(6), (2, 6))
+    cache = transformer.init_cache(TINY, 2, 10, jnp.float32)
+    _, cache = apply(MODEL, PARAMS, prompt, positions, segments, cache)
+    for step in range(2):
+      here = (lengths + step)[:, None]
+      token = np.take_along_axis(whole, here, axis=1)
+      out, cache = apply(MODEL, PARAMS, token, here, np.ones_like(here), cache)
+    expected = read(whole)
+    for row, length in enumerate(lengths):
+      np.testing.assert_allclose(out[row, 0], expected[row, length + 1], atol=3e-6)
+
+  @pytest.mark.parametrize('remat', ['dots', 'full'])
+  def test_has_the_same_gradient_under_rematerialisation(self, remat):
+    total = lambda model: jax.grad(lambda params: jnp.sum(read(ids(2, 8), model=model, params=params) ** 2))
+    other = dataclasses.replace(MODEL, remat=remat)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), total(MODEL)(PARAMS), total(other)(PARAMS))
+
+  def test_saves_less_under_rematerialisation(self):
+    def temp(remat):
+      model = dataclasses.replace(transformer.build(TINY, MESH, length=32, remat=remat))
+      total = jax.jit(jax.grad(lambda params: jnp.sum(read(ids(8, 32), model=model, params=params) ** 2)))
+      return total.lower(PARAMS).compile().memory_analysis().temp_size_in_bytes
+
+    assert temp('full') < temp('none')
+
+  def test_is_one_scanned_block_whatever_the_number_of_layers(self):
+    def equations(layers):
+      model = transformer.build(dataclasses.replace(TINY, num_layers=layers), MESH, length=32)
+      params = transformer.abstract_params(model, MESH)
+      return len(str(jax.make_jaxpr(lambda p: read(ids(1, 4), model=model, params=p))(params)).splitlines())
+
+    assert equations(2) == equations(9)
+
+  def test_computes_in_bfloat16_with_float32_parameters(self):
+    model = transformer.build(TINY, MESH, length=32, dtype='bfloat16')
+    found = read(ids(2, 8), model=model)
+    assert found.dtype == jnp.bfloat16
+    assert {x.dtype for x in jax.tree.leaves(transformer.abstract_params(model, MESH))} == {np.dtype('float32')}
+    np.testing.assert_allclose(np.asarray(found, np.float32), read(ids(2, 8)), atol=0.1)
+
+  def test_sums_the_gradient_of_a_frequent_token_exactly_in_bfloat16(self):
+    table = jnp.ones((4, 8))
+    many = np.zeros((1, 4096), np.int32)
+    total = lambda table: jnp.sum(transformer._look_up(jnp.bfloat16, table, many).astype(jnp.float32))
+    # A 16-bit sum of ones stops at 256.
+    np.testing.assert_array_equal(jax.grad(total)(table)[0], 4096)
+
+
+class TestNorm:
+
+  def test_divides_by_the_root_of_the_mean_square(self):
+    x, scale = np.random.default_rng(0).normal(size=(1, 3, 8)), np.arange(1.0, 9)
+    wanted = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5) * scale
+    found = transformer._rms_norm(jnp.asarray(x, jnp.float32), jnp.asarray(scale, jnp.float32), 1e-5)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+class TestRope:
+
+  def test_turns_pairs_by_the_position_times_their_frequency(self):
+    x = np.random.default_rng(0).normal(size=(1, 3, 1, 8))
+    positions = np.array([[0, 1, 7]])
+    z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(
+        1j * positions[..., None, None] * 100.0 ** (-np.arange(4) / 4)[None, None, None]
+    )
+    found = transformer._rope(jnp.asarray(x, jnp.float32), positions, 100.0)
+    np.testing.assert_allclose(found, np.concatenate([z.real, z.imag], axis=-1), atol=1e-6)
+
+
+class TestBuild:
+
+  @pytest.mark.parametrize(
+      'changes,words',
+      [
+          ({'remat': 'some'}, "remat = 'some': it is one of none, dots, full"),
+          ({'dtype': 'float8'}, "dtype = 'float8'"),
+          ({'attention': 'flash'}, "attention = 'flash': it is one of xla, cudnn, splash"),
+          ({'length': 65}, 'row_length = 65: the context of the model is 64 tokens'),
+      ],
+  )
+  def test_refuses_what_it_does_not_know(self, changes, words):
+    with pytest.raises(types.UsageError, match='(?s)' + words):
+      transformer.build(TINY, MESH, **{'length': 32, **changes})
+
+
+class TestConfig:
+
+  @pytest.mark.parametrize(
+      'changes,words',
+      [
+          ({'num_kv_heads': 3}, 'num_heads = 4: it must be a multiple of num_kv_heads = 3'),
+          ({'head_size': 5}, 'head_size = 5'),
+          ({'num_layers': 0}, 'num_layers = 0: it must be positive'),
+          ({'norm_eps': -1.0}, 'norm_eps = -1.0: it must be positive'),
+      ],
+  )
+  def test_refuses_impossible_sizes(self, changes, words):
+    with pytest.raises(types.UsageError, match=words):
+      dataclasses.replace(TINY, **changes)
+
+  def test_comes_back_from_json(self):
+    assert transformer.Config(**TINY.to_json()) == TINY
+
+
+class TestParams:
+
+  def test_are_drawn_with_the_deviation_of_their_fan_in(self):
+    wide = dataclasses.replace(TINY, embed_dim=64, mlp_dim=256, vocab_size=500)
+    params = transformer.init_params(transformer.build(wide, MESH, length=32), jax.random.key(1), MESH)
+    for name, deviation in {'gate': 64**-0.5, 'down': 256**-0.5, 'o': 16**-0.5}.items():
+      np.testing.assert_allclose(np.std(params['layers'][name]), deviation, rtol=0.05)
+    np.testing.assert_allclose(np.std(params['embed']), 0.02, rtol=0.05)
+    np.testing.assert_array_equal(params['final_norm'], 1)
+
+  def test_do_not_depend_on_the_mesh(self):
+    mesh = sharding.make_mesh('fsdp:4,tensor:2')
+    other = transformer.init_params(transformer.build(TINY, mesh, length=32), jax.random.key(0), mesh)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(other), jax.device_get(PARAMS))
+    assert other['embed'].sharding == transformer.abstract_params(MODEL, mesh)['embed'].sharding
+
+  def test_have_the_head_that_the_configuration_asks_for(self):
+    shapes = lambda **changes: transformer.abstract_params(
+        transformer.build(dataclasses.replace(TINY, **changes), MESH, length=32), MESH
+    )
+    assert shapes()['head'].shape == (16, 128)
+    assert 'head' not in shapes(tie_embeddings=True)
+    assert shapes(reward_head=True)['reward_head'].shape == (16, 1)
+
+  def test_pad_the_vocabulary_to_a_multiple_that_tensor_axes_divide(self):
+    assert TINY.padded_vocab == 128
+    assert dataclasses.replace(TINY, vocab_size=32000).padded_vocab == 32000
+    assert dataclasses.replace(TINY, vocab_size=32001).padded_vocab == 32128
+
+
+class TestOutputMatrix:
+
+  def test_is_the_head_or_the_transposed_embedding(self):
+    assert transformer.output_matrix(PARAMS) is PARAMS['head']
+    tied = {'embed': np.arange(6.0).reshape(3, 2)}
+    np.testing.assert_array_equal(transformer.output_matrix(tied), [[0, 2, 4], [1, 3, 5]])
+
+
+class TestFlopsPerToken:
+
+  def test_of_llama_3_8b_is_six_per_parameter_and_attention(self):
+    llama = transformer.Config(128256, 32, 4096, 32, 8, 128, 14336, 8192, tie_embeddings=False)
+    matrices = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 4096 * 128256
+    attention = 32 * 2 * 2 * 4096 * 8192 / 2  # a query reads half of the row: scores, then values
+    assert transformer.flops_per_token(llama, 8192) == 3 * (2 * matrices + attention)
