@@ -89,8 +89,8 @@ def sample(
   """Samples `per_prompt` responses to each prompt and judges them.
 
   Returns:
-    metrics: `reward` and `reward_std` where there is a judge, `distinct_2` (distinct token pairs over all pairs, low where
-    a model repeats itself), `mean_length` in tokens; and the first response to the first `shown` prompts.
+    metrics: `reward` and `reward_std` where there is a judge, `distinct_2` (distinct token pairs over all pairs, low
+    where a model repeats itself), `mean_length` in tokens; and the first response to the first `shown` prompts.
   """
   repeated = [ids for ids in prompts for _ in range(samples.per_prompt)]
   drawn = sampling.sample(
@@ -141,10 +141,12 @@ class Whole:
   sampled: Sampled
 
   def to_json(self) -> dict[str, Any]:
+    """What `from_json` takes."""
     return {'held_out': self.held_out, 'metrics': self.sampled.metrics, 'shown': self.sampled.shown}
 
   @classmethod
   def from_json(cls, found: Mapping[str, Any]) -> 'Whole':
+    """Undoes `to_json`."""
     shown = [(prompt, response) for prompt, response in found['shown']]
     return cls(dict(found['held_out']), Sampled(dict(found['metrics']), shown))
 
@@ -178,7 +180,7 @@ class Evaluator:
   def whole(self, params: types.PyTree, loss_state: types.PyTree = ()) -> Whole:
     """Held-out metrics and samples."""
     sampled = Sampled({}, [])
-    if self._prompts:
+    if self._samples is not None and self._prompts:
       sampled = sample(self._model, params, self._tokenizer, self._samples, self._prompts, self._seed)
     return Whole(self.held_out(params, loss_state), sampled)
 

@@ -1,7 +1,7 @@
 """jaxalign: aligns language models.
 
     python -m jaxalign.main --algo=dpo
-    python -m jaxalign.main --algo=sft --model=DIR --data=jsonl:train.jsonl --eval_data=jsonl:test.jsonl --workdir=runs/a
+    python -m jaxalign.main --algo=sft --model=DIR --data=jsonl:train.jsonl --eval_data=jsonl:test.jsonl --steps=500
     python -m jaxalign.main --mode=eval --checkpoint=runs/a
     python -m jaxalign.main --mode=sample --checkpoint=runs/a --prompt='Once upon a time'
     python -m jaxalign.main --mode=show --algo=dpo --data=jsonl:pairs.jsonl
@@ -10,12 +10,15 @@
 Exit codes: 0, 2 for a wrong flag or binding, 1 for a run that failed.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import json
 import logging as python_logging
 import os
 import pathlib
+import re
 import sys
+from typing import Any
 
 from absl import flags
 from absl import logging
@@ -28,11 +31,12 @@ from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
 from jaxalign import streams
 from jaxalign import types
+from jaxalign.data import sources
 
 _DATA = 'jsonl:PATH (also .gz), parquet:PATH, tfds:NAME[/CONFIG][:SPLIT], builtin:NAME[:SPLIT]'
 
 # (kind, name, default, help), in the order of --help.
-_FLAGS = (
+_FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
     (flags.DEFINE_bool, 'help', False, 'Show this.'),
     (flags.DEFINE_bool, 'list', False, 'List the algorithms, one line each.'),
     (flags.DEFINE_bool, 'markdown', False, 'With --list: a table with paper, gin file and test.'),
@@ -64,7 +68,8 @@ _FLAGS = (
         flags.DEFINE_string,
         'cache_dir',
         None,
-        'Where tokenised data and reference log-probabilities are kept. Default: jaxalign in $XDG_CACHE_HOME or ~/.cache.',
+        'Where tokenised data and reference log-probabilities are kept. Default: jaxalign in $XDG_CACHE_HOME or'
+        ' ~/.cache.',
     ),
     (
         flags.DEFINE_bool,
@@ -76,7 +81,8 @@ _FLAGS = (
         flags.DEFINE_string,
         'mesh',
         '',
-        'Sizes of the mesh axes data, fsdp, tensor, context, expert, as fsdp:4,tensor:2; -1 is the rest. Default: fsdp:-1.',
+        'Sizes of the mesh axes data, fsdp, tensor, context, expert, as fsdp:4,tensor:2; -1 is the rest. Default:'
+        ' fsdp:-1.',
     ),
     (flags.DEFINE_string, 'dcn_mesh', '', 'The same between the slices of a multi-slice TPU job. Default: data:-1.'),
     (flags.DEFINE_string, 'workdir', None, 'Where the run is kept; the same command resumes it. Default: runs/ALGO.'),
@@ -172,21 +178,27 @@ def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
   for flag in ('steps', 'log_every', 'eval_every', 'save_every'):
     if args[flag].value is not None:
       bindings.append(f'loop.Options.{flag} = {args[flag].value}')
-  files = []
-  for folder, name in (('models', args.model or recipe_lib.DEFAULT_MODEL), ('data', args.data or '')):
-    name = name.removeprefix('builtin:').split(':')[0].split('[')[0]
-    if config.exists(f'{folder}/{name}.gin'):
-      files.append(f'{folder}/{name}.gin')
-  config.parse(args.algo, files=files, user_files=args.gin_file, bindings=bindings)
+  parse = lambda files: config.parse(args.algo, files=files, user_files=args.gin_file, bindings=bindings)
+  files = _own_files('models', [args.model or recipe_lib.DEFAULT_MODEL])
+  parse(files)
+  # Which data there are by default is bound in gin, so it is known only now.
+  data = args.data or config.query('recipe.Recipe.data')
+  data_files = _own_files('data', [spec for spec, _ in sources.parse_mixture(data)])
+  if data_files:
+    parse([*files, *data_files])
   return config.get('recipe.Recipe')()
+
+
+def _own_files(folder: str, specs: Sequence[str]) -> list[str]:
+  """The package's gin file for a named model or data set; none for what is the user's, or for several at once."""
+  names = {re.split(r'[:\[]', spec.removeprefix('builtin:'))[0] for spec in specs}
+  return [f'{folder}/{name}.gin' for name in names if len(names) == 1 and config.exists(f'{folder}/{name}.gin')]
 
 
 def _job(args: flags.FlagValues, recipe: recipe_lib.Recipe, run: dict | None = None) -> recipe_lib.Job:
   """What the flags say; in a mode that starts from a checkpoint, `run` (its run.json) says the rest."""
   run = run or {}
   data = args.data or run.get('data') or recipe.data
-  # Held-out data that belong to the default training data say nothing about other data.
-  default_eval = '' if args.data else run.get('eval_data', recipe.eval_data)
   algo = args.algo or run.get('algo') or ''
   mesh = sharding.make_mesh(args.mesh, args.dcn_mesh)
   logging.info('%d %s devices, mesh %s', mesh.size, sharding.platform_of(mesh), dict(mesh.shape))
@@ -199,7 +211,7 @@ def _job(args: flags.FlagValues, recipe: recipe_lib.Recipe, run: dict | None = N
       model=args.model or run.get('model_spec') or recipe_lib.DEFAULT_MODEL,
       tokenizer=args.tokenizer or run.get('tokenizer', ''),
       data=data,
-      eval_data=args.eval_data or default_eval,
+      eval_data=args.eval_data or run.get('eval_data', recipe.eval_data),
       data_dir=args.data_dir,
       cache_dir=pathlib.Path(cache).absolute(),
       skip_bad_records=args.skip_bad_records,

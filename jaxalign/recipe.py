@@ -103,6 +103,7 @@ def model_directory(spec: str) -> pathlib.Path:
 
 
 def is_checkpoint(path: pathlib.Path) -> bool:
+  """Whether a path is a workdir, its folder of checkpoints or one checkpoint."""
   return any((folder / 'run.json').exists() for folder in (path, path / 'checkpoints', path.parent))
 
 
@@ -157,8 +158,8 @@ def _fit_head(model, params, mesh):
 def _check_vocabulary(config: transformer.Config, tokenizer: tokenizers.Tokenizer, job: Job) -> None:
   if tokenizer.vocab_size > config.vocab_size:
     raise types.UsageError(
-        f'{job.tokenizer or job.model}: the tokenizer has {tokenizer.vocab_size} ids, the model {job.model} a vocabulary'
-        f' of {config.vocab_size}; choose the tokenizer that the model was trained with'
+        f'{job.tokenizer or job.model}: the tokenizer has {tokenizer.vocab_size} ids, the model {job.model} a'
+        f' vocabulary of {config.vocab_size}; choose the tokenizer that the model was trained with'
     )
 
 
@@ -182,7 +183,7 @@ def open_data(job: Job, recipe: Recipe, tokenizer: tokenizers.Tokenizer, specs: 
 def open_loader(
     job: Job, recipe: Recipe, datasets: list[dataset.Dataset], specs: str, extra: Callable | None = None
 ) -> loader.Loader:
-  """The loader of a mixture under the recipe's packing; `extra` gives reference log-probabilities by record and slot."""
+  """The loader of a mixture under the recipe's packing; `extra` gives reference log-probs by record and slot."""
   weights = [weight for _, weight in sources.parse_mixture(specs)]
   return loader.Loader(datasets, weights, packing=recipe.packing, mesh=job.mesh, seed=job.seed, extra=extra)
 

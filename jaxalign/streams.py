@@ -1,4 +1,4 @@
-"""Batches with everything attached that a loss was found to need: held-out and training data, reference log-probabilities."""
+"""Batches of training and held-out data, with what the loss was found to need: reference log-probabilities."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -41,12 +41,13 @@ class Streams:
 
   def training_batches(self, epoch: int, step: int) -> Iterator[tuple[tuple[int, int], types.Batch]]:
     """Batches from a data state on, for ever; with each the data state once it is consumed."""
+    assert self.train is not None, 'opened for evaluation alone'
     for after_epoch, after_step, batch in self.train.batches(epoch, step):
       yield (after_epoch, after_step), self.attach(batch)
 
   def held_batches(self) -> Iterator[types.Batch]:
-    """One pass over the held-out data."""
-    for batch in self.held.evaluation_batches():
+    """One pass over the held-out data, of which there may be none."""
+    for batch in self.held.evaluation_batches() if self.held is not None else ():
       yield self.attach(batch)
 
 
@@ -111,7 +112,7 @@ def _live(job, ref_fn, ref_params) -> Callable[[types.Batch], types.Batch]:
   # Its own copy: the step takes the buffers of the parameters that it starts from.
   ref_params = jax.tree.map(jnp.copy, ref_params)
   run = jax.jit(ref_fn, out_shardings=sharding.named(job.mesh, 'micro', 'batch', 'length'))
-  return lambda batch: batch.replace(ref_logps_BT=run(ref_params, batch))
+  return lambda batch: dataclasses.replace(batch, ref_logps_BT=run(ref_params, batch))
 
 
 def _report(train_sets: list[dataset.Dataset], held_sets: list[dataset.Dataset]) -> dict[str, int]:
