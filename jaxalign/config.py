@@ -9,6 +9,7 @@ reaches: base.gin serves every mode.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
@@ -134,7 +135,11 @@ def parse_saved(text: str, user_files: Sequence[str], bindings: Sequence[str]) -
 
   for name in user_files:
     _import_from(pathlib.Path(name).absolute().parent)
+  # A user's file is given again for the modules beside it; what else it binds served the training.
+  _parse(package, user_files, [])
+  needed = set(_users)
   _parse(package, user_files, bindings)
+  _users.difference_update(needed)
 
 
 def _parse(package: Callable[[], None], user_files: Sequence[str], bindings: Sequence[str]) -> None:
@@ -182,18 +187,13 @@ def _parse_user(user_files: Sequence[str], bindings: Sequence[str]) -> None:
     before = set(gin.config._IMPORTS)
     with contextlib.chdir(path.parent), _explained(f'--gin_file={name}'):
       gin.parse_config_file(str(path))
-    imports += _statements(gin.config._IMPORTS - before)
+    new = sorted(gin.config._IMPORTS - before, key=lambda statement: statement.location.line_num)
+    imports += [statement.format() for statement in new if not statement.module.startswith('__gin__')]
   for binding in bindings:
     if '=' not in binding:
       raise types.UsageError(f'--gin={binding}: write NAME.PARAMETER=VALUE, as preference.dpo.beta=0.2')
     with _explained(f'--gin={binding}', quote=False):
       gin.parse_config(_header(imports) + binding)
-
-
-def _statements(imports) -> list[str]:
-  """Import statements as text, in the order of their lines."""
-  ordered = sorted(imports, key=lambda statement: statement.location.line_num)
-  return [statement.format() for statement in ordered if not statement.module.startswith('__gin__')]
 
 
 def _header(imports: Sequence[str]) -> str:
@@ -269,6 +269,27 @@ def bindings() -> str:
   return _text(gin.config_str)
 
 
+def check_reachable(*roots: str) -> None:
+  """Raises UsageError, before anything runs, for a binding that no chain of references from `roots` can reach.
+
+  What is reached may still not be used, which `checked_operative` finds. Modules of the user's may call what they
+  configure by themselves, so only bindings of macros and of the package's functions are refused here.
+  """
+  node = lambda scope, name: f'%{scope}' if name == 'gin.macro' else name
+  is_ours = lambda name: name.startswith(('%', 'jaxalign.'))
+  everything = gin.config._CONFIG
+  waiting = [f'jaxalign.{root}' for root in roots] + [n for _, n in everything if not is_ours(node('', n))]
+  reached: set[str] = set()
+  while waiting:
+    name = waiting.pop()
+    if name not in reached:
+      reached.add(name)
+      values = [bound for key, bound in everything.items() if node(*key) == name]
+      waiting += [node(*reference.config_key) for reference in gin.config.iterate_references(values)]
+  named = {key: node(*key[:2]) for key in _users}
+  _refuse(key for key, name in named.items() if is_ours(name) and name not in reached)
+
+
 def checked_operative() -> str:
   """The operative configuration as text; call it when everything has been called once.
 
@@ -277,13 +298,17 @@ def checked_operative() -> str:
       reference, or because the caller gives that parameter.
   """
   used = set(_keys(gin.config._OPERATIVE_CONFIG))
-  idle = sorted(_named(key) for key in _users if not _is_used(key, used))
-  if idle:
-    raise types.UsageError(
-        f'bound, but not used by this run: {", ".join(idle)}; leave it out, or bind what uses it'
-        ' (config.gin in a workdir has all that a run used)'
-    )
+  _refuse(key for key in _users if not _is_used(key, used))
   return _text(gin.operative_config_str)
+
+
+def _refuse(idle: Iterable[_Key]) -> None:
+  names = ', '.join(sorted(map(_named, idle)))
+  if names:
+    raise types.UsageError(
+        f'bound, but not used by this run: {names}; leave it out, or bind what uses it (config.gin in a workdir has'
+        ' all that a run used)'
+    )
 
 
 def _is_used(key: _Key, used: set[_Key]) -> bool:

@@ -118,7 +118,7 @@ def sample(
 def prompt_ids(samples: Samples, tokenizer: tokenizers.Tokenizer, held: loader.Loader | None) -> list[list[int]]:
   """Token ids of the prompts that are sampled, none where there is nothing to take them from."""
   if samples.prompts is not None:
-    return [examples.prompt_ids(tokenizer, text, None) for text in list(samples.prompts())[: samples.count]]
+    return [examples.prompt_ids(tokenizer, text) for text in list(samples.prompts())[: samples.count]]
   if held is None:
     return []
   found = []
@@ -192,7 +192,12 @@ def evaluate(
 
   Returns:
     Metrics by name, as in summary.json.
+
+  Raises:
+    UsageError: there are no held-out data.
   """
+  if not job.eval_data:
+    raise types.UsageError('--mode=eval: the run of this checkpoint held nothing out; give --eval_data')
   counter = metrics.Compilations()
   with jax.set_mesh(job.mesh):
     loaded = checkpoint.load(directory, job.mesh)
@@ -212,20 +217,36 @@ def respond(
     temperature: float,
     seed: int,
 ) -> list[tuple[str, str]]:
-  """Samples one response to each prompt from a checkpoint; returns (prompt, response)."""
+  """Samples one response to each prompt from a checkpoint; returns (prompt, response).
+
+  Raises:
+    UsageError: a prompt is empty, or too long for the model's context.
+  """
   with jax.set_mesh(mesh):
     loaded = checkpoint.load(directory, mesh)
     tokenizer = loaded.tokenizer
+    ids = [examples.prompt_ids(tokenizer, prompt) for prompt in prompts]
+    _check_context(ids, max_new_tokens, loaded.model.config.max_length)
     drawn = sampling.sample(
         loaded.model,
         loaded.params,
-        [examples.prompt_ids(tokenizer, prompt, None) for prompt in prompts],
+        ids,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
         stop_ids=(tokenizer.eos_id,),
     )
   return [(prompt, tokenizer.decode(one.ids, continuation=True)) for prompt, one in zip(prompts, drawn)]
+
+
+def _check_context(prompts: list[list[int]], max_new_tokens: int, context: int) -> None:
+  if not all(prompts):
+    raise types.UsageError('--prompt: an empty prompt has no token to begin with (this tokenizer has no BOS)')
+  longest = max(map(len, prompts))
+  if longest + max_new_tokens > context:
+    raise types.UsageError(
+        f'--prompt: {longest} tokens and --max_new_tokens={max_new_tokens} exceed the context of the model, {context}'
+    )
 
 
 def write_samples(path: pathlib.Path, before: Sampled, after: Sampled) -> None:

@@ -10,7 +10,6 @@
 Exit codes: 0, 2 for a wrong flag or binding, 1 for a run that failed.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence
 import json
 import logging as python_logging
@@ -25,6 +24,7 @@ from absl import logging
 import jax
 
 from jaxalign import checkpoint
+from jaxalign import command
 from jaxalign import config
 from jaxalign import evaluate
 from jaxalign import recipe as recipe_lib
@@ -32,78 +32,6 @@ from jaxalign import sharding
 from jaxalign import streams
 from jaxalign import types
 from jaxalign.data import sources
-
-_DATA = 'jsonl:PATH (also .gz), parquet:PATH, tfds:NAME[/CONFIG][:SPLIT], builtin:NAME[:SPLIT]'
-
-# (kind, name, default, help), in the order of --help.
-_FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
-    (flags.DEFINE_bool, 'help', False, 'Show this.'),
-    (flags.DEFINE_bool, 'list', False, 'List the algorithms, one line each.'),
-    (flags.DEFINE_bool, 'markdown', False, 'With --list: a table with paper, gin file and test.'),
-    (flags.DEFINE_string, 'mode', 'train', 'train, eval, sample or show.'),
-    (flags.DEFINE_string, 'algo', None, 'The algorithm: a file of gin_configs; --list names them.'),
-    (
-        flags.DEFINE_string,
-        'model',
-        None,
-        'A Hugging Face directory, a checkpoint of jaxalign, or a name in gin_configs/models (random initialisation).'
-        f' Default: {recipe_lib.DEFAULT_MODEL}, which the package holds.',
-    ),
-    (
-        flags.DEFINE_string,
-        'tokenizer',
-        None,
-        'A SentencePiece .model, a tokenizer.json, or a directory with one. Default: the one beside the model.',
-    ),
-    (
-        flags.DEFINE_string,
-        'data',
-        None,
-        f'Training data: {_DATA}; a slice [a:b] may follow; a mixture is A:0.7,B:0.3. Default: the built-in data of the'
-        ' algorithm.',
-    ),
-    (flags.DEFINE_string, 'eval_data', None, 'Held-out data, written as --data.'),
-    (flags.DEFINE_string, 'data_dir', None, 'Where TFDS data sets lie.'),
-    (
-        flags.DEFINE_string,
-        'cache_dir',
-        None,
-        'Where tokenised data and reference log-probabilities are kept. Default: jaxalign in $XDG_CACHE_HOME or'
-        ' ~/.cache.',
-    ),
-    (
-        flags.DEFINE_bool,
-        'skip_bad_records',
-        False,
-        'Skip and count malformed records instead of stopping at the first.',
-    ),
-    (
-        flags.DEFINE_string,
-        'mesh',
-        '',
-        'Sizes of the mesh axes data, fsdp, tensor, context, expert, as fsdp:4,tensor:2; -1 is the rest. Default:'
-        ' fsdp:-1.',
-    ),
-    (flags.DEFINE_string, 'dcn_mesh', '', 'The same between the slices of a multi-slice TPU job. Default: data:-1.'),
-    (flags.DEFINE_string, 'workdir', None, 'Where the run is kept; the same command resumes it. Default: runs/ALGO.'),
-    (flags.DEFINE_integer, 'steps', None, 'Optimizer steps of the whole run.'),
-    (flags.DEFINE_integer, 'seed', 0, 'Seed of data order, initialisation and sampling.'),
-    (flags.DEFINE_integer, 'log_every', None, 'Steps between logged lines.'),
-    (flags.DEFINE_integer, 'eval_every', None, 'Steps between evaluations; 0: only before and after.'),
-    (flags.DEFINE_integer, 'save_every', None, 'Steps between checkpoints; 0: only the last.'),
-    (flags.DEFINE_multi_string, 'gin_file', [], 'A gin file of your own, applied after those of the algorithm.'),
-    (flags.DEFINE_multi_string, 'gin', [], "A gin binding, applied last, as 'preference.dpo.beta=0.2'."),
-    (flags.DEFINE_string, 'checkpoint', None, 'For --mode=eval and sample: a workdir, or one checkpoint in it.'),
-    (flags.DEFINE_multi_string, 'prompt', [], 'For --mode=sample: what to continue.'),
-    (flags.DEFINE_integer, 'max_new_tokens', 128, 'For --mode=sample: length of the response.'),
-    (flags.DEFINE_float, 'temperature', 1.0, 'For --mode=sample: 0 is greedy.'),
-    (
-        flags.DEFINE_bool,
-        'debug',
-        False,
-        'Locate NaNs, forbid implicit transfers between host and device, and print shapes. Slow.',
-    ),
-)
 
 # Bindings that may differ between a run and its resumption: they change how long and how often, not what.
 _RESUMABLE = (
@@ -119,11 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line and returns the exit code."""
   _set_up_logging()
   try:
-    _dispatch(_parse_flags(list(sys.argv if argv is None else argv)))
+    _dispatch(command.parse(list(sys.argv if argv is None else argv)))
   except (types.UsageError, flags.Error) as err:
     return _fail(str(err), 2)
   except types.RunError as err:
     return _fail(str(err), 1)
+  except OSError as err:
+    return _fail(re.sub(r'\[Errno \d+\] ', '', str(err)), 1)
   except KeyboardInterrupt:
     return _fail('interrupted; the same command resumes from the last checkpoint', 1)
   return 0
@@ -137,7 +67,11 @@ def _set_up_logging() -> None:
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
   handler.setFormatter(python_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
-  handler.addFilter(lambda record: record.levelno > python_logging.INFO or '/orbax/' not in record.pathname)
+  handler.addFilter(_is_told)
+
+
+def _is_told(record: python_logging.LogRecord) -> bool:
+  return record.levelno > python_logging.INFO or '/orbax/' not in record.pathname
 
 
 def _fail(message: str, code: int) -> int:
@@ -146,26 +80,16 @@ def _fail(message: str, code: int) -> int:
   return code
 
 
-def _parse_flags(argv: list[str]) -> flags.FlagValues:
-  args = flags.FlagValues()
-  for define, name, default, text in _FLAGS:
-    define(name, default, text, flag_values=args)
-  rest = args(argv)[1:]
-  if rest:
-    raise types.UsageError(f'unexpected argument {rest[0]!r}; flags are written --name=value')
-  return args
-
-
 def _dispatch(args: flags.FlagValues) -> None:
-  modes = {'train': _train, 'eval': _evaluate, 'sample': _sample, 'show': _show}
-  if args.mode not in modes:
-    raise types.UsageError(f'--mode={args.mode}: it is one of {", ".join(modes)}')
   if args.help:
-    lines = [f'  --{name}\n      {text}' for _, name, _, text in _FLAGS]
-    sys.stdout.write('\n'.join([__doc__ or '', *lines, '']))
+    sys.stdout.write(command.describe(__doc__ or ''))
   elif args.list:
     sys.stdout.write(config.table() if args.markdown else config.listing())
   else:
+    modes = {'train': _train, 'eval': _evaluate, 'sample': _sample, 'show': _show}
+    if args.mode not in modes:
+      raise types.UsageError(f'--mode={args.mode}: it is one of {", ".join(modes)}')
+    command.check_mode(args)
     modes[args.mode](args)
 
 
@@ -186,13 +110,29 @@ def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
   data_files = _own_files('data', [spec for spec, _ in sources.parse_mixture(data)])
   if data_files:
     parse([*files, *data_files])
-  return config.get('recipe.Recipe')()
+  recipe = config.get('recipe.Recipe')()
+  _check_model(args, recipe, is_named=bool(files))
+  return recipe
 
 
 def _own_files(folder: str, specs: Sequence[str]) -> list[str]:
   """The package's gin file for a named model or data set; none for what is the user's, or for several at once."""
-  names = {re.split(r'[:\[]', spec.removeprefix('builtin:'))[0] for spec in specs}
+  names = {re.split(r'[:\[]', spec.removeprefix('builtin:'))[0] for spec in specs if not pathlib.Path(spec).exists()}
   return [f'{folder}/{name}.gin' for name in names if len(names) == 1 and config.exists(f'{folder}/{name}.gin')]
+
+
+def _check_model(args: flags.FlagValues, recipe: recipe_lib.Recipe, is_named: bool) -> None:
+  """Raises UsageError where `--model` and the recipe disagree on where weights come from."""
+  if not args.model or args.model.startswith('builtin:') and recipe.model is None:
+    return
+  if is_named and recipe.model is None:
+    raise types.UsageError(f'--model={args.model}: write builtin:{args.model}, it is in the package')
+  if recipe.model is not None and not is_named:
+    raise types.UsageError(f'--model={args.model}: recipe.Recipe.model is bound too, to random weights; leave one out')
+  if is_named and not args.tokenizer:
+    raise types.UsageError(
+        f'--model={args.model} has random weights and no tokenizer; give --tokenizer (as builtin:stories260K)'
+    )
 
 
 def _job(args: flags.FlagValues, recipe: recipe_lib.Recipe, run: dict | None = None) -> recipe_lib.Job:
@@ -207,7 +147,7 @@ def _job(args: flags.FlagValues, recipe: recipe_lib.Recipe, run: dict | None = N
       algo=algo,
       workdir=pathlib.Path(args.workdir or f'runs/{algo}').absolute(),
       mesh=mesh,
-      seed=args.seed,
+      seed=run.get('seed', 0) if args.seed is None else args.seed,
       model=args.model or run.get('model_spec') or recipe_lib.DEFAULT_MODEL,
       tokenizer=args.tokenizer or run.get('tokenizer', ''),
       data=data,
@@ -229,15 +169,25 @@ def _start(args: flags.FlagValues) -> None:
 
 def _train(args: flags.FlagValues) -> None:
   recipe = _configure(args)
+  config.check_reachable('train.train', 'recipe.Recipe')
   _start(args)
   job = _job(args, recipe)
   bindings = config.bindings()
   summary = _finished(job, bindings)
   if summary is None:
+    _check_writable(job.workdir)
     configured = lambda: (bindings, config.checked_operative())
     summary = config.get('train.train')(job, recipe=recipe, config=configured)
   if jax.process_index() == 0:
     sys.stdout.write(json.dumps(summary, indent=1) + '\n')
+
+
+def _check_writable(workdir: pathlib.Path) -> None:
+  """Raises UsageError where `--workdir` cannot be made or written; makes nothing."""
+  there = next(path for path in (workdir, *workdir.parents) if path.exists())
+  if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    problem = 'may not be written' if there.is_dir() else 'is a file'
+    raise types.UsageError(f'--workdir={workdir}: {there} {problem}')
 
 
 def _finished(job: recipe_lib.Job, bindings: str) -> dict | None:
@@ -249,7 +199,7 @@ def _finished(job: recipe_lib.Job, bindings: str) -> dict | None:
   path = job.workdir / 'checkpoints' / 'run.json'
   if not path.exists():
     return None
-  run = json.loads(path.read_text(encoding='utf-8'))
+  run = _read_json(path)
   changed = [f'{k}: {run[k]!r} -> {v!r}' for k, v in job.identity().items() if run[k] != v]
   changed += config.diff(run['bindings'], bindings, ignore=_RESUMABLE)
   if changed:
@@ -257,7 +207,7 @@ def _finished(job: recipe_lib.Job, bindings: str) -> dict | None:
   done = job.workdir / 'summary.json'
   if not done.exists():
     return None
-  summary = json.loads(done.read_text(encoding='utf-8'))
+  summary = _read_json(done)
   if summary['steps'] < config.query('loop.Options.steps'):
     return None
   logging.info(
@@ -273,22 +223,33 @@ def _restored(args: flags.FlagValues) -> tuple[pathlib.Path, dict]:
   if args.checkpoint is None:
     raise types.UsageError(f'--mode={args.mode} needs --checkpoint=DIR (a workdir, or one checkpoint in it)')
   folder, _ = checkpoint.find(args.checkpoint)
-  return folder, json.loads((folder / 'run.json').read_text(encoding='utf-8'))
+  return folder, _read_json(folder / 'run.json')
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except json.JSONDecodeError as err:
+    raise types.RunError(f'{path}: not valid JSON ({err}); restore it, or choose another --workdir') from err
 
 
 def _evaluate(args: flags.FlagValues) -> None:
   folder, run = _restored(args)
   _start(args)
   config.parse_saved((folder / 'config.gin').read_text(encoding='utf-8'), args.gin_file, args.gin)
+  config.check_reachable('evaluate.evaluate', 'recipe.Recipe')
   recipe = config.get('recipe.Recipe')()
   job = _job(args, recipe, run)
   values = config.get('evaluate.evaluate')(job, args.checkpoint, recipe=recipe)
+  config.checked_operative()
   if jax.process_index() == 0:
     sys.stdout.write(json.dumps(values, indent=1) + '\n')
 
 
 def _sample(args: flags.FlagValues) -> None:
-  _restored(args)
+  _, run = _restored(args)
+  if run['model']['reward_head']:
+    raise types.UsageError(f'--checkpoint={args.checkpoint}: a reward model scores responses and writes none')
   if not args.prompt:
     raise types.UsageError("--mode=sample needs --prompt='...' (repeatable)")
   _start(args)
@@ -299,7 +260,7 @@ def _sample(args: flags.FlagValues) -> None:
       args.prompt,
       max_new_tokens=args.max_new_tokens,
       temperature=args.temperature,
-      seed=args.seed,
+      seed=args.seed or 0,
   ):
     if jax.process_index() == 0:
       sys.stdout.write(f'{prompt}{response}\n')

@@ -32,7 +32,7 @@ ROWS = (
     ('streams',),
     ('evaluate',),
     ('train',),
-    ('config',),
+    ('command', 'config'),
     ('main',),
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}

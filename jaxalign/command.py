@@ -1,0 +1,144 @@
+"""The flags of the command line, as a table: what there is, what it means, and which mode reads it."""
+
+from collections.abc import Callable
+import functools
+import textwrap
+from typing import Any
+
+from absl import flags
+
+from jaxalign import recipe as recipe_lib
+from jaxalign import types
+
+_DATA = 'jsonl:PATH (also .gz), parquet:PATH, tfds:NAME[/CONFIG][:SPLIT], builtin:NAME[:SPLIT]'
+
+_POSITIVE = functools.partial(flags.DEFINE_integer, lower_bound=1)
+_COUNT = functools.partial(flags.DEFINE_integer, lower_bound=0)
+
+# (kind, name, default, help), in the order of --help.
+_FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
+    (flags.DEFINE_bool, 'help', False, 'Show this.'),
+    (flags.DEFINE_bool, 'list', False, 'List the algorithms, one line each.'),
+    (flags.DEFINE_bool, 'markdown', False, 'With --list: a table with paper, gin file and test.'),
+    (flags.DEFINE_string, 'mode', 'train', 'train, eval, sample or show.'),
+    (flags.DEFINE_string, 'algo', None, 'The algorithm: a file of gin_configs; --list names them.'),
+    (
+        flags.DEFINE_string,
+        'model',
+        None,
+        'A Hugging Face directory, a checkpoint of jaxalign, or a name in gin_configs/models (random initialisation).'
+        f' Default: {recipe_lib.DEFAULT_MODEL}, which the package holds.',
+    ),
+    (
+        flags.DEFINE_string,
+        'tokenizer',
+        None,
+        'A SentencePiece .model, a tokenizer.json, or a directory with one. Default: the one beside the model.',
+    ),
+    (
+        flags.DEFINE_string,
+        'data',
+        None,
+        f'Training data: {_DATA}; a slice [a:b] may follow; a mixture is A:0.7,B:0.3. Default: the built-in data of the'
+        ' algorithm.',
+    ),
+    (flags.DEFINE_string, 'eval_data', None, 'Held-out data, written as --data.'),
+    (flags.DEFINE_string, 'data_dir', None, 'Where TFDS data sets lie.'),
+    (
+        flags.DEFINE_string,
+        'cache_dir',
+        None,
+        'Where tokenised data and reference log-probabilities are kept. Default: jaxalign in $XDG_CACHE_HOME or'
+        ' ~/.cache.',
+    ),
+    (
+        flags.DEFINE_bool,
+        'skip_bad_records',
+        False,
+        'Skip and count malformed records instead of stopping at the first.',
+    ),
+    (
+        flags.DEFINE_string,
+        'mesh',
+        '',
+        'Sizes of the mesh axes data, fsdp, tensor, context, expert, as fsdp:4,tensor:2; -1 is the rest. Default:'
+        ' fsdp:-1.',
+    ),
+    (flags.DEFINE_string, 'dcn_mesh', '', 'The same between the slices of a multi-slice TPU job. Default: data:-1.'),
+    (flags.DEFINE_string, 'workdir', None, 'Where the run is kept; the same command resumes it. Default: runs/ALGO.'),
+    (_POSITIVE, 'steps', None, 'Optimizer steps of the whole run.'),
+    (
+        flags.DEFINE_integer,
+        'seed',
+        None,
+        'Seed of data order, initialisation and sampling. Default: 0; with --mode=eval the seed of the run.',
+    ),
+    (_POSITIVE, 'log_every', None, 'Steps between logged lines.'),
+    (_COUNT, 'eval_every', None, 'Steps between evaluations; 0: only before and after.'),
+    (_COUNT, 'save_every', None, 'Steps between checkpoints; 0: only the last.'),
+    (flags.DEFINE_multi_string, 'gin_file', [], 'A gin file of your own, applied after those of the algorithm.'),
+    (flags.DEFINE_multi_string, 'gin', [], "A gin binding, applied last, as 'preference.dpo.beta=0.2'."),
+    (flags.DEFINE_string, 'checkpoint', None, 'For --mode=eval and sample: a workdir, or one checkpoint in it.'),
+    (flags.DEFINE_multi_string, 'prompt', [], 'For --mode=sample: what to continue.'),
+    (_POSITIVE, 'max_new_tokens', 128, 'For --mode=sample: length of the response. Default: 128.'),
+    (
+        functools.partial(flags.DEFINE_float, lower_bound=0.0),
+        'temperature',
+        1.0,
+        'For --mode=sample: 0 is greedy. Default: 1.',
+    ),
+    (
+        flags.DEFINE_bool,
+        'debug',
+        False,
+        'Locate NaNs, forbid implicit transfers between host and device, and print shapes. Slow.',
+    ),
+)
+
+# Flags that a mode does not read are refused. (What trains is also what is shown.)
+_OPTIMIZING = ('workdir', 'steps', 'log_every', 'eval_every', 'save_every')
+_OF_TRAINING = ('algo', 'model', 'tokenizer', 'data', *_OPTIMIZING)
+_OF_DATA = ('eval_data', 'data_dir', 'cache_dir', 'skip_bad_records', 'gin_file', 'gin')
+_OF_SAMPLING = ('prompt', 'max_new_tokens', 'temperature')
+_UNREAD: dict[str, tuple[str, ...]] = {
+    'train': ('checkpoint', *_OF_SAMPLING),
+    'show': ('checkpoint', *_OF_SAMPLING),
+    'eval': (*_OF_TRAINING, *_OF_SAMPLING),
+    'sample': (*_OF_TRAINING, *_OF_DATA),
+}
+_INSTEAD = {
+    'checkpoint': '; --model=DIR starts from a checkpoint',
+    'data': '; --eval_data names other held-out data',
+    'markdown': '; it goes with --list',
+}
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+  """The flags of a command line, `argv[0]` being the program; fresh ones at each call.
+
+  Raises:
+    flags.Error: a flag is unknown or its value is wrong.
+    UsageError: there is something else than flags.
+  """
+  args = flags.FlagValues()
+  for define, name, default, text in _FLAGS:
+    define(name, default, text, flag_values=args)
+  rest = args(argv)[1:]
+  if rest:
+    raise types.UsageError(f'unexpected argument {rest[0]!r}; flags are written --name=value')
+  return args
+
+
+def check_mode(args: flags.FlagValues) -> None:
+  """Raises UsageError where a flag was given that `--mode` does not read."""
+  for name in (*_UNREAD[args.mode], 'markdown'):
+    if args[name].present:
+      raise types.UsageError(f'--mode={args.mode} does not read --{name}{_INSTEAD.get(name, "")}')
+
+
+def describe(intro: str) -> str:
+  """What --help shows."""
+  indent = '      '
+  wrap = functools.partial(textwrap.fill, width=100, initial_indent=indent, subsequent_indent=indent)
+  lines = [f'  --{name}\n{wrap(text, break_on_hyphens=False)}' for _, name, _, text in _FLAGS]
+  return '\n'.join([intro, *lines, ''])
