@@ -200,7 +200,8 @@ def describe(example_fn: Callable[..., Group], tokenizer: tokenizers.Tokenizer, 
   function = example_fn
   while isinstance(function, functools.partial):
     function = function.func
-  digest = hashlib.blake2b(inspect.getsource(inspect.unwrap(function)).encode(), digest_size=12)
+  source = inspect.getsource(inspect.unwrap(function))
+  digest = hashlib.blake2b(f'{row_length} {source}'.encode(), digest_size=12)
   for record in _PROBES:
     try:
       group = example_fn(record, tokenizer, row_length=row_length)
