@@ -40,6 +40,7 @@ from jaxalign import recipe
 from jaxalign import train
 from jaxalign.data import examples
 from jaxalign.data import loader
+from jaxalign.data import scored
 from jaxalign.losses import preference
 from jaxalign.losses import reward
 from jaxalign.losses import supervised
@@ -121,8 +122,8 @@ def parse(algo: str, *, files: Sequence[str], user_files: Sequence[str], binding
   _parse(package, user_files, bindings)
 
 
-def parse_saved(text: str, user_files: Sequence[str], bindings: Sequence[str]) -> None:
-  """Parses base.gin, then the bindings that a checkpoint holds, then files and bindings of the user.
+def parse_saved(texts: Sequence[str], user_files: Sequence[str], bindings: Sequence[str]) -> None:
+  """Parses the bindings that a checkpoint holds, in one or more texts, then files and bindings of the user.
 
   Raises:
     UsageError: as `parse` does, and where the checkpoint's bindings name a module that is not there.
@@ -130,8 +131,8 @@ def parse_saved(text: str, user_files: Sequence[str], bindings: Sequence[str]) -
 
   def package() -> None:
     with contextlib.chdir(_ROOT), _explained('the bindings of the checkpoint'):
-      gin.parse_config_file('base.gin')
-      gin.parse_config(text)
+      for text in texts:
+        gin.parse_config(text)
 
   for name in user_files:
     _import_from(pathlib.Path(name).absolute().parent)

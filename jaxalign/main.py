@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _set_up_logging() -> None:
-  """The time and one message a line; of Orbax, which tells of every file, only warnings."""
+  """The time and one message a line; of Orbax, which tells of every file, only errors."""
   if not flags.FLAGS.is_parsed():
     flags.FLAGS(['jaxalign'])
   logging.use_absl_handler()
@@ -71,7 +71,7 @@ def _set_up_logging() -> None:
 
 
 def _is_told(record: python_logging.LogRecord) -> bool:
-  return record.levelno > python_logging.INFO or '/orbax/' not in record.pathname
+  return record.levelno > python_logging.WARNING or '/orbax/' not in record.pathname
 
 
 def _fail(message: str, code: int) -> int:
@@ -200,7 +200,8 @@ def _finished(job: recipe_lib.Job, bindings: str) -> dict | None:
   if not path.exists():
     return None
   run = _read_json(path)
-  changed = [f'{k}: {run[k]!r} -> {v!r}' for k, v in job.identity().items() if run[k] != v]
+  identity = job.identity().items()
+  changed = [f'--{name.removesuffix("_spec")}: {run[name]!r} -> {new!r}' for name, new in identity if run[name] != new]
   changed += config.diff(run['bindings'], bindings, ignore=_RESUMABLE)
   if changed:
     raise types.UsageError(f'{job.workdir} holds another run ({"; ".join(changed)}); choose another --workdir')
@@ -236,7 +237,9 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 def _evaluate(args: flags.FlagValues) -> None:
   folder, run = _restored(args)
   _start(args)
-  config.parse_saved((folder / 'config.gin').read_text(encoding='utf-8'), args.gin_file, args.gin)
+  # What training used, and beneath it what was bound for evaluation alone.
+  saved = [run['bindings'], (folder / 'config.gin').read_text(encoding='utf-8')]
+  config.parse_saved(saved, args.gin_file, args.gin)
   config.check_reachable('evaluate.evaluate', 'recipe.Recipe')
   recipe = config.get('recipe.Recipe')()
   job = _job(args, recipe, run)

@@ -85,7 +85,8 @@ def reward(params, frozen, batch, key, loss_state, *, model, loss_fn: LossFn):
   policy = types.Stats(rewards_GK=rewards(params, batch, model=model))
   out = loss_fn(policy, types.Stats(), _labels(batch), state=loss_state)
   metrics = _group_metrics(out, batch)
-  length_GK = masked.to_table(batch.labels_BS['length'], batch)
+  # The position of its last token tells how long a response is, as both follow the same prompt.
+  length_GK = masked.to_table(masked.per_response(batch.positions_BT, batch), batch)
   return _finish(out, metrics | _length_metrics(length_GK[:, :1] - length_GK, batch), batch)
 
 

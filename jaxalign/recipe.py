@@ -77,9 +77,15 @@ class Job:
   debug: bool
 
   def identity(self) -> dict[str, str | int]:
-    """What must not change when a run is resumed."""
-    names = ('algo', 'seed', 'model', 'tokenizer', 'data', 'eval_data')
-    return {name: getattr(self, name) for name in names}
+    """What must not change when a run is resumed, as run.json has it (where `model` holds sizes)."""
+    return {
+        'algo': self.algo,
+        'seed': self.seed,
+        'model_spec': self.model,
+        'tokenizer': self.tokenizer,
+        'data': self.data,
+        'eval_data': self.eval_data,
+    }
 
 
 def asset(name: str) -> pathlib.Path:

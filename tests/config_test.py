@@ -287,19 +287,19 @@ class TestParseSaved:
     )
     parse('sft', user_files=[user], bindings=["recipe.Recipe.dtype = 'bfloat16'"])
     text = config.bindings()
-    config.parse_saved(text, [], [])
+    config.parse_saved([text], [], [])
     assert config.bindings() == text
     assert config.query('recipe.Recipe.data') == 'builtin:stories:train'
     assert config.query('recipe.Recipe.loss_fn').scoped_configurable_fn(2.0) == 6.0
 
   def test_lets_the_user_bind_anew(self):
     parse()
-    config.parse_saved(config.bindings(), [], ['optim.linear.lr = 9.0'])
+    config.parse_saved([config.bindings()], [], ['optim.linear.lr = 9.0'])
     assert config.query('optim.linear.lr') == 9.0
 
   def test_names_a_module_that_is_gone(self):
     with pytest.raises(types.UsageError, match='bindings of the checkpoint.*gone_module'):
-      config.parse_saved('from __gin__ import dynamic_registration\nimport gone_module\n', [], [])
+      config.parse_saved(['from __gin__ import dynamic_registration\nimport gone_module\n'], [], [])
 
 
 class TestGet:
