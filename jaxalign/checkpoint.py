@@ -157,11 +157,9 @@ def save_run(directory: pathlib.Path, run: Mapping[str, Any], config: str, token
 
 
 def save_base(directory: pathlib.Path, params: types.PyTree) -> None:
-  """Saves the parameters that the run begins with, once; they are its reference."""
-  if (directory / 'base').exists():
-    return
+  """Saves the parameters that a run begins with, its reference, in place of those of a run that never got to a step."""
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(epath.Path(directory / 'base'), params)
+    checkpointer.save(epath.Path(directory / 'base'), params, force=True)
 
 
 def find(directory: str | pathlib.Path) -> tuple[pathlib.Path, int]:

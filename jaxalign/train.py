@@ -51,7 +51,7 @@ def train(
     counter = metrics.Compilations()
     streams = streams_lib.open_streams(job, recipe, tokenizer, model, params, steps=options.steps, counter=counter)
     store = checkpoint.Store(job.workdir / 'checkpoints', checkpoints)
-    if streams.wants_ref:
+    if streams.wants_ref and store.latest() is None:
       checkpoint.save_base(job.workdir / 'checkpoints', params)
     opt = optimizer(options.steps)
     state, data_state = _start(job, store, params, opt)
