@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
-import difflib
 import inspect
 import os
 import pathlib
@@ -24,9 +23,8 @@ from typing import Any
 
 import gin
 
+from jaxalign import catalog
 from jaxalign import types
-
-_ROOT = pathlib.Path(__file__).parent / 'gin_configs'
 
 # What `--gin` can name without importing it.
 _HEADER = """
@@ -55,50 +53,6 @@ _Key = tuple[str, str, str]
 _users: set[_Key] = set()
 
 
-def algorithms(root: pathlib.Path = _ROOT) -> dict[str, str]:
-  """Name and description of each algorithm: the gin files with a header '# NAME: DESCRIPTION', but for base.gin."""
-  found = {}
-  for path in sorted(root.glob('*.gin')):
-    if path.stem != 'base':
-      first = path.read_text(encoding='utf-8').splitlines()[0]
-      found[path.stem] = first.removeprefix(f'# {path.stem}:').strip()
-  return found
-
-
-def check_algorithm(name: str) -> None:
-  """Raises UsageError for an unknown algorithm, naming the choices and the nearest."""
-  known = algorithms()
-  if name in known:
-    return
-  nearest = difflib.get_close_matches(name, known, 1, cutoff=0.3)
-  hint = f'; did you mean {nearest[0]}?' if nearest else ''
-  raise types.UsageError(f'--algo={name}: unknown algorithm; there are {", ".join(known)}{hint}')
-
-
-def listing() -> str:
-  """The algorithms, one line each."""
-  known = algorithms()
-  width = max(map(len, known))
-  return ''.join(f'{name:<{width}}  {text}\n' for name, text in known.items())
-
-
-def table() -> str:
-  """The algorithms as a Markdown table with paper, gin file and test."""
-  rows = ['| algorithm | what it is | paper | gin file | test |', '|---|---|---|---|---|']
-  for name, text in algorithms().items():
-    link = re.search(r'https?://\S+', text)
-    what = re.sub(r'[\s,]*https?://\S+', '', text)
-    loss = re.search(r'loss_fn = @(\w+)\.', (_ROOT / f'{name}.gin').read_text(encoding='utf-8'))
-    test = f'tests/losses/{loss[1]}_test.py' if loss else ''
-    rows.append(f'| `{name}` | {what} | {link[0] if link else ""} | `gin_configs/{name}.gin` | `{test}` |')
-  return '\n'.join(rows) + '\n'
-
-
-def exists(name: str) -> bool:
-  """Whether the package has this gin file, named from its gin folder."""
-  return (_ROOT / name).is_file()
-
-
 def parse(algo: str, *, files: Sequence[str], user_files: Sequence[str], bindings: Sequence[str]) -> None:
   """Parses gin files and bindings, later ones winning.
 
@@ -114,7 +68,7 @@ def parse(algo: str, *, files: Sequence[str], user_files: Sequence[str], binding
   """
 
   def package() -> None:
-    with contextlib.chdir(_ROOT):
+    with contextlib.chdir(catalog.ROOT):
       for name in (f'{algo}.gin', *files):
         with _explained(f'gin_configs/{name}'):
           gin.parse_config_file(name)
@@ -130,7 +84,7 @@ def parse_saved(texts: Sequence[str], user_files: Sequence[str], bindings: Seque
   """
 
   def package() -> None:
-    with contextlib.chdir(_ROOT), _explained('the bindings of the checkpoint'):
+    with contextlib.chdir(catalog.ROOT), _explained('the bindings of the checkpoint'):
       for text in texts:
         gin.parse_config(text)
 
@@ -163,7 +117,7 @@ def _clear() -> None:
   gin.clear_config()
   # Includes are found beside the file, then among the package's. gin's third way, as resources of Python packages, logs
   # an error for each folder that it does not find.
-  gin.config._LOCATION_PREFIXES[:] = ['', str(_ROOT)]
+  gin.config._LOCATION_PREFIXES[:] = ['', str(catalog.ROOT)]
   gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
 
 
@@ -289,6 +243,16 @@ def check_reachable(*roots: str) -> None:
       waiting += [node(*reference.config_key) for reference in gin.config.iterate_references(values)]
   named = {key: node(*key[:2]) for key in _users}
   _refuse(key for key, name in named.items() if is_ours(name) and name not in reached)
+
+
+def unbound(err: TypeError) -> str:
+  """What an error says of parameters that nothing gives to what gin calls, in words of the user; '' for others."""
+  missing = re.match(r'([\w.]+)\(\) missing \d+ required [\w-]+ arguments?: (.*)', str(err))
+  called = re.search(r"In call to configurable '(\w+)'", str(err))
+  if not missing or not called or missing[1].removesuffix('.__init__') != called[1]:
+    return ''
+  names = re.findall(r"'(\w+)'", missing[2])
+  return f'{called[1]} lacks {", ".join(names)}: bind it in gin, as {called[1]}.{names[0]} = ...'
 
 
 def checked_operative() -> str:

@@ -23,6 +23,7 @@ from absl import flags
 from absl import logging
 import jax
 
+from jaxalign import catalog
 from jaxalign import checkpoint
 from jaxalign import command
 from jaxalign import config
@@ -52,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _fail(str(err), 2)
   except types.RunError as err:
     return _fail(str(err), 1)
+  except TypeError as err:
+    problem = config.unbound(err)
+    if not problem:
+      raise
+    return _fail(problem, 2)
   except OSError as err:
     return _fail(re.sub(r'\[Errno \d+\] ', '', str(err)), 1)
   except KeyboardInterrupt:
@@ -84,7 +90,7 @@ def _dispatch(args: flags.FlagValues) -> None:
   if args.help:
     sys.stdout.write(command.describe(__doc__ or ''))
   elif args.list:
-    sys.stdout.write(config.table() if args.markdown else config.listing())
+    sys.stdout.write(catalog.table() if args.markdown else catalog.listing())
   else:
     modes = {'train': _train, 'eval': _evaluate, 'sample': _sample, 'show': _show}
     if args.mode not in modes:
@@ -96,8 +102,8 @@ def _dispatch(args: flags.FlagValues) -> None:
 def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
   """Parses the gin files of the algorithm, of a named model or data set, and the user's, in that order."""
   if args.algo is None:
-    raise types.UsageError(f'--algo is needed: {", ".join(config.algorithms())} (--list describes them)')
-  config.check_algorithm(args.algo)
+    raise types.UsageError(f'--algo is needed: {", ".join(catalog.algorithms())} (--list describes them)')
+  catalog.check_algorithm(args.algo)
   bindings = list(args.gin)
   for flag in ('steps', 'log_every', 'eval_every', 'save_every'):
     if args[flag].value is not None:
@@ -118,7 +124,7 @@ def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
 def _own_files(folder: str, specs: Sequence[str]) -> list[str]:
   """The package's gin file for a named model or data set; none for what is the user's, or for several at once."""
   names = {re.split(r'[:\[]', spec.removeprefix('builtin:'))[0] for spec in specs if not pathlib.Path(spec).exists()}
-  return [f'{folder}/{name}.gin' for name in names if len(names) == 1 and config.exists(f'{folder}/{name}.gin')]
+  return [f'{folder}/{name}.gin' for name in names if len(names) == 1 and catalog.exists(f'{folder}/{name}.gin')]
 
 
 def _check_model(args: flags.FlagValues, recipe: recipe_lib.Recipe, is_named: bool) -> None:

@@ -1,15 +1,10 @@
 """gin: which file wins, what is found from where, and which mistakes are refused by name."""
 
 import logging
-import os
 import pathlib
 import re
-import shutil
-import subprocess
 import sys
-import sysconfig
 import textwrap
-import zipfile
 
 import gin
 import pytest
@@ -58,64 +53,6 @@ def refusal(**what):
   message = str(caught.value)
   assert '\n' not in message
   return message
-
-
-class TestAlgorithms:
-
-  def test_are_the_gin_files_at_the_top_but_for_base(self, tmp_path):
-    (tmp_path / 'models').mkdir()
-    for name, header in (('b', '# b: second. B et al.'), ('base', '# base: no'), ('a', '# a: first'), ('models/m', '')):
-      (tmp_path / f'{name}.gin').write_text(header + '\n# more\n')
-    assert config.algorithms(tmp_path) == {'a': 'first', 'b': 'second. B et al.'}
-
-  def test_of_the_package_have_a_paper(self):
-    found = config.algorithms()
-    assert {'sft', 'rm', 'dpo'} <= found.keys()
-    assert all('https://' in text for text in found.values())
-
-
-class TestCheckAlgorithm:
-
-  def test_accepts_a_known_name(self):
-    config.check_algorithm('dpo')
-
-  @pytest.mark.parametrize(('wrong', 'near'), [('dop', 'dpo'), ('dpo2', 'dpo'), ('stf', 'sft'), ('rmm', 'rm')])
-  def test_names_the_choices_and_the_nearest(self, wrong, near):
-    with pytest.raises(types.UsageError, match=f'--algo={wrong}: .*dpo, .*rm, .*sft.*did you mean {near}'):
-      config.check_algorithm(wrong)
-
-  def test_suggests_nothing_where_nothing_is_near(self):
-    with pytest.raises(types.UsageError, match='unknown algorithm') as caught:
-      config.check_algorithm('xyzzy')
-    assert 'did you mean' not in str(caught.value)
-
-
-class TestListing:
-
-  def test_is_one_line_for_each_algorithm(self):
-    lines = config.listing().splitlines()
-    assert [line.split()[0] for line in lines] == list(config.algorithms())
-    assert any(line.startswith('dpo') and 'Direct Preference Optimization' in line for line in lines)
-
-
-class TestTable:
-
-  def test_names_paper_file_and_test_that_exist(self):
-    rows = [re.split(r'\s*\|\s*', line)[1:-1] for line in config.table().splitlines()[2:]]
-    assert [row[0].strip('`') for row in rows] == list(config.algorithms())
-    for _, what, paper, gin_file, test in rows:
-      assert what and 'http' not in what
-      assert paper.startswith('https://')
-      assert (ROOT / gin_file.strip('`')).is_file()
-      assert (ROOT / test.strip('`')).is_file()
-
-
-class TestExists:
-
-  def test_knows_files_by_their_name_in_the_gin_folder(self):
-    assert config.exists('models/stories260K.gin')
-    assert not config.exists('models/nothing.gin')
-    assert not config.exists('models')
 
 
 class TestParse:
@@ -297,6 +234,27 @@ class TestParseSaved:
     config.parse_saved([config.bindings()], [], ['optim.linear.lr = 9.0'])
     assert config.query('optim.linear.lr') == 9.0
 
+  def test_lets_later_texts_win(self):
+    parse()
+    texts = [
+        config.bindings(),
+        'from __gin__ import dynamic_registration\nfrom jaxalign import optim\noptim.linear.lr = 8.0\n',
+    ]
+    config.parse_saved(texts, [], [])
+    assert config.query('optim.linear.lr') == 8.0
+    assert config.query('recipe.Recipe.data') == 'builtin:sentiment:train'
+
+  def test_holds_the_user_to_bindings_but_not_to_files(self, write):
+    parse()
+    saved = [config.bindings()]
+    user = write('my.gin', IMPORTS + 'optim.cosine.end = 1.0\n')
+    config.parse_saved(saved, [user], [])
+    config.check_reachable('evaluate.evaluate', 'recipe.Recipe')
+    config.parse_saved(saved, [user], ['optim.cosine.lr = 1.0'])
+    with pytest.raises(types.UsageError, match=r'optim\.cosine\.lr') as caught:
+      config.check_reachable('evaluate.evaluate', 'recipe.Recipe')
+    assert 'end' not in str(caught.value).split(';')[0]
+
   def test_names_a_module_that_is_gone(self):
     with pytest.raises(types.UsageError, match='bindings of the checkpoint.*gone_module'):
       config.parse_saved(['from __gin__ import dynamic_registration\nimport gone_module\n'], [], [])
@@ -317,6 +275,78 @@ class TestGet:
   def test_names_what_is_not_there(self):
     with pytest.raises(types.UsageError, match='train.nothing'):
       config.get('train.nothing')
+
+
+class TestUnbound:
+
+  def error(self, name, *args):
+    with pytest.raises(TypeError) as caught:
+      config.get(name)(*args)
+    return caught.value
+
+  def test_names_what_a_function_lacks(self):
+    parse(bindings=['optim.cosine.end = 0.5'])
+    assert config.unbound(self.error('optim.cosine', 10)).startswith('cosine lacks lr: bind it in gin, as cosine.lr ')
+
+  def test_names_all_that_a_class_lacks(self):
+    parse(bindings=['transformer.Config.vocab_size = 7'])
+    message = config.unbound(self.error('models.transformer.Config'))
+    assert 'Config lacks num_layers, embed_dim, num_heads' in message
+    assert 'vocab_size' not in message
+
+  def test_is_silent_on_other_errors(self):
+    parse()
+    assert config.unbound(TypeError('x')) == ''
+    assert config.unbound(self.error('optim.linear', 'ten')) == ''
+
+
+class TestCheckReachable:
+
+  def refusal(self, *bindings, algo='dpo', user_files=()):
+    parse(algo, bindings=bindings, user_files=user_files)
+    with pytest.raises(types.UsageError) as caught:
+      config.check_reachable('train.train', 'recipe.Recipe')
+    return str(caught.value)
+
+  def test_refuses_what_no_reference_leads_to(self):
+    message = self.refusal('optim.cosine.end = 0.5', 'optim.linear.lr = 0.5', 'reward.bradley_terry.centring = 0.5')
+    assert 'optim.cosine.end, reward.bradley_terry.centring;' in message
+    assert 'linear' not in message
+
+  def test_refuses_it_even_where_the_package_binds_it(self):
+    assert 'evaluate.evaluate.samples' in self.refusal('evaluate.evaluate.samples = None')
+
+  def test_follows_references_through_lists_macros_and_functions_of_the_user(self, write):
+    write('reachable.py', 'def outer(*, parts):\n  return parts\n')
+    user = write(
+        'my.gin',
+        """
+        from __gin__ import dynamic_registration
+        import reachable
+        from jaxalign import optim
+        from jaxalign import train
+        train.train.optimizer = %chosen
+        chosen = @reachable.outer
+        reachable.outer.parts = [1, {'a': @optim.cosine}]
+        optim.cosine.end = %end
+        end = 0.5
+        """,
+    )
+    parse(user_files=[user])
+    config.check_reachable('train.train', 'recipe.Recipe')
+    message = self.refusal('train.train.optimizer = @optim.adamw', user_files=[user])
+    assert 'run: chosen (a macro);' in message
+
+  def test_leaves_to_modules_of_the_user_what_they_call_themselves(self, write):
+    write('alone.py', 'def mine(*, beta):\n  return beta\n')
+    user = write('my.gin', 'from __gin__ import dynamic_registration\nimport alone\nalone.mine.beta = 1.0\n')
+    parse(user_files=[user])
+    config.check_reachable('train.train', 'recipe.Recipe')
+
+  def test_accepts_each_algorithm_as_it_is(self):
+    for algo in ('dpo', 'rm', 'sft'):
+      parse(algo, bindings=['loop.Options.steps = 3', 'loader.Packing.rows = 8'])
+      config.check_reachable('train.train', 'recipe.Recipe')
 
 
 class TestCheckedOperative:
@@ -410,75 +440,3 @@ class TestDiff:
   def test_leaves_out_what_is_ignored(self):
     old, new = self.texts('preference.dpo.beta = 0.2', 'loop.Options.steps = 3')
     assert config.diff(old, new, ['loop.Options.steps']) == ['preference.dpo.beta: 0.1 -> 0.2']
-
-
-PROBE = """
-import os, pathlib, sys
-import jaxalign
-from jaxalign import config
-config.parse('dpo', files=['models/stories260K.gin'], user_files=[], bindings=['preference.dpo.label_smoothing=0.25'])
-assert config.query('losses.preference.dpo.label_smoothing') == 0.25
-assert pathlib.Path(jaxalign.__file__).is_relative_to(sys.argv[1]), jaxalign.__file__
-assert pathlib.Path(jaxalign.__file__).with_name('assets').joinpath('stories260K', 'model.safetensors').is_file()
-print(' '.join(config.algorithms()))
-"""
-
-
-@pytest.fixture(scope='module')
-def checkout(tmp_path_factory):
-  """A copy of what a build reads, so that building leaves nothing in the checkout."""
-  copy = tmp_path_factory.mktemp('a checkout') / 'jaxalign'
-  copy.mkdir()
-  for name in ('setup.py', 'README.md', 'LICENSE'):
-    shutil.copy(ROOT / name, copy)
-  ignore = shutil.ignore_patterns('__pycache__')
-  shutil.copytree(ROOT / 'gin_configs', copy / 'gin_configs')
-  shutil.copytree(ROOT / 'jaxalign', copy / 'jaxalign', symlinks=True, ignore=ignore)
-  return copy
-
-
-def build(checkout, hook, folder):
-  """Calls a hook of the build backend and returns the wheel."""
-  code = f'import setuptools.build_meta as backend; print(backend.{hook}({str(folder)!r}))'
-  done = subprocess.run([sys.executable, '-c', code], cwd=checkout, capture_output=True, text=True, check=False)
-  assert done.returncode == 0, done.stderr
-  return folder / done.stdout.splitlines()[-1]
-
-
-class TestInstallation:
-
-  def probe(self, tmp_path, place, setup=''):
-    """Parses gin files in a process of its own that finds the package in one place, from a hostile current folder."""
-    here = tmp_path / 'elsewhere'
-    here.mkdir()
-    (here / 'base.gin').write_text(HOSTILE)
-    # -S and PYTHONPATH: an editable install of the checkout under test must not answer instead.
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(place), sysconfig.get_path('purelib')]))
-    command = [sys.executable, '-S', '-P', '-c', setup + PROBE, str(place)]
-    done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == list(config.algorithms())
-
-  def test_serves_a_plain_checkout(self, tmp_path, checkout):
-    self.probe(tmp_path, checkout)
-
-  def test_serves_an_editable_install(self, tmp_path, checkout):
-    site = tmp_path / 'site'
-    with zipfile.ZipFile(build(checkout, 'build_editable', tmp_path)) as wheel:
-      wheel.extractall(site)
-      assert not any(name.endswith('.gin') for name in wheel.namelist())
-    hidden = f'import site, sys; site.addsitedir({str(site)!r}); sys.argv[1] = {str(checkout)!r}\n'
-    self.probe(tmp_path, site, hidden)
-
-  def test_serves_a_wheel(self, tmp_path, checkout):
-    site = tmp_path / 'site'
-    with zipfile.ZipFile(build(checkout, 'build_wheel', tmp_path)) as wheel:
-      wheel.extractall(site)
-      names = set(wheel.namelist())
-      size = sum(entry.compress_size for entry in wheel.infolist() if entry.filename.startswith('jaxalign/assets/'))
-    data = [*(ROOT / 'gin_configs').rglob('*.gin'), *(ROOT / 'jaxalign' / 'assets').rglob('*')]
-    wanted = {str(path.relative_to(ROOT)).removeprefix('jaxalign/') for path in data if path.is_file()}
-    assert {f'jaxalign/{name}' for name in wanted} <= names
-    assert any(name.endswith('LICENSE') for name in names)
-    assert 0 < size <= 3 * 2**20
-    self.probe(tmp_path, site)

@@ -12,7 +12,7 @@ import textwrap
 
 import pytest
 
-from jaxalign import config
+from jaxalign import catalog
 from jaxalign import sharding
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -32,7 +32,8 @@ ROWS = (
     ('streams',),
     ('evaluate',),
     ('train',),
-    ('command', 'config'),
+    ('catalog', 'command'),
+    ('config',),
     ('main',),
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
@@ -337,8 +338,8 @@ class TestGinFiles:
 
   def test_at_the_top_are_listed(self):
     at_the_top = {path.stem for path in (ROOT / 'gin_configs').glob('*.gin')} - {'base'}
-    assert set(config.algorithms()) == at_the_top
-    assert all(f'\n{name} ' in '\n' + config.listing() for name in at_the_top)
+    assert set(catalog.algorithms()) == at_the_top
+    assert all(f'\n{name} ' in '\n' + catalog.listing() for name in at_the_top)
 
   def test_configure_by_reference_what_the_package_has(self):
     for path in (ROOT / 'gin_configs').rglob('*.gin'):

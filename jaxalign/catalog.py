@@ -1,0 +1,53 @@
+"""What gin_configs holds: an algorithm in each file at its top, and files of named models and data sets."""
+
+import difflib
+import pathlib
+import re
+
+from jaxalign import types
+
+ROOT = pathlib.Path(__file__).parent / 'gin_configs'
+
+
+def algorithms(root: pathlib.Path = ROOT) -> dict[str, str]:
+  """Name and description of each algorithm: the gin files with a header '# NAME: DESCRIPTION', but for base.gin."""
+  found = {}
+  for path in sorted(root.glob('*.gin')):
+    if path.stem != 'base':
+      first = path.read_text(encoding='utf-8').splitlines()[0]
+      found[path.stem] = first.removeprefix(f'# {path.stem}:').strip()
+  return found
+
+
+def check_algorithm(name: str) -> None:
+  """Raises UsageError for an unknown algorithm, naming the choices and the nearest."""
+  known = algorithms()
+  if name in known:
+    return
+  nearest = difflib.get_close_matches(name, known, 1, cutoff=0.3)
+  hint = f'; did you mean {nearest[0]}?' if nearest else ''
+  raise types.UsageError(f'--algo={name}: unknown algorithm; there are {", ".join(known)}{hint}')
+
+
+def listing() -> str:
+  """The algorithms, one line each."""
+  known = algorithms()
+  width = max(map(len, known))
+  return ''.join(f'{name:<{width}}  {text}\n' for name, text in known.items())
+
+
+def table() -> str:
+  """The algorithms as a Markdown table with paper, gin file and test."""
+  rows = ['| algorithm | what it is | paper | gin file | test |', '|---|---|---|---|---|']
+  for name, text in algorithms().items():
+    link = re.search(r'https?://\S+', text)
+    what = re.sub(r'[\s,]*https?://\S+', '', text)
+    loss = re.search(r'loss_fn = @(\w+)\.', (ROOT / f'{name}.gin').read_text(encoding='utf-8'))
+    test = f'tests/losses/{loss[1]}_test.py' if loss else ''
+    rows.append(f'| `{name}` | {what} | {link[0] if link else ""} | `gin_configs/{name}.gin` | `{test}` |')
+  return '\n'.join(rows) + '\n'
+
+
+def exists(name: str) -> bool:
+  """Whether the package has this gin file, named from its gin folder."""
+  return (ROOT / name).is_file()
