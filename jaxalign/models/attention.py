@@ -5,6 +5,7 @@ cudnn   fused, with a dense mask; NVIDIA GPUs, 16-bit floats
 splash  Pallas kernel that skips what the mask rules out; TPUs
 """
 
+import math
 from typing import Literal
 
 from absl import logging
@@ -17,7 +18,10 @@ from jaxalign import sharding
 from jaxalign import types
 
 KERNELS = ('xla', 'cudnn', 'splash')
-_QUERIES = 256  # of a block: with it, a quarter to a half of the products that the causal mask discards is not computed
+_QUERIES, _BLOCKS = (
+    64,
+    8,
+)  # least queries of a block, most blocks: up to 7/16 of the products are masked and not computed
 _CUDNN_LENGTH = 4096  # beyond it the dense mask takes more memory than the kernel saves
 _SPLASH_BLOCKS = (512, 256, 128)
 _OUT = -1e30  # finite, so that a row that may see nothing is not NaN
@@ -78,9 +82,7 @@ def xla(q_BTNH, k_BTKH, v_BTKH, segments_BT):
   length = q_BTNH.shape[1]
   mesh = jax.sharding.get_abstract_mesh()
   split = not mesh.empty and sharding.parts(mesh, 'length') > 1
-  size = length if split or length <= _QUERIES else _QUERIES
-  # What the blocks' softmax needs for its gradient is computed again: saved, it would be as large as T x T.
-  block = dense if size == length else jax.checkpoint(dense)
+  size = length if split else _QUERIES * math.ceil(length / (_QUERIES * _BLOCKS))
   out = []
   for start in range(0, length, size):
     stop = min(start + size, length)
@@ -88,7 +90,7 @@ def xla(q_BTNH, k_BTKH, v_BTKH, segments_BT):
     allowed_BTS = (segments_BT[:, start:stop, None] == segments_BT[:, None, :stop]) & (
         keys[None, None, :] <= queries[None, :, None]
     )
-    out.append(block(q_BTNH[:, start:stop], k_BTKH[:, :stop], v_BTKH[:, :stop], allowed_BTS))
+    out.append(dense(q_BTNH[:, start:stop], k_BTKH[:, :stop], v_BTKH[:, :stop], allowed_BTS))
   return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
 
 

@@ -41,7 +41,7 @@ def fused(*args):
 
 class TestAttend:
 
-  @pytest.mark.parametrize('length', [1, 12, 300])
+  @pytest.mark.parametrize('length', [1, 12, 200])
   @pytest.mark.parametrize('heads,kv_heads', [(4, 4), (4, 2), (3, 1)])
   def test_is_softmax_attention_within_segments(self, length, heads, kv_heads):
     args = arrays(np.random.default_rng(0), 2, length, heads, kv_heads, 8)
@@ -51,7 +51,7 @@ class TestAttend:
     q, k, v, segments = arrays(np.random.default_rng(1), 2, 40, 4, 2, 8)
 
     def both(queries):
-      monkeypatch.setattr(attention, '_QUERIES', queries)
+      monkeypatch.setattr(attention, '_QUERIES', queries)  # of the least block
       total = lambda q, k, v: jnp.sum(jnp.sin(attention.xla(q, k, v, segments)))
       return attention.xla(q, k, v, segments), *jax.grad(total, (0, 1, 2))(q, k, v)
 
