@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
@@ -9,6 +10,7 @@ import math
 import pathlib
 from typing import Any
 from typing import NamedTuple
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -28,13 +30,16 @@ from jaxalign.data import tokenizers
 from jaxalign.models import transformer
 from jaxalign.rewards import rules
 
+_T = TypeVar('_T')
+
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
   """Which prompts are sampled before and after training, and who judges the responses.
 
   Attributes:
-    prompts: returns texts; None takes the first `count` prompts of the held-out data.
+    prompts: returns texts; None takes prompts of the held-out data, the first that leave room for a response in the
+      model's context.
     count: number of prompts.
     per_prompt: responses to each.
     max_new_tokens: length at which a response is cut.
@@ -69,11 +74,12 @@ def held_out(
   Returns:
     'eval/NAME' for each metric, `eval/n` (groups, or target tokens), and for accuracies their binomial standard error.
   """
-  totals: Mapping[str, masked.Weighted] = {}
-  for batch in batches:
-    sums = eval_step(params, batch)
-    totals = jax.tree.map(lambda a, b: a + b, totals, sums) if totals else sums
-  host = {name: masked.Weighted(*(float(x) for x in pair)) for name, pair in jax.device_get(totals).items()}
+  host: dict[str, masked.Weighted] = {}
+  for sums in _one_behind(eval_step(params, batch) for batch in batches):
+    for name, pair in jax.device_get(sums).items():
+      # In Python's double precision: weights are counts, which float32 rounds from 2^24 on.
+      before = host.get(name, masked.Weighted(0.0, 0.0))
+      host[name] = masked.Weighted(before.sum + float(pair.sum), before.weight + float(pair.weight))
   values = {f'eval/{name}': pair.sum / max(pair.weight, 1e-30) for name, pair in host.items()}
   values['eval/n'] = host['loss'].weight
   for name in ('rewards/accuracies', 'accuracy', 'length_only/accuracies'):
@@ -81,6 +87,16 @@ def held_out(
       p = min(1.0, max(0.0, values[f'eval/{name}']))
       values[f'eval/{name}_stderr'] = math.sqrt(p * (1 - p) / max(host[name].weight, 1.0))
   return values
+
+
+def _one_behind(items: Iterable[_T]) -> Iterator[_T]:
+  """The same items, each when the next has been asked for, so that fetching one does not hold up the device."""
+  waiting: list[_T] = []
+  for item in items:
+    waiting.append(item)
+    if len(waiting) > 1:
+      yield waiting.pop(0)
+  yield from waiting
 
 
 def sample(
@@ -115,16 +131,29 @@ def sample(
   return Sampled(values, shown)
 
 
-def prompt_ids(samples: Samples, tokenizer: tokenizers.Tokenizer, held: loader.Loader | None) -> list[list[int]]:
-  """Token ids of the prompts that are sampled, none where there is nothing to take them from."""
+def prompt_ids(
+    samples: Samples, tokenizer: tokenizers.Tokenizer, held: loader.Loader | None, context: int
+) -> list[list[int]]:
+  """Token ids of the prompts that are sampled, none where there is nothing to take them from.
+
+  Args:
+    samples: how many, and whence.
+    tokenizer: turns texts into ids.
+    held: the held-out data.
+    context: tokens of the longest sequence that the model is meant for.
+  """
   if samples.prompts is not None:
     return [examples.prompt_ids(tokenizer, text) for text in list(samples.prompts())[: samples.count]]
   if held is None:
     return []
-  found = []
-  for index in range(min(samples.count, len(held.dataset))):
+  found: list[list[int]] = []
+  for index in range(len(held.dataset)):
+    if len(found) == samples.count:
+      break
     sequence = held.dataset[index].sequences[0]
-    found.append(sequence.ids[: max(1, int(np.argmax(sequence.mask > 0)))].tolist())
+    ids = sequence.ids[: max(1, int(np.argmax(sequence.mask > 0)))].tolist()
+    if len(ids) + samples.max_new_tokens <= context:
+      found.append(ids)
   return found
 
 
@@ -168,7 +197,7 @@ class Evaluator:
     self._step = jax.jit(evaluate_step, out_shardings=sharding.named(job.mesh))
     self._model, self._tokenizer, self._streams, self._seed = model, tokenizer, streams, job.seed
     self._samples = samples
-    self._prompts = prompt_ids(samples, tokenizer, streams.held) if samples is not None else []
+    self._prompts = prompt_ids(samples, tokenizer, streams.held, model.config.max_length) if samples is not None else []
 
   def held_out(self, params: types.PyTree, loss_state: types.PyTree) -> dict[str, float]:
     """Metrics of the held-out data, none where there is no such data."""
@@ -253,5 +282,5 @@ def write_samples(path: pathlib.Path, before: Sampled, after: Sampled) -> None:
   """Writes samples.md: the same prompts before and after training."""
   lines = ['# Samples before and after training', '']
   for (prompt, old), (_, new) in zip(before.shown, after.shown):
-    lines += [f'## {prompt}', '', '**before:** ' + old.strip(), '', '**after:** ' + new.strip(), '']
+    lines += [f'## {" ".join(prompt.split())}', '', '**before:** ' + old.strip(), '', '**after:** ' + new.strip(), '']
   metrics.write_text(path, '\n'.join(lines))

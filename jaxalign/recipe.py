@@ -40,6 +40,7 @@ class Recipe:
       parameters, a forward pass per step).
     dtype: of the computation; parameters and optimizer state are float32.
     remat: which activations the backward pass computes again, see `models.transformer`.
+    attention: one of `models.attention.KERNELS`; None takes what the platform does best.
   """
 
   objective: Callable
@@ -53,6 +54,7 @@ class Recipe:
   reference: str = 'cached'
   dtype: str = 'float32'
   remat: str = 'none'
+  attention: str | None = None
 
   def __post_init__(self):
     if self.reference not in ('cached', 'live'):
@@ -131,7 +133,12 @@ def open_model(
     RunError: a file of the model is missing or corrupt.
   """
   build = functools.partial(
-      transformer.build, mesh=job.mesh, dtype=recipe.dtype, remat=recipe.remat, length=recipe.packing.row_length
+      transformer.build,
+      mesh=job.mesh,
+      dtype=recipe.dtype,
+      remat=recipe.remat,
+      attention=recipe.attention,
+      length=recipe.packing.row_length,
   )
   key = jax.random.key(job.seed)
   if recipe.model is not None:

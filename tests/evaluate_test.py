@@ -1,0 +1,156 @@
+"""Evaluation: sums over held-out batches, what is sampled and how it is judged, samples.md."""
+
+import math
+import types as pytypes
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import evaluate
+from jaxalign import masked
+from jaxalign import recipe as recipe_lib
+from jaxalign import sharding
+from jaxalign.data import examples
+from jaxalign.data import tokenizers
+from jaxalign.models import transformer
+
+
+def weighted(total, weight):
+  return masked.Weighted(jnp.float32(total), jnp.float32(weight))
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+  return tokenizers.load(recipe_lib.asset('stories260K'))
+
+
+@pytest.fixture(scope='module')
+def model_and_params():
+  mesh = sharding.make_mesh()
+  config = transformer.Config(512, 1, 16, 2, 1, 8, 32, 64)
+  model = transformer.build(config, mesh, length=64)
+  with jax.set_mesh(mesh):
+    yield model, transformer.init_params(model, jax.random.key(0), mesh)
+
+
+class TestHeldOut:
+
+  def run(self, *batches):
+    return evaluate.held_out(lambda params, batch: batch, {}, iter(batches))
+
+  def test_divides_one_sum_by_one_weight(self):
+    values = self.run({'loss': weighted(2.0, 1.0)}, {'loss': weighted(1.0, 3.0)})
+    assert values['eval/loss'] == pytest.approx(3 / 4)
+    assert values['eval/n'] == 4
+
+  def test_weighs_each_metric_by_its_own_weight(self):
+    batch = {'loss': weighted(2.0, 1.0), 'entropy': weighted(30.0, 10.0), 'never': weighted(0.0, 0.0)}
+    values = self.run(batch, batch)
+    assert (values['eval/entropy'], values['eval/never']) == (3.0, 0.0)
+
+  def test_says_how_sure_an_accuracy_is(self):
+    names = 'rewards/accuracies', 'accuracy', 'length_only/accuracies'
+    values = self.run({'loss': weighted(1.0, 50.0), **{name: weighted(40.0, 50.0) for name in names}})
+    for name in names:
+      assert values[f'eval/{name}_stderr'] == pytest.approx(math.sqrt(0.8 * 0.2 / 50))
+    assert 'eval/loss_stderr' not in values
+
+  def test_counts_beyond_what_float32_can(self):
+    values = self.run(*[{'loss': weighted(2**24, 2**24)}, *[{'loss': weighted(0.0, 1.0)}] * 3])
+    assert values['eval/n'] == 2**24 + 3
+
+  def test_holds_two_batches_at_a_time(self):
+    made = []
+
+    def batches():
+      for n in range(50):
+        made.append(n)
+        yield n
+
+    for done, batch in enumerate(evaluate._one_behind(batches())):
+      assert batch == done
+      assert len(made) - done <= 2
+    assert len(made) == 50
+
+
+class TestSample:
+
+  def draw(self, model_and_params, tokenizer, **options):
+    samples = evaluate.Samples(**({'max_new_tokens': 6, 'per_prompt': 2} | options))
+    prompts = [examples.prompt_ids(tokenizer, text) for text in ('Once upon a time', 'The cat', 'Tom')]
+    return evaluate.sample(*model_and_params, tokenizer, samples, prompts, seed=1)
+
+  def test_judges_every_response_and_shows_the_first_of_each_prompt(self, model_and_params, tokenizer):
+    judged = []
+
+    def judge(texts):
+      judged.extend(texts)
+      return [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+
+    found = self.draw(model_and_params, tokenizer, judge=judge, shown=2)
+    assert len(judged) == 6
+    assert found.shown == [('Once upon a time', judged[0]), ('The cat', judged[2])]
+    assert found.metrics['reward'] == pytest.approx(3.5)
+    assert found.metrics['reward_std'] == pytest.approx(np.std([1, 2, 3, 4, 5, 6]))
+
+  def test_measures_without_a_judge(self, model_and_params, tokenizer):
+    found = self.draw(model_and_params, tokenizer)
+    assert set(found.metrics) == {'distinct_2', 'mean_length'}
+    assert 1 <= found.metrics['mean_length'] <= 6
+    assert 0.5 < found.metrics['distinct_2'] <= 1
+
+  def test_tells_word_loops(self, model_and_params, tokenizer):
+    # Random weights with a single likely token: the greedy one, over and over.
+    found = self.draw(model_and_params, tokenizer, temperature=0.0, max_new_tokens=30, per_prompt=8)
+    assert found.metrics['distinct_2'] < 0.3
+
+
+class TestPromptIds:
+
+  def held(self, *lengths):
+    sequence = lambda n: examples.Sequence(np.arange(n + 2, dtype=np.int32), np.arange(n + 2) >= n)
+    dataset = [examples.Group((sequence(n), sequence(n)), {}) for n in lengths]
+    return pytypes.SimpleNamespace(dataset=dataset)
+
+  def test_takes_texts_where_there_are_some(self, tokenizer):
+    samples = evaluate.Samples(prompts=lambda: ['The cat', 'Tom', 'Lily'], count=2)
+    found = evaluate.prompt_ids(samples, tokenizer, self.held(5), 512)
+    assert found == [[tokenizer.bos_id, *tokenizer.encode(text)] for text in ('The cat', 'Tom')]
+
+  def test_takes_prompts_of_the_held_out_data_otherwise(self, tokenizer):
+    found = evaluate.prompt_ids(evaluate.Samples(count=2), tokenizer, self.held(5, 3, 4), 512)
+    assert found == [[0, 1, 2, 3, 4], [0, 1, 2]]
+
+  def test_passes_over_those_that_leave_no_room_for_a_response(self, tokenizer):
+    found = evaluate.prompt_ids(evaluate.Samples(count=2, max_new_tokens=60), tokenizer, self.held(5, 3, 4, 2), 64)
+    assert found == [[0, 1, 2], [0, 1, 2, 3]]
+
+  def test_finds_none_where_nothing_is_held_out(self, tokenizer):
+    assert evaluate.prompt_ids(evaluate.Samples(), tokenizer, None, 512) == []
+
+
+class TestBuiltinPrompts:
+
+  def test_are_64_different_openings(self):
+    prompts = evaluate.builtin_prompts()
+    assert len(set(prompts)) == 64
+    assert all(prompt.strip() for prompt in prompts)
+
+
+class TestWhole:
+
+  def test_survives_json(self):
+    whole = evaluate.Whole({'eval/loss': 1.5}, evaluate.Sampled({'reward': 0.5}, [('a', 'b')]))
+    assert evaluate.Whole.from_json(whole.to_json()) == whole
+
+
+class TestWriteSamples:
+
+  def test_puts_before_and_after_under_each_prompt(self, tmp_path):
+    before = evaluate.Sampled({}, [('One\nday', ' a'), ('Tom', ' b')])
+    after = evaluate.Sampled({}, [('One\nday', ' c\n'), ('Tom', ' d')])
+    evaluate.write_samples(tmp_path / 'samples.md', before, after)
+    text = (tmp_path / 'samples.md').read_text()
+    assert '## One day\n\n**before:** a\n\n**after:** c\n\n## Tom\n\n**before:** b\n\n**after:** d\n' in text
