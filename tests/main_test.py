@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import pathlib
 import re
 import shutil
 
@@ -17,9 +18,11 @@ from jaxalign import main
 from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
 
+README = pathlib.Path(__file__).resolve().parents[1] / 'README.md'
 TINY = ('--model=tiny', '--tokenizer=builtin:stories260K')
 SAMPLES = tuple(f'--gin=evaluate.Samples.{x}' for x in ('count = 2', 'per_prompt = 2', 'max_new_tokens = 4'))
 RUN = '--steps=3', '--log_every=1', '--save_every=2', '--seed=5'
+ROWS = '--gin=loader.Packing.rows = 8', '--gin=loader.Packing.row_length = 32'
 PAIR = {'prompt': 'Once upon a time', 'chosen': ' there was a happy cat.', 'rejected': ' it was sad.'}
 
 
@@ -221,6 +224,40 @@ class TestSample:
     assert len(self.sample(capsys, runs('dpo'), '--prompt=')) > 1
 
 
+class TestReadme:
+
+  @pytest.fixture
+  def blocks(self):
+    """The fenced texts of README.md."""
+    return re.findall(r'^```\w*\n(.*?)^```', README.read_text(encoding='utf-8'), re.MULTILINE | re.DOTALL)
+
+  def block(self, blocks, part):
+    (found,) = [text for text in blocks if part in text]
+    return found
+
+  def test_loads_a_checkpoint_from_python_that_agrees_with_the_sampler(self, blocks, runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs('dpo').parent)
+    code = self.block(blocks, 'checkpoint.load').replace("'runs/dpo'", "'dpo'")
+    names = {}
+    exec(code, names)  # pylint: disable=exec-used
+    loaded, logits = names['loaded'], names['logits_V']
+    best = int(logits[: loaded.model.config.vocab_size].argmax())
+    capsys.readouterr()
+    flags = '--checkpoint=dpo', '--prompt=Once upon a time', '--temperature=0', '--max_new_tokens=1'
+    assert call('--mode=sample', *flags) == 0
+    text = loaded.tokenizer.decode([best], continuation=True)
+    assert capsys.readouterr().out == f'Once upon a time{text}\n'
+
+  def test_runs_a_loss_of_the_users_own(self, blocks, tmp_path):
+    for part, name in (('my_losses.py', 'my_losses.py'), ('import my_losses', 'my.gin')):
+      (tmp_path / name).write_text(self.block(blocks, part))
+    flags = f'--gin_file={tmp_path / "my.gin"}', '--steps=1', f'--workdir={tmp_path / "run"}', '--eval_data='
+    assert call(*small('dpo')[:4], *ROWS, *flags, '--gin=evaluate.Samples.count = 0') == 0
+    first = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()[0])
+    # Margins are 0 at first, and so is their share of the loss.
+    assert first['loss'] == pytest.approx(1.0, abs=1e-5)
+
+
 class TestShow:
 
   def test_prints_rows_with_masks_and_how_they_pack(self, tmp_path, capsys):
@@ -345,6 +382,7 @@ REFUSED = {
     ),
     'cache in a file': (('--algo=dpo', '--cache_dir={files}/pairs.jsonl/c'), 1, ['pairs.jsonl/c', 'token cache']),
     'eval of nothing': (('--mode=eval',), 2, ['--checkpoint=DIR']),
+    'eval of no data': (('--mode=eval', '--checkpoint={run}', '--eval_data='), 2, ['give --eval_data']),
     'eval of no checkpoint': (('--mode=eval', '--checkpoint={files}'), 2, ['no checkpoint there']),
     'eval of no step': (('--mode=eval', '--checkpoint={run}/checkpoints/7'), 2, ['no checkpoint there']),
     'eval of training data': (('--mode=eval', '--checkpoint={run}', '--data=x'), 2, ['--data', '--eval_data']),
@@ -396,16 +434,17 @@ class TestMain:
 
   def test_skips_and_counts_bad_lines_where_asked_to(self, files, tmp_path):
     flags = f'--data=jsonl:{files / "broken.jsonl"}', '--skip_bad_records', '--steps=1', f'--workdir={tmp_path / "w"}'
-    assert call('--algo=dpo', *TINY, *flags, '--gin=evaluate.Samples.count = 0') == 0
+    assert call('--algo=dpo', *TINY, *ROWS, *flags, '--gin=evaluate.Samples.count = 0') == 0
     summary = read_json(tmp_path / 'w' / 'summary.json')
     assert (summary['data/kept'], summary['data/bad']) == (2, 1)
 
   def test_goes_on_with_another_model_after_a_run_that_ended_before_its_first_step(self, files, tmp_path, capsys):
-    flags = '--algo=dpo', *TINY, f'--data=jsonl:{files / "pairs.jsonl"}', '--steps=1', f'--workdir={tmp_path / "w"}'
+    data = f'--data=jsonl:{files / "pairs.jsonl"}', '--gin=evaluate.Samples.count = 0', '--steps=1'
+    flags = '--algo=dpo', *TINY, *ROWS, *data, f'--workdir={tmp_path / "w"}'
     # The caller gives this parameter, which only a call shows.
-    assert call(*flags, '--gin=evaluate.Samples.count = 0', '--gin=optim.linear.steps = 7') == 2
+    assert call(*flags, '--gin=optim.linear.steps = 7') == 2
     assert 'not used by this run: optim.linear.steps' in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / 'w' / 'checkpoints' / 'run.json').exists()
-    assert call(*flags, '--gin=evaluate.Samples.count = 0', '--gin=transformer.Config.num_layers = 2') == 0
+    assert call(*flags, '--gin=transformer.Config.num_layers = 2') == 0
     loaded = checkpoint.load(tmp_path / 'w', sharding.make_mesh(), base=True)
     assert jax.tree.leaves(loaded.params['layers'])[0].shape[0] == 2
