@@ -44,6 +44,21 @@ def small(algo):
   return f'--algo={algo}', *TINY, *data, rate, *samples
 
 
+@pytest.fixture(scope='module', autouse=True)
+def compiled_once(tmp_path_factory):
+  """Keeps what is compiled, as each call of main compiles afresh; many of the programs are the same."""
+  options = {
+      'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
+      'jax_persistent_cache_min_compile_time_secs': 0.2,
+  }
+  before = {name: jax.config.values[name] for name in options}
+  for name, value in options.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
   """A function that gives the workdir of a finished run of an algorithm, made where it is first asked for."""
