@@ -152,7 +152,7 @@ def open_model(
   else:
     config = hf.read_config(path)
     _check_vocabulary(config, tokenizer, job)
-    params = hf.read_params(path, config, job.mesh, 'float32')
+    params = hf.read_params(path, config, job.mesh)
   _check_vocabulary(config, tokenizer, job)
   model = build(dataclasses.replace(config, reward_head=recipe.reward_head))
   return model, _fit_head(model, params, job.mesh)

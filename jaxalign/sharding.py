@@ -140,7 +140,7 @@ def named(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, *logical: str | N
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-  """Constrains `x` to the sharding of its logical axes on the current mesh (`jax.set_mesh`); without one, returns `x`."""
+  """Constrains `x` to the sharding of its logical axes on the current mesh (`jax.set_mesh`); returns `x` off a mesh."""
   if len(logical) != x.ndim:
     raise ValueError(f'{len(logical)} logical names {logical} for an array of rank {x.ndim}')
   if jax.sharding.get_abstract_mesh().empty:
@@ -162,6 +162,8 @@ def batch_shardings(mesh: jax.sharding.Mesh, batch: types.Batch, stacked: bool) 
 def shardings_of(mesh: jax.sharding.Mesh, boxed: types.PyTree) -> types.PyTree:
   """Shardings of a tree of `nn.Partitioned` parameters (arrays or shapes), with every axis checked.
 
+  Key and value heads that are fewer than the devices they would be split over are replicated.
+
   Raises:
     UsageError: a parameter's axis is not divisible by the mesh axes it is split over.
     ValueError: a parameter names a logical axis that the table does not know.
@@ -170,16 +172,22 @@ def shardings_of(mesh: jax.sharding.Mesh, boxed: types.PyTree) -> types.PyTree:
   def of(path, leaf):
     if not isinstance(leaf, nn.Partitioned):
       return named(mesh)
-    for size, logical in zip(leaf.value.shape, leaf.names):
-      parts = math.prod(mesh.shape[a] for a in _rule(logical)) if logical else 1
-      if size % parts:
-        axes = ' x '.join(f'{a}:{mesh.shape[a]}' for a in _rule(logical))
-        raise types.UsageError(
-            f'--mesh: {jax.tree_util.keystr(path)} has {size} {logical!r}, which {axes} does not divide'
-        )
-    return named(mesh, *leaf.names)
+    names = [_fitting(mesh, path, size, logical) for size, logical in zip(leaf.value.shape, leaf.names)]
+    return named(mesh, *names)
 
   return jax.tree_util.tree_map_with_path(of, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def _fitting(mesh: jax.sharding.Mesh, path, size: int, logical: str | None) -> str | None:
+  """The name that an axis of `size` is sharded by, None where it is replicated."""
+  ways = parts(mesh, logical) if logical else 1
+  if size % ways == 0:
+    return logical
+  # Fewer key heads than devices: each keeps them all, and its queries read one.
+  if logical == 'kv_heads' and ways % size == 0:
+    return None
+  axes = ' x '.join(f'{axis}:{mesh.shape[axis]}' for axis in axes_of(logical or ''))
+  raise types.UsageError(f'--mesh: {jax.tree_util.keystr(path)} has {size} {logical!r}, which {axes} does not divide')
 
 
 def start_distributed() -> None:

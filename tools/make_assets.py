@@ -143,7 +143,7 @@ def main(_) -> None:
   config = hf.read_config(target)
   with jax.set_mesh(mesh):
     model = transformer.build(config, mesh, length=config.max_length)
-    params = hf.read_params(target, config, mesh, 'float32')
+    params = hf.read_params(target, config, mesh)
     texts = prompts(_SEED.value)
     cuts = np.cumsum([_HELD_OUT_PROMPTS, _TEST_PROMPTS, _TRAIN_PROMPTS])
     held, test, train = texts[: cuts[0]], texts[cuts[0] : cuts[1]], texts[cuts[1] : cuts[2]]
