@@ -19,7 +19,7 @@ class Weighted(NamedTuple):
 
 
 def weighted(x: types.Array, weight: types.Array) -> Weighted:
-  """The weighted sum of `x` and the sum of `weight`, which broadcasts to `x`; an entry of weight 0 cannot leak a NaN."""
+  """The weighted sum of `x` and the sum of `weight`, broadcast to `x`; an entry of weight 0 cannot leak a NaN."""
   weight = jnp.broadcast_to(weight, x.shape)
   return Weighted(jnp.sum(jnp.where(weight > 0, x * weight, 0.0)), jnp.sum(weight))
 

@@ -1,11 +1,12 @@
 """From a batch to the sum of a loss: forward pass, log-probabilities or scores, the loss, sums and weights.
 
-An objective has the contract of `Objective`. It is built once per run with `functools.partial(objective, model=model)` and
-never reduces to a mean: the step divides one global sum by one global weight.
+An objective has the contract of `Objective`. It is built once per run with `functools.partial(objective, model=model)`
+and never reduces to a mean: the step divides one global sum by one global weight.
 """
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import dataclasses
 from typing import NamedTuple
 from typing import Protocol
 
@@ -30,15 +31,20 @@ class Sums(NamedTuple):
 
 
 class Objective(Protocol):
-  """Scores a micro-batch.
-
-  `params` are trained, `frozen` is not (nothing, or weights that the objective reads beside them); `key` is for dropout.
-  """
+  """What the step differentiates."""
 
   def __call__(
       self, params: types.PyTree, frozen: types.PyTree, batch: types.Batch, key: jax.Array, loss_state: types.PyTree
   ) -> tuple[jax.Array, Sums]:
-    ...
+    """Sums the loss of a micro-batch.
+
+    Args:
+      params: what is trained.
+      frozen: weights that are read beside them, and get no gradient; `{}` where there are none.
+      batch: one micro-batch.
+      key: for randomness in the forward pass.
+      loss_state: of the loss.
+    """
 
 
 def supervised(params, frozen, batch, key, loss_state, *, model, loss_fn: LossFn, dense=('entropy', 'correct')):
@@ -66,7 +72,7 @@ def preference(
   ref = types.Stats()
   if batch.ref_logps_BT is not None:
     ratios_GK = masked.to_table(masked.per_response(stats['logps'] - batch.ref_logps_BT, batch), batch)
-    ref = _response_stats(batch.ref_logps_BT, batch).replace(logratios_GK=ratios_GK)
+    ref = dataclasses.replace(_response_stats(batch.ref_logps_BT, batch), logratios_GK=ratios_GK)
   out = loss_fn(policy, ref, _labels(batch), state=loss_state)
   metrics = _group_metrics(out, batch) | _token_metrics(stats, batch)
   if 'mean_logit' in stats:
@@ -90,11 +96,15 @@ def reward(params, frozen, batch, key, loss_state, *, model, loss_fn: LossFn):
   return _finish(out, metrics | _length_metrics(length_GK[:, :1] - length_GK, batch), batch)
 
 
+def hidden_states(params, batch: types.Batch, *, model: transformer.Transformer) -> types.Array:
+  """What the model makes of a micro-batch, `[B, T, D]`."""
+  return model.apply({'params': params}, batch.inputs_BT, batch.positions_BT, batch.segments_BT)
+
+
 def target_stats(params, batch: types.Batch, *, model: transformer.Transformer, dense=()) -> dict[str, jax.Array]:
-  """Log-probabilities `logps` and dense statistics of the batch's targets, `[B, T]` float32 (see `logps.token_stats`)."""
-  hidden_BTD = model.apply({'params': params}, batch.inputs_BT, batch.positions_BT, batch.segments_BT)
+  """Log-probabilities `logps` and dense statistics of the targets, `[B, T]` float32 (see `logps.token_stats`)."""
   return logps.token_stats(
-      hidden_BTD,
+      hidden_states(params, batch, model=model),
       transformer.output_matrix(params),
       batch.targets_BT,
       batch.mask_BT,
@@ -105,8 +115,8 @@ def target_stats(params, batch: types.Batch, *, model: transformer.Transformer, 
 
 def rewards(params, batch: types.Batch, *, model: transformer.Transformer) -> jax.Array:
   """Scores `[G, K]` of the responses by the reward head, float32, read where the mask marks their last token."""
-  hidden_BTD = model.apply({'params': params}, batch.inputs_BT, batch.positions_BT, batch.segments_BT)
-  scores_BT = jnp.einsum('BTD,DO->BT', hidden_BTD.astype(jnp.float32), params['reward_head'].astype(jnp.float32))
+  hidden_BTD = hidden_states(params, batch, model=model).astype(jnp.float32)
+  scores_BT = jnp.einsum('BTD,DO->BT', hidden_BTD, params['reward_head'].astype(jnp.float32))
   return masked.to_table(masked.per_response(scores_BT, batch), batch)
 
 

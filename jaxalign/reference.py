@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import hashlib
 import os
 import pathlib
+from typing import Any
 import zipfile
 
 from absl import logging
@@ -72,7 +73,8 @@ class Cache:
     part = self._path.with_name(f'{self._path.name}.{os.getpid()}.part')
     try:
       with part.open('wb') as file:
-        np.savez(file, **_to_arrays(self._rows))
+        arrays: Any = _to_arrays(self._rows)
+        np.savez(file, **arrays)
       os.replace(part, self._path)
     except OSError as err:
       part.unlink(missing_ok=True)
@@ -118,7 +120,7 @@ def fill(
     cache: Cache, params: types.PyTree, loader: loader_lib.Loader, ref_fn: RefFn, records: Iterable[int], label: str
 ) -> int:
   """Computes what the cache lacks of `records`, saves it, and returns how many responses were computed."""
-  keys = loader.row_keys
+  keys, records = loader.row_keys, list(records)
   missing = [r for r in records if any(int(key) not in cache for key in keys[r])]
   steps = loader.ordered(missing)
   done = 0
@@ -130,6 +132,9 @@ def fill(
   if done:
     cache.save()
   logging.info(
-      'reference log-probabilities of %s: %d computed, %d responses from the cache', label, done, keys.size - done
+      'reference log-probabilities of %s: %d computed, %d responses from the cache',
+      label,
+      done,
+      len(records) * keys.shape[1] - done,
   )
   return done

@@ -53,13 +53,14 @@ def sample(
 ) -> list[Sampled]:
   """Samples a response to each prompt.
 
-  The n-th prompt's token at position t is drawn with one uniform number that depends on (seed, n, t) alone, so the same ids
-  come out whatever the number of rows.
+  The n-th prompt's token at position t is drawn with one uniform number that depends on (seed, n, t) alone, so the same
+  ids come out whatever the number of rows.
 
   Args:
     model: any model with a language-model head.
     params: its parameters, on any mesh (the current one, `jax.set_mesh`).
-    prompts: token ids, at least one each; every process passes the same.
+    prompts: token ids, at least one each, with room for the new ones in the model's context; every process passes the
+      same.
     max_new_tokens: length at which a response is cut.
     temperature: divides the logits; 0 takes the most probable token.
     top_k: keep the k most probable tokens; 0 keeps all.
@@ -71,6 +72,8 @@ def sample(
   Returns:
     One response per prompt, on every process.
   """
+  if not prompts:
+    return []
   static = _Static(max_new_tokens, temperature, top_k, top_p, tuple(stop_ids))
   longest = max(map(len, prompts))
   length = -(-longest // _BUCKET) * _BUCKET

@@ -77,9 +77,9 @@ def make_step(
 ) -> Callable[[TrainState, types.PyTree, types.Batch], tuple[TrainState, StepMetrics]]:
   """Builds `step(state, frozen, batch) -> state, metrics` for any objective.
 
-  The batch is a stack of A micro-batches. Their loss sums, weights and gradients are added, and one division by the total
-  weight follows, so the result does not depend on A or on the number of devices. Where the loss or the gradient's norm is
-  not finite, parameters, optimizer and loss state stay as they were and the step is counted as skipped.
+  The batch is a stack of A micro-batches. Their loss sums, weights and gradients are added, and one division by the
+  total weight follows, so the result does not depend on A or on the number of devices. Where the loss or the gradient's
+  norm is not finite, parameters, optimizer and loss state stay as they were and the step is counted as skipped.
   """
 
   def gradients(state, frozen, batch):
@@ -109,7 +109,7 @@ def make_step(
     good_steps = state.step - state.skipped
     loss_state, grads, weight, metrics = gradients(state, frozen, batch)
     grads = jax.tree.map(lambda g: g / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny), grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics['loss'].sum)
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
     new = optax.apply_updates(state.params, updates), opt_state, loss_state

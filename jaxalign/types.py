@@ -22,9 +22,9 @@ PyTree = Any
 class Batch:
   """Rows of packed sequences, already shifted; a sequence is a prompt and one response.
 
-  A *group* is one prompt with its K responses (1 for demonstrations, 2 for pairs, chosen first). The table `[G, K]` of a
-  micro-batch is filled from the rows: response `s` of row `b` stands at `[group_BS[b, s], slot_BS[b, s]]`. A group may
-  spread over rows of its micro-batch. Every array leads with its rows, so one sharding serves them all; a whole step
+  A *group* is one prompt with its K responses (1 for demonstrations, 2 for pairs, chosen first). The table `[G, K]` of
+  a micro-batch is filled from the rows: response `s` of row `b` stands at `[group_BS[b, s], slot_BS[b, s]]`. A group
+  may spread over rows of its micro-batch. Every array leads with its rows, so one sharding serves them all; a whole step
   stacks A micro-batches in front (`[A, B, T]`).
 
   Attributes:
@@ -66,7 +66,8 @@ class Stats:
     logps_GK: sum of `logps_BT` over each response.
     tokens_GK: number of targets that count, per response.
     logratios_GK: of a reference only: sum over the response of (policy log-prob - its log-prob). Summed token by token,
-      because the difference of two sums of hundreds of nats loses what is left of float32. Carries the policy's gradient.
+      because the difference of two sums of hundreds of nats loses what is left of float32. It carries the policy's
+      gradient.
     rewards_GK: scores of a reward head, at the last token of each response.
   """
 

@@ -23,8 +23,8 @@ def dpo(
     loss = -(1 - eps) log sigmoid(m) - eps log sigmoid(-m)
 
   with w chosen, l rejected and eps `label_smoothing`. Log-probabilities are sums over response tokens, so `beta` is per
-  sequence, in 1/nats: a value tuned for a length-normalised loss does not carry over. Where policy equals ref the loss is
-  log 2, whatever `beta` is, and the gradient with respect to the chosen log-probability is -beta (1/2 - eps).
+  sequence, in 1/nats: a value tuned for a length-normalised loss does not carry over. Where policy equals ref the loss
+  is log 2, whatever `beta` is, and the gradient with respect to the chosen log-probability is -beta (1/2 - eps).
 
   Args:
     policy: reads `logps_GK`, for the metrics; K = 2, chosen first.

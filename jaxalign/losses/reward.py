@@ -20,8 +20,8 @@ def bradley_terry(
 
     loss = -log sigmoid(r_w - r_l - margin) + centring * (r_w + r_l)^2
 
-  with w chosen and l rejected. Where the rewards are equal and the margin is 0 the loss is log 2. Without centring it is
-  unchanged when a constant is added to both rewards, which is why the mean of an uncentred reward means nothing.
+  with w chosen and l rejected. Where the rewards are equal and the margin is 0 the loss is log 2. Without centring it
+  is unchanged when a constant is added to both rewards, which is why the mean of an uncentred reward means nothing.
 
   Args:
     policy: reads `rewards_GK`, K = 2, chosen first.
@@ -35,7 +35,8 @@ def bradley_terry(
 
   References:
     Stiennon et al., 2020, https://arxiv.org/abs/2009.01325, Sec. 3.4; margin: Touvron et al., 2023,
-    https://arxiv.org/abs/2307.09288, Eq. 2; centring: Eisenstein et al., 2023, https://arxiv.org/abs/2312.09244, Sec. 3.
+    https://arxiv.org/abs/2307.09288, Eq. 2; centring: Eisenstein et al., 2023, https://arxiv.org/abs/2312.09244,
+    Sec. 3.
   """
   del ref
   rewards_GK = policy.rewards_GK

@@ -13,8 +13,8 @@ def cross_entropy(
     loss_t = -log p(target_t)
 
   Which targets count (the completion only, or every token) is the data's mask; the step divides the sum over the whole
-  batch by the number of counted targets, so a long response weighs more than a short one. For uniform logits the loss is
-  log V.
+  batch by the number of counted targets, so a long response weighs more than a short one. For uniform logits the loss
+  is log V.
 
   Args:
     policy: reads `logps_BT`.
