@@ -3,11 +3,13 @@
 No other module spells a mesh axis or a PartitionSpec: models name logical axes, callers ask this module for shardings.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 import math
 import os
 import re
 
+from absl import logging
 from flax import linen as nn
 import jax
 from jax.experimental import mesh_utils
@@ -60,18 +62,19 @@ def parse_mesh(text: str, flag: str = '--mesh') -> dict[str, int]:
   return sizes
 
 
-def _fill(sizes: dict[str, int], devices: int, flag: str, text: str) -> tuple[int, ...]:
-  """Sizes of all AXES, with -1 replaced by what is left of `devices`."""
+def _fill(text: str, flag: str, count: int, things: str) -> tuple[int, ...]:
+  """Sizes of all AXES, with -1 replaced by what the other axes leave of `count`; `things` says of what."""
+  sizes = parse_mesh(text, flag)
   fixed = math.prod(s for s in sizes.values() if s != -1)
   wild = next((a for a, s in sizes.items() if s == -1), None)
-  if devices % fixed or (wild is None and fixed != devices):
+  if count % fixed or (wild is None and fixed != count):
     named = ' x '.join(f'{a}:{s}' for a, s in sizes.items() if s != -1) or '1'
     raise types.UsageError(
-        f'{flag}={text}: {named} = {fixed} does not divide the {devices} devices'
-        if devices % fixed
-        else f'{flag}={text}: {named} = {fixed}, but there are {devices} devices; make one axis -1 to take the rest'
+        f'{flag}={text}: {named} = {fixed} does not divide the {count} {things}'
+        if count % fixed
+        else f'{flag}={text}: {named} = {fixed}, but there are {count} {things}; make one axis -1 to take the rest'
     )
-  return tuple(devices // fixed if axis == wild else sizes.get(axis, 1) for axis in AXES)
+  return tuple(count // fixed if axis == wild else sizes.get(axis, 1) for axis in AXES)
 
 
 def make_mesh(text: str = '', dcn_text: str = '', devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -91,10 +94,9 @@ def make_mesh(text: str = '', dcn_text: str = '', devices: Sequence[jax.Device] 
   if dcn_text and len(slices) == 1 and math.prod(abs(s) for s in parse_mesh(dcn_text, '--dcn_mesh').values()) > 1:
     raise types.UsageError(f'--dcn_mesh={dcn_text}: all devices are in one slice; leave --dcn_mesh out')
   per_slice = len(devices) // len(slices)
-  shape = _fill(parse_mesh(text), per_slice, '--mesh', text)
+  shape = _fill(text, '--mesh', per_slice, 'devices' if len(slices) == 1 else 'devices of a slice')
   if len(slices) > 1:
-    dcn_text = dcn_text or 'data:-1'
-    dcn_shape = _fill(parse_mesh(dcn_text, '--dcn_mesh'), len(slices), '--dcn_mesh', dcn_text)
+    dcn_shape = _fill(dcn_text or 'data:-1', '--dcn_mesh', len(slices), 'slices')
     array = mesh_utils.create_hybrid_device_mesh(shape, dcn_shape, devices, allow_split_physical_axes=True)
   elif devices[0].platform == 'tpu':
     array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -193,21 +195,37 @@ def _fitting(mesh: jax.sharding.Mesh, path, size: int, logical: str | None) -> s
 def start_distributed() -> None:
   """Starts `jax.distributed` where the environment asks for it.
 
-  That is: a TPU pod (more than one worker host name), Slurm or Open MPI with several tasks (JAX finds the coordinator
-  itself), or COORDINATOR_ADDRESS with NUM_PROCESSES and PROCESS_ID.
+    COORDINATOR_ADDRESS=HOST:PORT, NUM_PROCESSES=N, PROCESS_ID=0..N-1     any machines
+    COORDINATOR_ADDRESS=auto     JAX finds the others by itself: a Cloud TPU VM tells it, but not by its environment
+    a Kubernetes TPU job of several workers, a Slurm step of several tasks, Open MPI     likewise
+
+  Raises:
+    UsageError: what the environment says is incomplete or impossible.
   """
   env = os.environ
-  if 'COORDINATOR_ADDRESS' in env:
-    missing = [name for name in ('NUM_PROCESSES', 'PROCESS_ID') if name not in env]
-    if missing:
-      raise types.UsageError(f'COORDINATOR_ADDRESS is set, but not {" and ".join(missing)}')
-    if env.get('JAX_PLATFORMS') == 'cpu':
-      jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    jax.distributed.initialize(env['COORDINATOR_ADDRESS'], int(env['NUM_PROCESSES']), int(env['PROCESS_ID']))
+  address = env.get('COORDINATOR_ADDRESS')
+  if address and address != 'auto':
+    count, index = _process_numbers(env)
+    if not re.fullmatch(r'.+:\d+', address):
+      raise types.UsageError(f'COORDINATOR_ADDRESS={address}: write HOST:PORT, or auto')
+    logging.info('process %d of %d, which meet at %s', index, count, address)
+    jax.distributed.initialize(address, count, index)
   elif (
-      len(env.get('TPU_WORKER_HOSTNAMES', '').split(',')) > 1
+      address
+      or len(env.get('TPU_WORKER_HOSTNAMES', '').split(',')) > 1
       or 'MEGASCALE_COORDINATOR_ADDRESS' in env
-      or int(env.get('SLURM_NTASKS', '1')) > 1
+      # A batch script has the number of tasks too, but only `srun` starts them.
+      or ('SLURM_STEP_NODELIST' in env and int(env.get('SLURM_NTASKS', '1')) > 1)
       or int(env.get('OMPI_COMM_WORLD_SIZE', '1')) > 1
   ):
     jax.distributed.initialize()
+
+
+def _process_numbers(env: Mapping[str, str]) -> tuple[int, int]:
+  missing = [name for name in ('NUM_PROCESSES', 'PROCESS_ID') if name not in env]
+  if missing:
+    raise types.UsageError(f'COORDINATOR_ADDRESS is set, but not {" and ".join(missing)}')
+  count, index = env['NUM_PROCESSES'], env['PROCESS_ID']
+  if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+    raise types.UsageError(f'NUM_PROCESSES={count}, PROCESS_ID={index}: write N and one of 0 to N-1')
+  return int(count), int(index)
