@@ -24,8 +24,8 @@ class Batch:
 
   A *group* is one prompt with its K responses (1 for demonstrations, 2 for pairs, chosen first). The table `[G, K]` of
   a micro-batch is filled from the rows: response `s` of row `b` stands at `[group_BS[b, s], slot_BS[b, s]]`. A group
-  may spread over rows of its micro-batch. Every array leads with its rows, so one sharding serves them all; a whole step
-  stacks A micro-batches in front (`[A, B, T]`).
+  may spread over rows of its micro-batch. Every array leads with its rows, so one sharding serves them all; a whole
+  step stacks A micro-batches in front (`[A, B, T]`).
 
   Attributes:
     inputs_BT: int32 token ids that the model reads.

@@ -1,0 +1,225 @@
+"""Objectives on a tiny model: what changes no number, what a loss is found to need, the names of metrics."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import objectives
+from jaxalign import sharding
+from jaxalign import types
+from jaxalign.losses import preference
+from jaxalign.losses import reward
+from jaxalign.losses import supervised
+from jaxalign.models import transformer
+from tests import packed
+
+CONFIG = transformer.Config(50, 1, 16, 2, 1, 8, 24, 64, tie_embeddings=False)
+MESH = sharding.make_mesh('', devices=jax.devices()[:1])
+MODEL = transformer.build(CONFIG, MESH, length=32)
+# Larger than a fresh model's, so that log-probabilities differ from those of uniform logits.
+PARAMS = jax.tree.map(lambda x: 3 * x, transformer.init_params(MODEL, jax.random.key(0), MESH))
+OTHER = jax.tree.map(lambda x: 3 * x, transformer.init_params(MODEL, jax.random.key(1), MESH))
+KEY = jax.random.key(0)
+DPO = functools.partial(preference.dpo, beta=0.5)
+PAIRS = packed.pairs(0, 3)
+
+
+def rows_of(pairs, order):
+  """Rows of single sequences: `order` gives (group, slot)."""
+  return [[(g, k, pairs[g][0], pairs[g][1 + k])] for g, k in order]
+
+
+ALONE = rows_of(PAIRS, [(g, k) for g in range(3) for k in range(2)])
+
+
+def batch_of(rows, length=32, **more):
+  return packed.micro_batch(rows, groups=3, size=2, length=length, **more)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def reference(model, params, batch, stacked=False):
+  return objectives.ref_logps(params, batch if stacked else jax.tree.map(lambda x: x[None], batch), model=model)
+
+
+def with_ref(batch, params=OTHER, model=MODEL):
+  return dataclasses.replace(batch, ref_logps_BT=reference(model, params, batch)[0])
+
+
+def run(objective, batch, *, loss_fn, params=PARAMS, model=MODEL):
+  fn = jax.jit(functools.partial(objective, model=model, loss_fn=loss_fn))
+  return fn(params, {}, batch, KEY, ())
+
+
+@jax.jit
+def hidden_of(params, ids):
+  """Hidden states of one sequence, in a row of its own behind which nothing matters."""
+  row = jnp.zeros((1, 12), jnp.int32).at[0, : len(ids)].set(ids)
+  return MODEL.apply({'params': params}, row, jnp.arange(12)[None], jnp.ones_like(row))[0]
+
+
+def padded(ids):
+  return np.pad(np.array(ids), (0, 12 - len(ids)))
+
+
+def logps_of(params, prompt, response):
+  """Log-probabilities of a response's tokens, from the full logits of its sequence alone, in float64."""
+  hidden = np.asarray(hidden_of(params, padded([*prompt, *response])), np.float64)
+  logits = (hidden @ np.asarray(params['head'], np.float64))[:, : CONFIG.vocab_size]
+  logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+  return np.array([logp[len(prompt) - 1 + i, token] for i, token in enumerate(response)])
+
+
+class TestPreference:
+
+  def test_is_the_formula_on_sums_over_response_tokens(self):
+    total, sums = run(objectives.preference, with_ref(batch_of(ALONE)), loss_fn=DPO)
+    margins = []
+    for prompt, *responses in PAIRS:
+      ratios = [(logps_of(PARAMS, prompt, r) - logps_of(OTHER, prompt, r)).sum() for r in responses]
+      margins.append(0.5 * (ratios[0] - ratios[1]))
+    np.testing.assert_allclose(total, np.log1p(np.exp(-np.array(margins))).sum(), rtol=1e-5)
+    np.testing.assert_allclose(sums.weight, 3)
+    np.testing.assert_allclose(sums.metrics['rewards/margins'].mean(), np.mean(margins), rtol=1e-4)
+    chosen = np.mean([logps_of(PARAMS, p, c).sum() for p, c, _ in PAIRS])
+    np.testing.assert_allclose(sums.metrics['logps/chosen'].mean(), chosen, rtol=1e-5)
+
+  @pytest.mark.parametrize('dtype,tolerance', [('float32', 1e-6), ('bfloat16', 1e-2)])
+  def test_is_log_2_without_margins_where_policy_equals_reference(self, dtype, tolerance):
+    model = transformer.build(CONFIG, MESH, length=32, dtype=dtype)
+    batch = with_ref(batch_of(ALONE), params=PARAMS, model=model)
+    total, sums = run(objectives.preference, batch, loss_fn=DPO, model=model)
+    np.testing.assert_allclose(total / sums.weight, np.log(2), atol=tolerance)
+    np.testing.assert_allclose(sums.metrics['rewards/margins'].mean(), 0, atol=tolerance)
+
+  @pytest.mark.parametrize(
+      'layout',
+      [
+          [[(0, 0), (0, 1)], [(1, 0), (1, 1)], [(2, 0), (2, 1)]],
+          [[(2, 1), (0, 0), (1, 1)], [(1, 0), (2, 0), (0, 1)]],
+          [[(g, k) for g in range(3) for k in range(2)], []],
+      ],
+      ids=['a pair a row', 'groups over rows', 'one row and an empty one'],
+  )
+  def test_does_not_depend_on_how_sequences_are_packed(self, layout):
+    rows = [[(g, k, PAIRS[g][0], PAIRS[g][1 + k]) for g, k in row] for row in layout]
+    grad = lambda batch: jax.grad(lambda p: run(objectives.preference, batch, loss_fn=DPO, params=p), has_aux=True)(
+        PARAMS
+    )
+    found, sums = grad(with_ref(batch_of(rows, length=64, slots=6)))
+    wanted, other = grad(with_ref(batch_of(ALONE)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), found, wanted)
+    for name, pair in other.metrics.items():
+      np.testing.assert_allclose(sums.metrics[name].mean(), pair.mean(), atol=1e-5, err_msg=name)
+
+  def test_leaves_out_groups_that_are_not_there(self):
+    some = packed.micro_batch(ALONE[:2] + [[], []], groups=3, size=2, length=32)
+    total, sums = run(objectives.preference, with_ref(some), loss_fn=DPO)
+    alone, _ = run(
+        objectives.preference, with_ref(packed.micro_batch(ALONE[:2], groups=1, size=2, length=32)), loss_fn=DPO
+    )
+    assert float(sums.weight) == 1
+    np.testing.assert_allclose(total, alone, rtol=1e-6)
+
+  def test_of_an_empty_batch_is_zero_with_zero_gradient(self):
+    empty = with_ref(batch_of([[], []]))
+    fn = jax.value_and_grad(lambda p: run(objectives.preference, empty, loss_fn=DPO, params=p), has_aux=True)
+    (total, sums), grads = fn(PARAMS)
+    assert (float(total), float(sums.weight)) == (0, 0)
+    assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads))
+
+  def test_has_the_metrics_of_trl(self):
+    _, sums = run(objectives.preference, with_ref(batch_of(ALONE)), loss_fn=DPO)
+    assert set(sums.metrics) == {
+        'loss',
+        'rewards/chosen',
+        'rewards/rejected',
+        'rewards/margins',
+        'rewards/accuracies',
+        'logps/chosen',
+        'logps/rejected',
+        'logits/chosen',
+        'logits/rejected',
+        'entropy',
+        'mean_token_accuracy',
+        'length_only/accuracies',
+    }
+
+  def test_counts_how_often_the_longer_response_was_chosen(self):
+    pairs = [([1], [2, 3], [4]), ([1], [2], [4, 5, 6]), ([1], [2], [3])]
+    rows = rows_of(pairs, [(g, k) for g in range(3) for k in range(2)])
+    _, sums = run(objectives.preference, with_ref(batch_of(rows)), loss_fn=DPO)
+    np.testing.assert_allclose(sums.metrics['length_only/accuracies'].mean(), (1 + 0 + 0.5) / 3)
+
+
+class TestSupervised:
+
+  def test_is_the_negative_log_likelihood_of_counted_targets(self):
+    total, sums = run(objectives.supervised, batch_of(ALONE), loss_fn=supervised.cross_entropy)
+    logps = [logps_of(PARAMS, p, r) for p, *responses in PAIRS for r in responses]
+    np.testing.assert_allclose(total, -sum(x.sum() for x in logps), rtol=1e-5)
+    assert float(sums.weight) == sum(map(len, logps))
+
+  def test_has_the_metrics_of_trl(self):
+    _, sums = run(objectives.supervised, batch_of(ALONE), loss_fn=supervised.cross_entropy)
+    assert set(sums.metrics) == {'loss', 'entropy', 'mean_token_accuracy'}
+
+
+class TestReward:
+  MODEL = transformer.build(dataclasses.replace(CONFIG, reward_head=True), MESH, length=32)
+
+  def params(self):
+    return PARAMS | {'reward_head': jax.random.normal(jax.random.key(3), (16, 1))}
+
+  def batch(self):
+    """As for log-probabilities, but only the last target of each response counts."""
+    batch = batch_of(ALONE, labels=('margin', 'length'))
+    last = np.roll(batch.mask_BT, -1, axis=1) < batch.mask_BT
+    return dataclasses.replace(batch, mask_BT=last.astype(np.float32))
+
+  def test_reads_scores_where_the_mask_marks_them(self):
+    loss_fn = functools.partial(reward.bradley_terry, centring=0.0)
+    total, sums = run(objectives.reward, self.batch(), loss_fn=loss_fn, params=self.params(), model=self.MODEL)
+    margins = []
+    for prompt, *responses in PAIRS:
+      scores = []
+      for response in responses:
+        hidden = np.asarray(hidden_of(PARAMS, padded([*prompt, *response])), np.float64)
+        read = hidden[len(prompt) + len(response) - 2]  # where the last target is predicted
+        scores.append(float(read @ np.asarray(self.params()['reward_head'])[:, 0]))
+      margins.append(scores[0] - scores[1])
+    np.testing.assert_allclose(total, np.log1p(np.exp(-np.array(margins))).sum(), rtol=1e-5)
+    np.testing.assert_allclose(sums.metrics['margin'].mean(), np.mean(margins), rtol=1e-4)
+
+  def test_has_the_metrics_of_trl(self):
+    _, sums = run(objectives.reward, self.batch(), loss_fn=reward.bradley_terry, params=self.params(), model=self.MODEL)
+    assert {'loss', 'accuracy', 'margin', 'mean_reward'} <= set(sums.metrics)
+
+
+class TestRefLogps:
+
+  def test_are_those_of_the_policy_micro_batch_by_micro_batch(self):
+    micro = batch_of(ALONE), batch_of(ALONE[::-1])
+    found = reference(MODEL, PARAMS, packed.stack(*micro), True)
+    for got, one in zip(found, micro):
+      logps = objectives.target_stats(PARAMS, jax.tree.map(jnp.asarray, one), model=MODEL)['logps']
+      np.testing.assert_allclose(got, logps, atol=1e-6)
+
+
+class TestNeeds:
+
+  def test_are_the_fields_that_a_loss_reads(self):
+    find = functools.partial(objectives.needs, group_size=2, labels=('margin',))
+    assert find(DPO) == {'policy.logps_GK', 'ref.logratios_GK'}
+    assert find(supervised.cross_entropy) == {'policy.logps_BT'}
+    assert find(reward.bradley_terry) == {'policy.rewards_GK', 'labels.margin'}
+
+  def test_name_the_label_that_the_data_lack(self):
+    def loss(policy, ref, labels, *, state):
+      return types.LossOut(policy.logps_GK[:, 0] * labels['stars'][:, 0], {}, state)
+
+    with pytest.raises(types.UsageError, match="reads the label 'stars', but the data has only margin"):
+      objectives.needs(loss, group_size=2, labels=('margin',))
