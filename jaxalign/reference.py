@@ -6,6 +6,7 @@ and by what else the numbers depend on. Other parameters, tokens or precision ar
 
 from collections.abc import Callable
 from collections.abc import Iterable
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -69,15 +70,16 @@ class Cache:
     """Writes the file whole, by process 0."""
     if jax.process_index() or not self._rows:
       return
-    self._path.parent.mkdir(parents=True, exist_ok=True)
     part = self._path.with_name(f'{self._path.name}.{os.getpid()}.part')
     try:
+      self._path.parent.mkdir(parents=True, exist_ok=True)
       with part.open('wb') as file:
         arrays: Any = _to_arrays(self._rows)
         np.savez(file, **arrays)
       os.replace(part, self._path)
     except OSError as err:
-      part.unlink(missing_ok=True)
+      with contextlib.suppress(OSError):
+        part.unlink()
       raise types.RunError(f'{self._path}: cannot write the reference cache ({err.strerror}); free some space') from err
 
 
