@@ -121,6 +121,7 @@ class Store:
     return state, found['data']
 
   def close(self) -> None:
+    """Waits for the last save and frees what the manager holds."""
     self.wait()
     self._manager.close()
 

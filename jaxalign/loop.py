@@ -98,7 +98,8 @@ def run(
     for data_state, batch in batches:
       with jax.transfer_guard('disallow') if tools.debug and step > first else contextlib.nullcontext():
         state, measured = tools.step_fn(state, batch)
-      waiting = _log(waiting, options, tools, progress)
+      _log(waiting, options, tools, progress)
+      waiting = None
       running.append(measured)
       step += 1
       progress.advance()
@@ -106,7 +107,8 @@ def run(
       if pausing or due(options.log_every):
         waiting, running = _Interval(step, data_state, running), []
       if pausing:
-        waiting = _log(waiting, options, tools, progress)
+        _log(waiting, options, tools, progress)
+        waiting = None
         tools.clock.pause()
         if step == first + 1:
           tools.after_first_step()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 import functools
 import json
+import math
 import os
 import pathlib
 import resource
@@ -34,7 +35,7 @@ PEAK_FLOPS = {
 
 
 class Writer:
-  """Appends one JSON object per logged step to `metrics.jsonl` and mirrors it to TensorBoard; does nothing but on process 0.
+  """Appends one JSON object per logged step to `metrics.jsonl` and mirrors it to TensorBoard, on process 0 alone.
 
   On resume, lines beyond the resumed step are cut off first: they come again.
   """
@@ -49,14 +50,17 @@ class Writer:
     self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1 if step else None)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes one line; a number that is not finite becomes null, since JSON has none."""
     if not self._main:
       return
-    self._file.write(json.dumps({'step': step, **values}) + '\n')
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    self._file.write(json.dumps({'step': step, **finite}) + '\n')
     self._file.flush()
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
 
   def close(self) -> None:
+    """Closes the files."""
     if self._main:
       self._file.close()
       self._board.close()
@@ -88,6 +92,7 @@ class Progress:
     self._bar = tqdm.tqdm(total=total, initial=start, unit='step', dynamic_ncols=True) if terminal else None
 
   def advance(self) -> None:
+    """Counts a step."""
     if self._bar is not None:
       self._bar.update()
 
@@ -107,11 +112,14 @@ class Progress:
     logging.info('step %d/%d  %s', step, self._total, '  '.join(f'{name} {text}' for name, text in shown.items()))
 
   def close(self) -> None:
+    """Leaves the bar as it is."""
     if self._bar is not None:
       self._bar.close()
 
 
 class Speed(NamedTuple):
+  """How fast training was."""
+
   tokens_per_s: float
   seconds_per_step: float
 
@@ -125,9 +133,11 @@ class Clock:
     self._seconds, self._tokens, self._steps = 0.0, 0, 0
 
   def start(self) -> None:
+    """Begins a lap."""
     self._since = time.perf_counter()
 
   def pause(self) -> None:
+    """Leaves out the time until `start`."""
     self._since = None
 
   def lap(self, tokens: int, steps: int) -> Speed | None:

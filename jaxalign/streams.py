@@ -39,6 +39,11 @@ class Streams:
   wants_ref: bool
   report: dict[str, int]
 
+  def epochs(self, place: tuple[int, int]) -> float:
+    """Epochs of training data that a data state stands for."""
+    assert self.train is not None, 'opened for evaluation alone'
+    return self.train.epochs(place)
+
   def training_batches(self, epoch: int, step: int) -> Iterator[tuple[tuple[int, int], types.Batch]]:
     """Batches from a data state on, for ever; with each the data state once it is consumed."""
     assert self.train is not None, 'opened for evaluation alone'

@@ -39,8 +39,8 @@ def train(
     options: how long and how often.
     checkpoints: how many stay.
     samples: what is sampled before and after, None for nothing.
-    config: called when everything has been called once; checks that every binding was used, and returns the bindings and
-      the operative configuration as texts.
+    config: called when everything has been called once; checks that every binding was used, and returns the bindings
+      and the operative configuration as texts.
 
   Returns:
     The content of summary.json.
@@ -63,7 +63,7 @@ def train(
         store=store,
         writer=metrics.Writer(job.workdir, int(state.step)),
         clock=metrics.Clock(data_state['num_tokens']),
-        epoch_of=streams.train.epochs,
+        epoch_of=streams.epochs,
         constants=lambda: {'compilations': counter.count, **streams.report},
         flops_per_token=transformer.flops_per_token(model.config, recipe.packing.row_length),
         after_first_step=functools.partial(_save_run, job, recipe, model, tokenizer, config),

@@ -3,15 +3,17 @@
     python tools/make_assets.py --source=DIR [--output=jaxalign/assets] [--seed=0]
 
 DIR holds `tok512.bin` (llama2.c's tokenizer) and `hf/` (the weights in Hugging Face layout). The controlled-sentiment
-experiment of the DPO paper (Rafailov et al., 2023, https://arxiv.org/abs/2305.18290, Sec. 6) in miniature: every prompt is
-continued several times at temperature 1, and VADER ranks the continuations. Same seed, same bytes.
+experiment of the DPO paper (Rafailov et al., 2023, https://arxiv.org/abs/2305.18290, Sec. 6) in miniature: prompts are
+openings of sentences from stories that the model tells, every prompt is continued several times at temperature 1, and
+VADER ranks the continuations. Same seed and same kind of machine, same bytes.
 """
 
+from collections.abc import Sequence
 import gzip
-import itertools
 import json
 import pathlib
 import random
+import re
 import shutil
 import struct
 
@@ -33,25 +35,14 @@ _SOURCE = flags.DEFINE_string('source', None, 'Folder with tok512.bin and hf/.',
 _OUTPUT = flags.DEFINE_string('output', 'jaxalign/assets', 'Where the assets go.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of prompts and samples.')
 
-_HELD_OUT_PROMPTS, _TEST_PROMPTS, _TRAIN_PROMPTS = 64, 480, 2000
+_STORIES, _STORY_TOKENS = 5200, 96
+_HELD_OUT_PROMPTS, _TEST_PROMPTS, _TRAIN_PROMPTS = 64, 480, 2600
 _SAMPLES, _NEW_TOKENS, _LEAST_DIFFERENCE = 4, 64, 0.2
-
-_SUBJECTS = (
-    'Tom', 'Lily', 'Tim', 'Sara', 'Ben', 'Anna', 'Max', 'Mia', 'Sam', 'Lucy', 'Jack', 'Amy', 'The dog', 'The cat',
-    'The bird', 'The bear', 'The bunny', 'The frog', 'The fish', 'The boy', 'The girl', 'Her mom', 'His dad',
-    'The old man', 'The little duck', 'The big lion', 'A small mouse', 'The king', 'The farmer', 'My friend',
-)  # fmt: skip
-_PREDICATES = (
-    'was sad because', 'was happy because', 'was scared of', 'was lost in the', 'wanted to', 'did not want to',
-    'went to the', 'saw a big', 'found a', 'lost the', 'looked at the', 'ran to the', 'heard a loud', 'had a',
-    'liked to', 'was playing with', 'was tired and', 'fell down and', 'asked for', 'said no to', 'was angry at the',
-    'tried to open the', 'could not find the', 'forgot the', 'broke the', 'was sitting on the', 'was in the',
-)  # fmt: skip
-_OPENERS = ('', 'One day, ', 'Every day, ', 'That night, ', 'Then, ')
+_SENTENCE = re.compile(r'[A-Z][^.!?"]*[.!?]')
 
 
 def tokenizer_model(path: pathlib.Path) -> bytes:
-  """llama2.c's tokenizer file as a SentencePiece model: BPE by score, bytes for what is not a piece, a space in front."""
+  """The tokenizer file of llama2.c as a SentencePiece model: BPE by score, bytes for the rest, a space in front."""
   data = path.read_bytes()
   proto = sentencepiece_model_pb2.ModelProto()
   kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
@@ -77,20 +68,38 @@ def tokenizer_model(path: pathlib.Path) -> bytes:
   return proto.SerializeToString(deterministic=True)
 
 
-def prompts(seed: int) -> list[str]:
-  """All openings in an order drawn from the seed, no two alike."""
-  lower = lambda text: text if text.split()[0] in _SUBJECTS else text[0].lower() + text[1:]
-  found = [
-      opener + (lower(subject) if opener else subject) + ' ' + predicate
-      for opener, subject, predicate in itertools.product(_OPENERS, _SUBJECTS, _PREDICATES)
-  ]
-  random.Random(seed).shuffle(found)
-  return found
+def openings(stories: Sequence[str], seed: int) -> list[str]:
+  """The first three to eight words of a sentence of each story, each opening once, without gloomy ones.
+
+  What the openings say does not count, but gloomy ones would leave little to choose between.
+  """
+  rng = random.Random(seed)
+  found: dict[str, None] = {}
+  for story in stories:
+    sentences = [s for s in _SENTENCE.findall(' '.join(story.split())) if len(s.split()) >= 6]
+    if sentences:
+      words = rng.choice(sentences).rstrip('.!?').split()
+      found[' '.join(words[: rng.randint(3, min(8, len(words) - 1))]).rstrip(',')] = None
+  return [text for text, score in zip(found, rules.vader(list(found))) if score >= 0]
+
+
+def _stories(model, params, tokenizer, seed: int) -> list[str]:
+  """Stories that the model tells from nothing."""
+  drawn = sampling.sample(
+      model,
+      params,
+      [[tokenizer.bos_id]] * _STORIES,
+      max_new_tokens=_STORY_TOKENS,
+      seed=seed,
+      stop_ids=(tokenizer.bos_id, tokenizer.eos_id),
+      rows=512,
+  )
+  return [tokenizer.decode(one.ids) for one in drawn]
 
 
 def _continuations(model, params, tokenizer, texts: list[str], count: int, seed: int) -> list[list[str]]:
   """Distinct continuations of each text that come back as the tokens that were sampled."""
-  ids = [examples.prompt_ids(tokenizer, text, None) for text in texts for _ in range(count)]
+  ids = [examples.prompt_ids(tokenizer, text) for text in texts for _ in range(count)]
   drawn = sampling.sample(
       model, params, ids, max_new_tokens=_NEW_TOKENS, seed=seed, stop_ids=(tokenizer.bos_id, tokenizer.eos_id), rows=512
   )
@@ -132,6 +141,7 @@ def _pairs_and_demonstrations(texts: list[str], continuations: list[list[str]]) 
 
 
 def main(_) -> None:
+  """Makes everything."""
   source, output = pathlib.Path(_SOURCE.value), pathlib.Path(_OUTPUT.value)
   target = output / 'stories260K'
   target.mkdir(parents=True, exist_ok=True)
@@ -144,16 +154,16 @@ def main(_) -> None:
   with jax.set_mesh(mesh):
     model = transformer.build(config, mesh, length=config.max_length)
     params = hf.read_params(target, config, mesh)
-    texts = prompts(_SEED.value)
-    cuts = np.cumsum([_HELD_OUT_PROMPTS, _TEST_PROMPTS, _TRAIN_PROMPTS])
-    held, test, train = texts[: cuts[0]], texts[cuts[0] : cuts[1]], texts[cuts[1] : cuts[2]]
+    texts = openings(_stories(model, params, tokenizer, _SEED.value), _SEED.value)
+    cuts = np.cumsum([_TEST_PROMPTS, _HELD_OUT_PROMPTS, _TRAIN_PROMPTS])
+    test, held, train = texts[: cuts[0]], texts[cuts[0] : cuts[1]], texts[cuts[1] : cuts[2]]
     (output / 'prompts.txt').write_text('\n'.join(held) + '\n', encoding='utf-8')
     for number, (name, part) in enumerate((('train', train), ('test', test))):
       found = _continuations(model, params, tokenizer, part, _SAMPLES, _SEED.value + number)
       pairs, demonstrations = _pairs_and_demonstrations(part, found)
       _write(output / f'sentiment-{name}.jsonl.gz', pairs)
       _write(output / f'stories-{name}.jsonl.gz', demonstrations)
-    ids = [examples.prompt_ids(tokenizer, text, None) for text in held for _ in range(8)]
+    ids = [examples.prompt_ids(tokenizer, text) for text in held for _ in range(8)]
     drawn = sampling.sample(model, params, ids, max_new_tokens=_NEW_TOKENS, seed=_SEED.value + 9)
     base = np.mean(rules.vader([tokenizer.decode(one.ids, continuation=True) for one in drawn]))
     print(f'{len(ids)} samples from the {len(held)} held-out prompts: mean sentiment {base:.3f}')
