@@ -98,23 +98,24 @@ def run(
     for data_state, batch in batches:
       with jax.transfer_guard('disallow') if tools.debug and step > first else contextlib.nullcontext():
         state, measured = tools.step_fn(state, batch)
-      _log(waiting, options, tools, progress)
-      waiting = None
+      if waiting is not None:
+        _write(waiting.step, _fetch(waiting, tools), options, tools, progress)
+        waiting = None
       running.append(measured)
       step += 1
       progress.advance()
       pausing = step == first + 1 or due(options.eval_every) or due(options.save_every)
       if pausing or due(options.log_every):
         waiting, running = _Interval(step, data_state, running), []
-      if pausing:
-        _log(waiting, options, tools, progress)
-        waiting = None
+      if pausing and waiting is not None:
+        values, waiting = _fetch(waiting, tools), None
         tools.clock.pause()
         if step == first + 1:
           tools.after_first_step()
         if due(options.eval_every):
           evaluated = tools.evaluate(state)
-          tools.writer.write(step, evaluated)
+          values |= evaluated
+        _write(step, values, options, tools, progress)
         if due(options.save_every):
           place = {'epoch': data_state[0], 'step': data_state[1], 'num_tokens': tools.clock.seen}
           tools.store.save(state, step, place, evaluated)
@@ -133,10 +134,8 @@ class _Interval:
   measured: list[step_lib.StepMetrics]
 
 
-def _log(interval: _Interval | None, options: Options, tools: Tools, progress: metrics.Progress) -> None:
-  """Fetches an interval, logs its means and newest gauges, and stops a run that does not recover."""
-  if interval is None:
-    return
+def _fetch(interval: _Interval, tools: Tools) -> dict[str, float]:
+  """Waits for an interval's last step; its means, its newest gauges, its speed and what is constant."""
   fetched = jax.device_get(interval.measured)
   sums = jax.tree.map(lambda *xs: np.sum(xs, axis=0), *(m.means for m in fetched), is_leaf=np.isscalar)
   values = {name: float(masked.Weighted(*pair).mean()) for name, pair in sums.items()}
@@ -150,12 +149,16 @@ def _log(interval: _Interval | None, options: Options, tools: Tools, progress: m
     mfu = metrics.utilisation(tools.flops_per_token, speed.tokens_per_s)
     if mfu is not None:
       values['mfu'] = mfu
-  values |= tools.constants()
-  tools.writer.write(interval.step, values)
-  progress.show(interval.step, values)
-  if gauges['skipped_in_row'] >= options.max_skipped:
+  return {**values, **tools.constants()}
+
+
+def _write(step: int, values: dict[str, float], options: Options, tools: Tools, progress: metrics.Progress) -> None:
+  """Logs what was fetched, and stops a run that does not recover."""
+  tools.writer.write(step, values)
+  progress.show(step, values)
+  if values['skipped_in_row'] >= options.max_skipped:
     raise types.RunError(
-        f'step {interval.step}: the loss or its gradient was not finite in {int(gauges["skipped_in_row"])} consecutive'
+        f'step {step}: the loss or its gradient was not finite in {int(values["skipped_in_row"])} consecutive'
         ' steps; parameters are as they were before them. Lower the learning rate, look for extreme rows with'
         ' --mode=show, or find the operation with --debug'
     )

@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 import sys
+import threading
 from typing import Any
 
 from absl import flags
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _set_up_logging() -> None:
-  """The time and one message a line; of Orbax, which tells of every file, only errors."""
+  """The time and one message a line; nothing of Orbax, which tells of every file and raises what matters."""
   if not flags.FLAGS.is_parsed():
     flags.FLAGS(['jaxalign'])
   logging.use_absl_handler()
@@ -76,8 +77,15 @@ def _set_up_logging() -> None:
   handler.addFilter(_is_told)
 
 
+def _quiet_failed_saves() -> None:
+  """Keeps the traces of Orbax's threads off the terminal: they tell the main thread, which says it in one line."""
+  told = threading.excepthook
+  of_orbax = lambda args: type(args.thread).__module__.startswith('orbax.')
+  threading.excepthook = lambda args: None if of_orbax(args) else told(args)
+
+
 def _is_told(record: python_logging.LogRecord) -> bool:
-  return record.levelno > python_logging.WARNING or '/orbax/' not in record.pathname
+  return not any(library in record.pathname for library in ('/orbax/', '/asyncio/'))
 
 
 def _fail(message: str, code: int) -> int:
@@ -282,6 +290,7 @@ def _show(args: flags.FlagValues) -> None:
 
 def run() -> None:
   """Entry point of the console script."""
+  _quiet_failed_saves()
   sys.exit(main())
 
 

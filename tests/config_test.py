@@ -62,8 +62,8 @@ class TestParse:
     assert config.query('losses.preference.dpo.beta') == 0.1
 
   def test_later_sources_win(self, write):
-    user = write('my.gin', IMPORTS + 'optim.linear.lr = 2.0\n')
-    other = write('more.gin', IMPORTS + 'optim.linear.lr = 3.0\n')
+    user = write('my.gin', IMPORTS + 'from jaxalign.data import loader\nloader.Packing.rows = 20\n')
+    other = write('more.gin', IMPORTS + 'from jaxalign.data import loader\nloader.Packing.rows = 30\n')
     model = ['models/stories260K.gin']
     found = []
     for what in (
@@ -71,13 +71,13 @@ class TestParse:
         {'files': model},
         {'files': model, 'user_files': [user]},
         {'files': model, 'user_files': [user, other]},
-        {'files': model, 'user_files': [user, other], 'bindings': ['optim.linear.lr = 4.0']},
-        {'files': model, 'user_files': [user], 'bindings': ['optim.linear.lr = 4.0', 'optim.linear.lr=5.0']},
+        {'files': model, 'user_files': [user, other], 'bindings': ['loader.Packing.rows = 40']},
+        {'files': model, 'user_files': [user], 'bindings': ['loader.Packing.rows = 40', 'loader.Packing.rows=50']},
     ):
       parse(**what)
-      found.append(config.query('optim.linear.lr'))
+      found.append(config.query('data.loader.Packing.rows'))
     assert found[0] < found[1] < found[2]
-    assert found[2:] == [2.0, 3.0, 4.0, 5.0]
+    assert found[2:] == [20, 30, 40, 50]
 
   def test_forgets_the_parse_before(self):
     parse(bindings=['preference.dpo.beta=7.0'])
