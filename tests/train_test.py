@@ -2,93 +2,31 @@
 
 import json
 import os
-import pathlib
 import random
 import signal
 import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 
-from jaxalign import checkpoint
 from jaxalign import main
-from jaxalign import sharding
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-TIMED = {'tokens_per_s', 'step_time', 'mfu'}
-
-
-def write_pairs(path, count=40):
-  rng = random.Random(0)
-  text = lambda: ' ' + ' '.join(
-      rng.choice(('the cat', 'a dog', 'was happy', 'ran home')) for _ in range(rng.randint(1, 5))
-  )
-  records = [{'prompt': f'Story {i}:', 'chosen': text() + '!', 'rejected': text() + '.'} for i in range(count)]
-  path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+from tests import runs
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('train')
-  write_pairs(folder / 'pairs.jsonl')
+  runs.write_pairs(folder / 'pairs.jsonl')
   return folder
-
-
-def flags(folder, workdir, *more, steps=12):
-  return [
-      'jaxalign',
-      '--algo=dpo',
-      '--model=tiny',
-      '--tokenizer=builtin:stories260K',
-      f'--data=jsonl:{folder / "pairs.jsonl"}',
-      f'--cache_dir={folder / "cache"}',
-      f'--workdir={workdir}',
-      f'--steps={steps}',
-      '--log_every=1',
-      '--save_every=4',
-      '--gin=loader.Packing.rows = 8',
-      '--gin=loader.Packing.row_length = 64',
-      '--gin=optim.linear.lr = 0.01',
-      '--gin=train.train.samples = None',
-      *more,
-  ]
-
-
-def spawn(args, devices=2, **env):
-  """A run in a process of its own; JAX is told here what a conftest tells it for tests."""
-  clean = {k: v for k, v in os.environ.items() if not k.startswith(('TPU_', 'XLA_'))}
-  env = clean | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices), 'PYTHONPATH': str(ROOT)} | env
-  command = [sys.executable, '-m', 'jaxalign.main', *args[1:]]
-  return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-
-
-def finished(process):
-  _, err = process.communicate(timeout=200)
-  return process.returncode, err
-
-
-def logged(workdir):
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  return {line['step']: {k: v for k, v in line.items() if k not in TIMED} for line in map(json.loads, lines)}
-
-
-def params_of(workdir, step=None):
-  where = workdir if step is None else workdir / 'checkpoints' / str(step)
-  return jax.device_get(checkpoint.load(where, sharding.make_mesh('', devices=jax.devices()[:1])).params)
-
-
-def assert_same(a, b):
-  jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @pytest.fixture(scope='module')
 def straight(folder):
   """A run that nothing disturbed."""
   workdir = folder / 'straight'
-  assert finished(spawn(flags(folder, workdir)))[0] == 0
+  assert runs.finished(runs.spawn(runs.flags(folder, workdir)))[0] == 0
   return workdir
 
 
@@ -98,59 +36,61 @@ class TestTrain:
   def test_killed_at_any_moment_and_resumed_ends_bit_for_bit_as_if_it_had_not_been(self, folder, straight, seed):
     workdir = folder / f'killed{seed}'
     lines = random.Random(seed).randint(1, 9)
-    process = spawn(flags(folder, workdir))
+    process = runs.spawn(runs.flags(folder, workdir))
     metrics = workdir / 'metrics.jsonl'
     until = time.monotonic() + 150
     while time.monotonic() < until and (not metrics.exists() or metrics.read_text().count('\n') < lines):
       time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    assert finished(process)[0] == -signal.SIGKILL
+    assert runs.finished(process)[0] == -signal.SIGKILL
     assert not (workdir / 'summary.json').exists()
-    code, err = finished(spawn(flags(folder, workdir)))
+    code, err = runs.finished(runs.spawn(runs.flags(folder, workdir)))
     assert code == 0, err
-    assert_same(params_of(workdir), params_of(straight))
-    assert logged(workdir).keys() == logged(straight).keys()
-    for step, line in logged(straight).items():
-      found = logged(workdir)[step]
+    runs.assert_same(runs.params_of(workdir), runs.params_of(straight))
+    assert runs.logged(workdir).keys() == runs.logged(straight).keys()
+    for step, line in runs.logged(straight).items():
+      found = runs.logged(workdir)[step]
       assert found['loss'] == line['loss']
       assert (found['num_tokens'], found['epoch']) == (line['num_tokens'], line['epoch'])
 
   def test_stopped_and_continued_with_more_steps_reads_the_records_that_follow(self, folder, straight, capsys):
     # A constant rate does not depend on the number of steps, so nothing may differ.
     rate = '--gin=optim.adamw.schedule = @optim.constant', '--gin=optim.constant.lr = 0.01'
-    several = [x for x in flags(folder, folder / 'two', *rate) if 'linear' not in x]
-    at_once = [x for x in flags(folder, folder / 'one', *rate) if 'linear' not in x]
+    several = [x for x in runs.flags(folder, folder / 'two', *rate) if 'linear' not in x]
+    at_once = [x for x in runs.flags(folder, folder / 'one', *rate) if 'linear' not in x]
     assert main.main([x.replace('--steps=12', '--steps=5') for x in several]) == 0
     assert main.main(several) == 0
     assert main.main(at_once) == 0
-    assert_same(params_of(folder / 'two'), params_of(folder / 'one'))
+    runs.assert_same(runs.params_of(folder / 'two'), runs.params_of(folder / 'one'))
 
   def test_continues_on_another_mesh_with_the_same_records(self, folder, straight):
     workdir = folder / 'moved'
-    few = [x.replace('--steps=12', '--steps=6') for x in flags(folder, workdir)]
-    full = flags(folder, workdir, '--mesh=data:2,fsdp:2,tensor:2')
+    few = [x.replace('--steps=12', '--steps=6') for x in runs.flags(folder, workdir)]
+    full = runs.flags(folder, workdir, '--mesh=data:2,fsdp:2,tensor:2')
     # The rate falls over all steps, so that of the first part is given the whole.
     constant = '--gin=optim.adamw.schedule = @optim.constant', '--gin=optim.constant.lr = 0.01'
     few, full = ([x for x in (*args, *constant) if 'linear' not in x] for args in (few, full))
-    other = [x for x in (*flags(folder, folder / 'stayed'), *constant) if 'linear' not in x]
-    assert finished(spawn(few, devices=1))[0] == 0
+    other = [x for x in (*runs.flags(folder, folder / 'stayed'), *constant) if 'linear' not in x]
+    assert runs.finished(runs.spawn(few, devices=1))[0] == 0
     assert main.main(full) == 0
-    assert finished(spawn(other, devices=1))[0] == 0
-    for step, line in logged(folder / 'stayed').items():
-      np.testing.assert_allclose(logged(workdir)[step]['loss'], line['loss'], atol=1e-4)
-      assert logged(workdir)[step]['num_tokens'] == line['num_tokens']
+    assert runs.finished(runs.spawn(other, devices=1))[0] == 0
+    for step, line in runs.logged(folder / 'stayed').items():
+      np.testing.assert_allclose(runs.logged(workdir)[step]['loss'], line['loss'], atol=1e-4)
+      assert runs.logged(workdir)[step]['num_tokens'] == line['num_tokens']
 
   def test_finished_says_so_and_does_nothing(self, folder, straight, caplog):
     before = {path: path.stat().st_mtime_ns for path in straight.rglob('*') if path.is_file()}
     with caplog.at_level('INFO', logger='absl'):
-      assert main.main(flags(folder, straight)) == 0
+      assert main.main(runs.flags(folder, straight)) == 0
     assert f'{straight} is finished: 12 steps' in caplog.text
     assert before == {path: path.stat().st_mtime_ns for path in straight.rglob('*') if path.is_file()}
 
   def test_on_a_full_disk_ends_in_one_line_and_leaves_earlier_checkpoints_whole(self, folder):
     workdir = folder / 'full'
-    assert finished(spawn([x.replace('--steps=12', '--steps=4') for x in flags(folder, workdir)]))[0] == 0
-    before = params_of(workdir, 4)
+    assert (
+        runs.finished(runs.spawn([x.replace('--steps=12', '--steps=4') for x in runs.flags(folder, workdir)]))[0] == 0
+    )
+    before = runs.params_of(workdir, 4)
     # No file may grow beyond 12,000 bytes: what a full disk does to the arrays, but not to the small files.
     limit = (
         'import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);'
@@ -161,18 +101,18 @@ class TestTrain:
         'checkpoint.Store.save = save\n'
         'main.run()'
     )
-    env = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_NUM_CPU_DEVICES': '2'}
-    command = [sys.executable, '-c', limit, *flags(folder, workdir)[1:]]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False, cwd=ROOT)
+    env = os.environ | {'PYTHONPATH': str(runs.ROOT), 'JAX_NUM_CPU_DEVICES': '2'}
+    command = [sys.executable, '-c', limit, *runs.flags(folder, workdir)[1:]]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False, cwd=runs.ROOT)
     assert done.returncode == 1, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f'jaxalign: {workdir / "checkpoints"}: a checkpoint could not be written')
     assert 'whole checkpoints: 4' in last
-    assert_same(params_of(workdir), before)
+    runs.assert_same(runs.params_of(workdir), before)
     assert not (workdir / 'checkpoints' / '8').exists()
 
   def test_writes_the_metrics_of_every_step(self, straight):
-    lines = logged(straight)
+    lines = runs.logged(straight)
     assert list(lines) == list(range(1, 13))
     assert {
         'loss',
@@ -199,5 +139,5 @@ class TestTrain:
       if source.exists():
         (copy / 'checkpoints' / name).symlink_to(source)
     (copy / 'checkpoints' / 'run.json').write_text(json.dumps(run))
-    assert main.main(flags(folder, copy, bigger, steps=16)) == 1
+    assert main.main(runs.flags(folder, copy, bigger, steps=16)) == 1
     assert 'is the checkpoint of another model: layers/down is (1, 32, 16) there' in capsys.readouterr().err

@@ -1,0 +1,73 @@
+"""Runs of a tiny model, through the command line and in processes of their own, for tests of whole runs."""
+
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+from jaxalign import checkpoint
+from jaxalign import sharding
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TIMED = {'tokens_per_s', 'step_time', 'mfu'}
+
+
+def write_pairs(path, count=40):
+  rng = random.Random(0)
+  text = lambda: ' ' + ' '.join(
+      rng.choice(('the cat', 'a dog', 'was happy', 'ran home')) for _ in range(rng.randint(1, 5))
+  )
+  records = [{'prompt': f'Story {i}:', 'chosen': text() + '!', 'rejected': text() + '.'} for i in range(count)]
+  path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+
+
+def flags(folder, workdir, *more, steps=12):
+  return [
+      'jaxalign',
+      '--algo=dpo',
+      '--model=tiny',
+      '--tokenizer=builtin:stories260K',
+      f'--data=jsonl:{folder / "pairs.jsonl"}',
+      f'--cache_dir={folder / "cache"}',
+      f'--workdir={workdir}',
+      f'--steps={steps}',
+      '--log_every=1',
+      '--save_every=4',
+      '--gin=loader.Packing.rows = 8',
+      '--gin=loader.Packing.row_length = 64',
+      '--gin=optim.linear.lr = 0.01',
+      '--gin=train.train.samples = None',
+      *more,
+  ]
+
+
+def spawn(args, devices=2, **env):
+  """A run in a process of its own; JAX is told here what a conftest tells it for tests."""
+  clean = {k: v for k, v in os.environ.items() if not k.startswith(('TPU_', 'XLA_'))}
+  env = clean | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices), 'PYTHONPATH': str(ROOT)} | env
+  command = [sys.executable, '-m', 'jaxalign.main', *args[1:]]
+  return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def finished(process):
+  _, err = process.communicate(timeout=200)
+  return process.returncode, err
+
+
+def logged(workdir):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return {line['step']: {k: v for k, v in line.items() if k not in TIMED} for line in map(json.loads, lines)}
+
+
+def params_of(workdir, step=None):
+  where = workdir if step is None else workdir / 'checkpoints' / str(step)
+  return jax.device_get(checkpoint.load(where, sharding.make_mesh('', devices=jax.devices()[:1])).params)
+
+
+def assert_same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
