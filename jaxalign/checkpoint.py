@@ -35,6 +35,10 @@ class Options:
   best_metric: str = 'eval/loss'
   best_mode: str = 'min'
 
+  def __post_init__(self):
+    if self.keep < 1 or self.best_mode not in ('min', 'max'):
+      raise types.UsageError(f"{self}: keep must be at least 1, and best_mode 'min' or 'max'")
+
 
 class Loaded(NamedTuple):
   """A restored checkpoint: `model.apply({'params': params}, ...)` runs it; `run` is the content of run.json."""

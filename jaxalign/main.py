@@ -18,6 +18,7 @@ import pathlib
 import re
 import sys
 import threading
+import traceback
 from typing import Any
 
 from absl import flags
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not problem:
       raise
     return _fail(problem, 2)
+  except FloatingPointError as err:
+    return _fail(_located(err), 1)
   except OSError as err:
     return _fail(re.sub(r'\[Errno \d+\] ', '', str(err)), 1)
   except KeyboardInterrupt:
@@ -86,6 +89,12 @@ def _quiet_failed_saves() -> None:
 
 def _is_told(record: python_logging.LogRecord) -> bool:
   return not any(library in record.pathname for library in ('/orbax/', '/asyncio/'))
+
+
+def _located(err: FloatingPointError) -> str:
+  """What --debug found not to be finite, and the line that computed it."""
+  ours = [frame for frame in traceback.extract_tb(err.__traceback__) if '/site-packages/' not in frame.filename]
+  return f'{str(err).splitlines()[0]} at {ours[-1].filename}:{ours[-1].lineno}: {ours[-1].line}'
 
 
 def _fail(message: str, code: int) -> int:

@@ -141,3 +141,22 @@ class TestTrain:
     (copy / 'checkpoints' / 'run.json').write_text(json.dumps(run))
     assert main.main(runs.flags(folder, copy, bigger, steps=16)) == 1
     assert 'is the checkpoint of another model: layers/down is (1, 32, 16) there' in capsys.readouterr().err
+
+  def test_under_debug_names_the_line_that_made_a_nan(self, folder, capsys):
+    (folder / 'broken.py').write_text(
+        'import jax.numpy as jnp\n'
+        'from jaxalign import types\n'
+        'def loss(policy, ref, labels, *, state=()):\n'
+        '  margins_G = ref.logratios_GK[:, 0] - 5.0\n'
+        '  return types.LossOut(jnp.log(margins_G), {}, state)\n'
+    )
+    (folder / 'broken.gin').write_text(
+        'from __gin__ import dynamic_registration\nimport broken\nfrom jaxalign import recipe\n'
+        'recipe.Recipe.loss_fn = @broken.loss\n'
+    )
+    more = '--debug', f'--gin_file={folder / "broken.gin"}'
+    code, err = runs.finished(runs.spawn(runs.flags(folder, folder / 'broken', *more)))
+    assert code == 1
+    last = err.splitlines()[-1]
+    assert last.startswith('jaxalign: invalid value (nan) encountered in log at ')
+    assert 'broken.py:5: return types.LossOut(jnp.log(margins_G), {}, state)' in last
