@@ -105,9 +105,10 @@ class TestTrain:
     command = [sys.executable, '-c', limit, *runs.flags(folder, workdir)[1:]]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False, cwd=runs.ROOT)
     assert done.returncode == 1, done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith(f'jaxalign: {workdir / "checkpoints"}: a checkpoint could not be written')
-    assert 'whole checkpoints: 4' in last
+    # Callbacks of TensorStore that come too late may write behind it.
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith('jaxalign: ')]
+    assert said.startswith(f'jaxalign: {workdir / "checkpoints"}: a checkpoint could not be written')
+    assert 'whole checkpoints: 4' in said
     runs.assert_same(runs.params_of(workdir), before)
     assert not (workdir / 'checkpoints' / '8').exists()
 

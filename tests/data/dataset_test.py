@@ -218,7 +218,8 @@ class TestBuild:
     def function(record):
       raise examples.Dropped('equal') if record.get('drop') else types.RunError("no column 'margin'")
 
-    configured = gin.external_configurable(function, module='dataset_test')
+    with gin.unlock_config():  # another test may have parsed and locked one
+      configured = gin.external_configurable(function, module='dataset_test')
     message = r"^data.jsonl:2: no column 'margin'$"
     with pytest.raises(types.RunError, match=message):
       build(write_jsonl([{'drop': 1}, {}]), example_fn=configured)
