@@ -106,12 +106,16 @@ def init_cache(config: Config, rows: int, length: int, dtype: jax.typing.DTypeLi
   return KVCache(place(jnp.zeros(shape, dtype)), place(jnp.zeros(shape, dtype)), jnp.zeros(rows, jnp.int32))
 
 
-def _rope(x_BTNH, positions_BT, theta: float):
-  """Rotates the pairs (i, i + H/2) by position * theta^(-2i/H). Su et al., 2021, https://arxiv.org/abs/2104.09864."""
-  H = x_BTNH.shape[-1]
-  frequencies = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-  angles_BTNH = positions_BT[..., None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-  cos, sin = jnp.cos(angles_BTNH), jnp.sin(angles_BTNH)
+def _rotations(positions_BT, head_size: int, theta: float):
+  """Cosines and sines of position * theta^(-2i/H), `[B, T, 1, H/2]`; once for all layers, whose heads share them."""
+  frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+  angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies[None, None, None, :]
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rope(x_BTNH, rotations):
+  """Rotates the pairs (i, i + H/2). Su et al., 2021, https://arxiv.org/abs/2104.09864."""
+  cos, sin = rotations
   a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
@@ -162,21 +166,21 @@ class Block(nn.Module):
   attention: str
 
   @nn.compact
-  def __call__(self, carry, positions_BT, segments_BT):
+  def __call__(self, carry, rotations, segments_BT):
     """Takes and returns (hidden states, cache or None, number of the layer), as `nn.scan` wants."""
     x_BTD, cache, layer = carry
-    a_BTD, cache = self._attend(self._norm('attn_norm', x_BTD), cache, layer, positions_BT, segments_BT)
+    a_BTD, cache = self._attend(self._norm('attn_norm', x_BTD), cache, layer, rotations, segments_BT)
     x_BTD = sharding.constrain(x_BTD + a_BTD, 'batch', 'length', 'hidden')
     x_BTD = x_BTD + self._feed_forward(self._norm('mlp_norm', x_BTD))
     return (sharding.constrain(x_BTD, 'batch', 'length', 'hidden'), cache, layer + 1), None
 
-  def _attend(self, x_BTD, cache, layer, positions_BT, segments_BT):
+  def _attend(self, x_BTD, cache, layer, rotations, segments_BT):
     c = self.config
     D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_size
     q = jnp.einsum('BTD,DNH->BTNH', x_BTD, self._weight('q', (D, N, H), ('embed', 'heads', 'head_size'), D))
     k = jnp.einsum('BTD,DKH->BTKH', x_BTD, self._weight('k', (D, K, H), ('embed', 'kv_heads', 'head_size'), D))
     v = jnp.einsum('BTD,DKH->BTKH', x_BTD, self._weight('v', (D, K, H), ('embed', 'kv_heads', 'head_size'), D))
-    q, k = _rope(q, positions_BT, c.rope_theta), _rope(k, positions_BT, c.rope_theta)
+    q, k = _rope(q, rotations), _rope(k, rotations)
     if cache is None:
       out = attention_lib.attend(self.attention, q, k, v, segments_BT)
     else:
@@ -258,7 +262,8 @@ class Transformer(nn.Module):
         metadata_params={nn.PARTITION_NAME: 'layers'},
     )(c, self.dtype, self.attention, name='layers')
     # The cache is carried, not scanned: as a scanned output it would exist twice.
-    (x_BTD, cache, _), _ = layers((x_BTD, cache, 0), positions_BT, segments_BT)
+    rotations = _rotations(positions_BT, c.head_size, c.rope_theta)
+    (x_BTD, cache, _), _ = layers((x_BTD, cache, 0), rotations, segments_BT)
     x_BTD = _rms_norm(x_BTD, _param(self, 'final_norm', nn.initializers.ones, (c.embed_dim,), ('norm',)), c.norm_eps)
     if cache is None:
       return x_BTD

@@ -162,7 +162,7 @@ class TestRope:
     z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(
         1j * positions[..., None, None] * 100.0 ** (-np.arange(4) / 4)[None, None, None]
     )
-    found = transformer._rope(jnp.asarray(x, jnp.float32), positions, 100.0)
+    found = transformer._rope(jnp.asarray(x, jnp.float32), transformer._rotations(positions, 8, 100.0))
     np.testing.assert_allclose(found, np.concatenate([z.real, z.imag], axis=-1), atol=1e-6)
 
 
