@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
 import dataclasses
+import signal
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 from jaxalign import checkpoint
@@ -37,6 +39,32 @@ class Options:
   def __post_init__(self):
     if self.steps < 1 or self.log_every < 1 or self.max_skipped < 1 or min(self.eval_every, self.save_every) < 0:
       raise types.UsageError(f'{self}: steps, log_every and max_skipped must be at least 1, the others at least 0')
+
+
+class Preemption:
+  """Whether the machine is about to be taken away, which SIGTERM announces; with `with`, the signal does nothing else.
+
+  In a job of several processes JAX listens, and all of them learn of it at the same step.
+  """
+
+  def __init__(self):
+    self._told = False
+
+  def __enter__(self) -> 'Preemption':
+    if jax.process_count() == 1:
+      self._before = signal.signal(signal.SIGTERM, self._tell)
+    return self
+
+  def __exit__(self, *_) -> None:
+    if jax.process_count() == 1:
+      signal.signal(signal.SIGTERM, self._before)
+
+  def _tell(self, *_) -> None:
+    self._told = True
+
+  def reached(self, step: int) -> bool:
+    """Whether to save and stop after `step`; called at every step."""
+    return self._told or multihost_utils.reached_preemption_sync_point(step)
 
 
 @dataclasses.dataclass
@@ -86,7 +114,8 @@ def run(
     tools: what to call.
 
   Raises:
-    RunError: too many consecutive steps were not finite, or a checkpoint could not be written.
+    RunError: too many consecutive steps were not finite, a checkpoint could not be written, or SIGTERM came: the step
+      that was running is then saved.
   """
   first = step = int(state.step)
   progress = metrics.Progress(step, options.steps)
@@ -94,7 +123,7 @@ def run(
   running: list[step_lib.StepMetrics] = []
   waiting: _Interval | None = None
   evaluated: Mapping[str, float] = {}
-  with contextlib.closing(progress):
+  with contextlib.closing(progress), Preemption() as preemption:
     for data_state, batch in batches:
       with jax.transfer_guard('disallow') if tools.debug and step > first else contextlib.nullcontext():
         state, measured = tools.step_fn(state, batch)
@@ -104,7 +133,9 @@ def run(
       running.append(measured)
       step += 1
       progress.advance()
-      pausing = step == first + 1 or due(options.eval_every) or due(options.save_every)
+      stopping = preemption.reached(step)
+      saving = stopping or due(options.save_every)
+      pausing = saving or step == first + 1 or due(options.eval_every)
       if pausing or due(options.log_every):
         waiting, running = _Interval(step, data_state, running), []
       if pausing and waiting is not None:
@@ -116,10 +147,13 @@ def run(
           evaluated = tools.evaluate(state)
           values |= evaluated
         _write(step, values, options, tools, progress)
-        if due(options.save_every):
+        if saving:
           place = {'epoch': data_state[0], 'step': data_state[1], 'num_tokens': tools.clock.seen}
           tools.store.save(state, step, place, evaluated)
         tools.clock.start()
+      if stopping:
+        tools.store.wait()
+        raise types.RunError(f'stopped by SIGTERM after step {step}, which is saved; the same command resumes')
       if step >= options.steps:
         break
   return state

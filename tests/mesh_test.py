@@ -1,7 +1,5 @@
 """The same run on one device, on eight, and in two processes gives the same numbers."""
 
-import socket
-
 import jax
 import numpy as np
 import pytest
@@ -56,16 +54,8 @@ class TestMeshes:
     assert_like(folder / name, single)
 
   def test_of_two_processes_give_the_numbers_of_one(self, folder, single):
-    with socket.socket() as free:
-      free.bind(('127.0.0.1', 0))
-      address = f'127.0.0.1:{free.getsockname()[1]}'
-    of = lambda i: runs.spawn(
-        flags(folder, 'two', '--mesh=data:2,fsdp:2', f'--cache_dir={folder / "other_cache"}'),
-        COORDINATOR_ADDRESS=address,
-        NUM_PROCESSES='2',
-        PROCESS_ID=str(i),
-    )
-    processes = [of(0), of(1)]
+    other_cache = f'--cache_dir={folder / "other_cache"}'
+    processes = runs.spawn_together(flags(folder, 'two', '--mesh=data:2,fsdp:2', other_cache), 2)
     for process in processes:
       code, err = runs.finished(process)
       assert code == 0, err

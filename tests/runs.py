@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import socket
 import subprocess
 import sys
 
@@ -52,6 +53,15 @@ def spawn(args, devices=2, **env):
   env = clean | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices), 'PYTHONPATH': str(ROOT)} | env
   command = [sys.executable, '-m', 'jaxalign.main', *args[1:]]
   return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def spawn_together(args, processes):
+  """A run in several processes with two devices each."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{free.getsockname()[1]}'
+  member = lambda i: {'COORDINATOR_ADDRESS': address, 'NUM_PROCESSES': str(processes), 'PROCESS_ID': str(i)}
+  return [spawn(args, **member(i)) for i in range(processes)]
 
 
 def finished(process):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,29 @@ def straight(folder):
   return workdir
 
 
+def constant_rate(folder, name, *more, steps):
+  """Flags of a run whose rate does not depend on the number of steps."""
+  rate = '--gin=optim.adamw.schedule = @optim.constant', '--gin=optim.constant.lr = 0.01'
+  return [x for x in runs.flags(folder, folder / name, *rate, *more, steps=steps) if 'linear' not in x]
+
+
+def wait_for_lines(workdir, count):
+  metrics, until = workdir / 'metrics.jsonl', time.monotonic() + 150
+  while time.monotonic() < until and (not metrics.exists() or metrics.read_text().count('\n') < count):
+    time.sleep(0.005)
+
+
+def told_to_end(process, workdir):
+  """Sends SIGTERM to a run that has begun; the step after which it says that it stopped."""
+  wait_for_lines(workdir, 2)
+  process.send_signal(signal.SIGTERM)
+  code, err = runs.finished(process)
+  assert code == 1, err
+  (said,) = [line for line in err.splitlines() if line.startswith('jaxalign: ')]
+  found = re.fullmatch(r'jaxalign: stopped by SIGTERM after step (\d+), which is saved; the same command resumes', said)
+  return int(found[1])
+
+
 class TestTrain:
 
   @pytest.mark.parametrize('seed', [0, 1])
@@ -37,10 +61,7 @@ class TestTrain:
     workdir = folder / f'killed{seed}'
     lines = random.Random(seed).randint(1, 9)
     process = runs.spawn(runs.flags(folder, workdir))
-    metrics = workdir / 'metrics.jsonl'
-    until = time.monotonic() + 150
-    while time.monotonic() < until and (not metrics.exists() or metrics.read_text().count('\n') < lines):
-      time.sleep(0.005)
+    wait_for_lines(workdir, lines)
     process.send_signal(signal.SIGKILL)
     assert runs.finished(process)[0] == -signal.SIGKILL
     assert not (workdir / 'summary.json').exists()
@@ -53,27 +74,32 @@ class TestTrain:
       assert found['loss'] == line['loss']
       assert (found['num_tokens'], found['epoch']) == (line['num_tokens'], line['epoch'])
 
-  def test_stopped_and_continued_with_more_steps_reads_the_records_that_follow(self, folder, straight, capsys):
-    # A constant rate does not depend on the number of steps, so nothing may differ.
-    rate = '--gin=optim.adamw.schedule = @optim.constant', '--gin=optim.constant.lr = 0.01'
-    several = [x for x in runs.flags(folder, folder / 'two', *rate) if 'linear' not in x]
-    at_once = [x for x in runs.flags(folder, folder / 'one', *rate) if 'linear' not in x]
-    assert main.main([x.replace('--steps=12', '--steps=5') for x in several]) == 0
-    assert main.main(several) == 0
-    assert main.main(at_once) == 0
+  def test_told_to_end_saves_the_step_it_is_at_and_goes_on_from_there(self, folder):
+    process = runs.spawn(constant_rate(folder, 'told', steps=100_000))
+    step = told_to_end(process, folder / 'told')
+    assert list(runs.logged(folder / 'told'))[-1] == step
+    for name in 'told', 'untold':
+      assert runs.finished(runs.spawn(constant_rate(folder, name, steps=step + 2)))[0] == 0
+    runs.assert_same(runs.params_of(folder / 'told'), runs.params_of(folder / 'untold'))
+
+  def test_told_to_one_process_ends_all_at_the_same_step(self, folder):
+    both = runs.spawn_together(constant_rate(folder, 'both', '--mesh=data:2,fsdp:2', steps=100_000), 2)
+    step = told_to_end(both[1], folder / 'both')
+    code, err = runs.finished(both[0])
+    assert code == 1
+    assert f'stopped by SIGTERM after step {step},' in err
+    assert (folder / 'both' / 'checkpoints' / str(step) / 'params').exists()
+
+  def test_stopped_and_continued_with_more_steps_reads_the_records_that_follow(self, folder):
+    for name, steps in ('two', 5), ('two', 12), ('one', 12):
+      assert main.main(constant_rate(folder, name, steps=steps)) == 0
     runs.assert_same(runs.params_of(folder / 'two'), runs.params_of(folder / 'one'))
 
-  def test_continues_on_another_mesh_with_the_same_records(self, folder, straight):
+  def test_continues_on_another_mesh_with_the_same_records(self, folder):
     workdir = folder / 'moved'
-    few = [x.replace('--steps=12', '--steps=6') for x in runs.flags(folder, workdir)]
-    full = runs.flags(folder, workdir, '--mesh=data:2,fsdp:2,tensor:2')
-    # The rate falls over all steps, so that of the first part is given the whole.
-    constant = '--gin=optim.adamw.schedule = @optim.constant', '--gin=optim.constant.lr = 0.01'
-    few, full = ([x for x in (*args, *constant) if 'linear' not in x] for args in (few, full))
-    other = [x for x in (*runs.flags(folder, folder / 'stayed'), *constant) if 'linear' not in x]
-    assert runs.finished(runs.spawn(few, devices=1))[0] == 0
-    assert main.main(full) == 0
-    assert runs.finished(runs.spawn(other, devices=1))[0] == 0
+    for name, steps in ('moved', 6), ('stayed', 12):
+      assert runs.finished(runs.spawn(constant_rate(folder, name, steps=steps), devices=1))[0] == 0
+    assert main.main(constant_rate(folder, 'moved', '--mesh=data:2,fsdp:2,tensor:2', steps=12)) == 0
     for step, line in runs.logged(folder / 'stayed').items():
       np.testing.assert_allclose(runs.logged(workdir)[step]['loss'], line['loss'], atol=1e-4)
       assert runs.logged(workdir)[step]['num_tokens'] == line['num_tokens']
