@@ -111,5 +111,11 @@ class TestSample:
     found = draw([[1]] * 64, params=uniform, max_new_tokens=30)
     assert max(token for one in found for token in one.ids) < CONFIG.vocab_size
 
+  def test_draws_every_token_of_a_response_anew(self):
+    uniform = jax.tree.map(lambda x: 0 * x, PARAMS)
+    # A token comes again at once in 1 of 20 places; with one random number per response it would in all.
+    pairs = [pair for one in draw([[1]] * 64, params=uniform, max_new_tokens=30) for pair in zip(one.ids, one.ids[1:])]
+    assert np.mean([a == b for a, b in pairs]) < 0.1
+
   def test_of_no_prompts_is_nothing(self):
     assert draw([]) == []

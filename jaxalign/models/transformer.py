@@ -20,7 +20,8 @@ from jaxalign import sharding
 from jaxalign import types
 from jaxalign.models import attention as attention_lib
 
-# What the backward pass finds saved, by name; 'none' is no rematerialisation: everything is.
+# What the backward pass finds saved, by name: 'none' (no rematerialisation) everything, 'dots' the products with
+# weights, 'full' nothing but what each layer reads.
 REMAT: dict[str, Callable | None] = {
     'none': None,
     'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
@@ -152,6 +153,20 @@ def _look_up_backward(dtype, kept, d_BTD):
 _look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
+def _einsum(spec: str, x_BT, weight):
+  """`jnp.einsum` of tokens `[B, T, ...]` and a weight.
+
+  Tokens are one axis in it, so that the gradient of the weight sums over one: over two, XLA for CPUs first transposes
+  both operands in memory. Where the mesh splits rows, the axes cannot be merged in place.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty and sharding.parts(mesh, 'length') > 1:
+    return jnp.einsum(spec, x_BT, weight)
+  B, T = x_BT.shape[:2]
+  out = jnp.einsum(spec.replace('BT', 'T'), x_BT.reshape(B * T, *x_BT.shape[2:]), weight)
+  return out.reshape(B, T, *out.shape[1:])
+
+
 class Block(nn.Module):
   """One layer: attention, then the feed-forward half, each on a normed copy and added to what it read.
 
@@ -177,22 +192,22 @@ class Block(nn.Module):
   def _attend(self, x_BTD, cache, layer, rotations, segments_BT):
     c = self.config
     D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_size
-    q = jnp.einsum('BTD,DNH->BTNH', x_BTD, self._weight('q', (D, N, H), ('embed', 'heads', 'head_size'), D))
-    k = jnp.einsum('BTD,DKH->BTKH', x_BTD, self._weight('k', (D, K, H), ('embed', 'kv_heads', 'head_size'), D))
-    v = jnp.einsum('BTD,DKH->BTKH', x_BTD, self._weight('v', (D, K, H), ('embed', 'kv_heads', 'head_size'), D))
+    q = _einsum('BTD,DNH->BTNH', x_BTD, self._weight('q', (D, N, H), ('embed', 'heads', 'head_size'), D))
+    k = _einsum('BTD,DKH->BTKH', x_BTD, self._weight('k', (D, K, H), ('embed', 'kv_heads', 'head_size'), D))
+    v = _einsum('BTD,DKH->BTKH', x_BTD, self._weight('v', (D, K, H), ('embed', 'kv_heads', 'head_size'), D))
     q, k = _rope(q, rotations), _rope(k, rotations)
     if cache is None:
       out = attention_lib.attend(self.attention, q, k, v, segments_BT)
     else:
       out, cache = _attend_cached(q, k, v, cache, layer)
     o = self._weight('o', (N, H, D), ('heads', 'head_size', 'embed'), N * H)
-    return jnp.einsum('BTNH,NHD->BTD', out, o), cache
+    return _einsum('BTNH,NHD->BTD', out, o), cache
 
   def _feed_forward(self, x_BTD):
     D, F = self.config.embed_dim, self.config.mlp_dim
-    gate = jnp.einsum('BTD,DF->BTF', x_BTD, self._weight('gate', (D, F), ('embed', 'mlp'), D))
-    up = jnp.einsum('BTD,DF->BTF', x_BTD, self._weight('up', (D, F), ('embed', 'mlp'), D))
-    return jnp.einsum('BTF,FD->BTD', jax.nn.silu(gate) * up, self._weight('down', (F, D), ('mlp', 'embed'), F))
+    gate = _einsum('BTD,DF->BTF', x_BTD, self._weight('gate', (D, F), ('embed', 'mlp'), D))
+    up = _einsum('BTD,DF->BTF', x_BTD, self._weight('up', (D, F), ('embed', 'mlp'), D))
+    return _einsum('BTF,FD->BTD', jax.nn.silu(gate) * up, self._weight('down', (F, D), ('mlp', 'embed'), F))
 
   def _norm(self, name: str, x_BTD):
     scale_D = _param(self, name, nn.initializers.ones, (self.config.embed_dim,), ('norm',))
