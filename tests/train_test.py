@@ -24,6 +24,23 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
+def broken(folder):
+  """Flags of a loss that is NaN at every step."""
+  (folder / 'broken.py').write_text(
+      'import jax.numpy as jnp\n'
+      'from jaxalign import types\n'
+      'def loss(policy, ref, labels, *, state=()):\n'
+      '  margins_G = ref.logratios_GK[:, 0] - 5.0\n'
+      '  return types.LossOut(jnp.log(margins_G), {}, state)\n'
+  )
+  (folder / 'broken.gin').write_text(
+      'from __gin__ import dynamic_registration\nimport broken\nfrom jaxalign import recipe\n'
+      'recipe.Recipe.loss_fn = @broken.loss\n'
+  )
+  return (f'--gin_file={folder / "broken.gin"}',)
+
+
+@pytest.fixture(scope='module')
 def straight(folder):
   """A run that nothing disturbed."""
   workdir = folder / 'straight'
@@ -169,20 +186,19 @@ class TestTrain:
     assert main.main(runs.flags(folder, copy, bigger, steps=16)) == 1
     assert 'is the checkpoint of another model: layers/down is (1, 32, 16) there' in capsys.readouterr().err
 
-  def test_under_debug_names_the_line_that_made_a_nan(self, folder, capsys):
-    (folder / 'broken.py').write_text(
-        'import jax.numpy as jnp\n'
-        'from jaxalign import types\n'
-        'def loss(policy, ref, labels, *, state=()):\n'
-        '  margins_G = ref.logratios_GK[:, 0] - 5.0\n'
-        '  return types.LossOut(jnp.log(margins_G), {}, state)\n'
+  def test_stops_where_no_step_is_finite_any_more(self, folder, broken, capsys):
+    workdir = folder / 'skipped'
+    more = '--gin=loop.Options.max_skipped = 3', '--gin=loop.Options.log_every = 2'
+    args = [x for x in runs.flags(folder, workdir, *broken, *more) if 'log_every=' not in x]
+    assert main.main(args) == 1
+    assert (
+        'jaxalign: step 4: the loss or its gradient was not finite in 4 consecutive steps; parameters are as they were'
+        in capsys.readouterr().err
     )
-    (folder / 'broken.gin').write_text(
-        'from __gin__ import dynamic_registration\nimport broken\nfrom jaxalign import recipe\n'
-        'recipe.Recipe.loss_fn = @broken.loss\n'
-    )
-    more = '--debug', f'--gin_file={folder / "broken.gin"}'
-    code, err = runs.finished(runs.spawn(runs.flags(folder, folder / 'broken', *more)))
+    assert {step: line['skipped_steps'] for step, line in runs.logged(workdir).items()} == {1: 1, 2: 2, 4: 4}
+
+  def test_under_debug_names_the_line_that_made_a_nan(self, folder, broken):
+    code, err = runs.finished(runs.spawn(runs.flags(folder, folder / 'broken', '--debug', *broken)))
     assert code == 1
     last = err.splitlines()[-1]
     assert last.startswith('jaxalign: invalid value (nan) encountered in log at ')
