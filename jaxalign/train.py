@@ -137,7 +137,7 @@ def _finish(job, state, before: evaluate.Whole, after: evaluate.Whole, tools, st
   speed = tools.clock.mean()
   summary: dict[str, Any] = dict(after.held_out)
   for name, value in before.held_out.items():
-    if name.removeprefix('eval/') in ('loss', 'rewards/accuracies', 'accuracy'):
+    if name in ('eval/loss', 'eval/accuracy'):  # Margins to the reference are rounding errors then.
       summary[f'{name}_before'] = value
   for when, found in (('before', before), ('after', after)):
     summary |= {f'eval/{name}_{when}': value for name, value in found.sampled.metrics.items()}

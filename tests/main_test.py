@@ -390,7 +390,7 @@ REFUSED = {
         ['columns.jsonl:1', 'answer, question'],
     ),
     'broken line': (('--algo=dpo', '--data=jsonl:{files}/broken.jsonl'), 1, ['broken.jsonl:2', 'not valid JSON']),
-    'empty data': (('--algo=dpo', '--data=jsonl:{files}/empty.jsonl'), 1, ['empty.jsonl', 'none of its 0 records']),
+    'empty data': (('--algo=dpo', '--data=jsonl:{files}/empty.jsonl'), 1, ['empty.jsonl', 'it holds no records']),
     'torn archive': (('--algo=dpo', '--data=jsonl:{files}/torn.jsonl.gz'), 1, ['torn.jsonl.gz', 'not a whole gzip']),
     'equal responses': (('--algo=dpo', '--data=jsonl:{files}/equal.jsonl'), 1, ['1 dropped: equal responses']),
     'workdir in a file': (

@@ -252,6 +252,8 @@ def _write(source: sources.Source, example_fn: ExampleFn, skip_bad_records: bool
   if not places:
     found = [f'{r["count"]} dropped: {reason} (first {r["first"]})' for reason, r in report['dropped'].items()]
     found += [f'{report["bad"]} unreadable'] if report['bad'] else []
+    if not len(source):
+      raise types.RunError(f'data {source.spec!r}: it holds no records')
     raise types.RunError(f'data {source.spec!r}: none of its {len(source)} records can be used; {", ".join(found)}')
   np.savez(
       os.path.join(scratch, _INDEX),
