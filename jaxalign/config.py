@@ -19,6 +19,7 @@ import pathlib
 import re
 import sys
 import tokenize
+import typing
 from typing import Any
 
 import gin
@@ -111,6 +112,24 @@ def _parse(package: Callable[[], None], user_files: Sequence[str], bindings: Seq
   _parse_user(user_files, bindings)
   with _explained('gin'):
     gin.finalize()
+  for key in _users:
+    _check_type(key)
+
+
+def _check_type(key: _Key) -> None:
+  """Raises UsageError where a plain value is bound to a parameter of the package's that is annotated with others."""
+  scope, name, parameter = key
+  if not name.startswith('jaxalign.'):
+    return
+  value = gin.config._CONFIG[scope, name][parameter]
+  function = gin.config._REGISTRY[name].wrapped
+  hint = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function).get(parameter)
+  kinds = typing.get_args(hint) or (hint,)
+  plain = bool, int, float, str, type(None)
+  if all(kind in plain for kind in kinds) and type(value) in (*plain, list, tuple, dict):
+    if type(value) not in kinds and not (type(value) is int and float in kinds):
+      wanted = ' or '.join(sorted(kind.__name__ for kind in kinds)).replace('NoneType', 'None')
+      raise types.UsageError(f'{_named(key)} = {value!r}: it must be {wanted}')
 
 
 def _clear() -> None:

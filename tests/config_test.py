@@ -198,6 +198,23 @@ class TestParse:
     assert message.startswith(f'--gin={binding}: ')
     assert part in message
 
+  @pytest.mark.parametrize(
+      'binding,said',
+      [
+          ("preference.dpo.beta='0.2'", "preference.dpo.beta = '0.2': it must be float"),
+          ('loop.Options.steps=1.5', 'loop.Options.steps = 1.5: it must be int'),
+          ('loader.Packing.rows=True', 'loader.Packing.rows = True: it must be int'),
+          ('recipe.Recipe.attention=3', 'recipe.Recipe.attention = 3: it must be None or str'),
+      ],
+  )
+  def test_refuses_a_value_of_another_type(self, binding, said):
+    with pytest.raises(types.UsageError, match=re.escape(said)):
+      parse(bindings=[binding])
+
+  @pytest.mark.parametrize('binding', ['preference.dpo.beta=1', 'loader.Packing.max_responses=None'])
+  def test_takes_a_value_that_the_type_includes(self, binding):
+    parse(bindings=[binding])
+
   def test_names_a_missing_user_file(self):
     assert refusal(user_files=['nowhere/my.gin']) == '--gin_file=nowhere/my.gin: no such file'
 
