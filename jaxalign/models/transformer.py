@@ -19,6 +19,7 @@ import numpy as np
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign.models import attention as attention_lib
+from jaxalign.models import rotary
 
 # What the backward pass finds saved, by name: 'none' (no rematerialisation) everything, 'dots' the products with
 # weights, 'full' nothing but what each layer reads.
@@ -107,20 +108,6 @@ def init_cache(config: Config, rows: int, length: int, dtype: jax.typing.DTypeLi
   return KVCache(place(jnp.zeros(shape, dtype)), place(jnp.zeros(shape, dtype)), jnp.zeros(rows, jnp.int32))
 
 
-def _rotations(positions_BT, head_size: int, theta: float):
-  """Cosines and sines of position * theta^(-2i/H), `[B, T, 1, H/2]`; once for all layers, whose heads share them."""
-  frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
-  angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-  return jnp.cos(angles), jnp.sin(angles)
-
-
-def _rope(x_BTNH, rotations):
-  """Rotates the pairs (i, i + H/2). Su et al., 2021, https://arxiv.org/abs/2104.09864."""
-  cos, sin = rotations
-  a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
-
-
 def _rms_norm(x_BTD, scale_D, eps: float):
   """Computes x / sqrt(mean(x^2) + eps) * scale in float32. Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467."""
   wide = x_BTD.astype(jnp.float32)
@@ -195,7 +182,7 @@ class Block(nn.Module):
     q = _einsum('BTD,DNH->BTNH', x_BTD, self._weight('q', (D, N, H), ('embed', 'heads', 'head_size'), D))
     k = _einsum('BTD,DKH->BTKH', x_BTD, self._weight('k', (D, K, H), ('embed', 'kv_heads', 'head_size'), D))
     v = _einsum('BTD,DKH->BTKH', x_BTD, self._weight('v', (D, K, H), ('embed', 'kv_heads', 'head_size'), D))
-    q, k = _rope(q, rotations), _rope(k, rotations)
+    q, k = rotary.rotate(q, rotations), rotary.rotate(k, rotations)
     if cache is None:
       out = attention_lib.attend(self.attention, q, k, v, segments_BT)
     else:
@@ -277,7 +264,7 @@ class Transformer(nn.Module):
         metadata_params={nn.PARTITION_NAME: 'layers'},
     )(c, self.dtype, self.attention, name='layers')
     # The cache is carried, not scanned: as a scanned output it would exist twice.
-    rotations = _rotations(positions_BT, c.head_size, c.rope_theta)
+    rotations = rotary.rotations(positions_BT, c.head_size, c.rope_theta)
     (x_BTD, cache, _), _ = layers((x_BTD, cache, 0), rotations, segments_BT)
     x_BTD = _rms_norm(x_BTD, _param(self, 'final_norm', nn.initializers.ones, (c.embed_dim,), ('norm',)), c.norm_eps)
     if cache is None:
