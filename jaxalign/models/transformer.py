@@ -21,8 +21,7 @@ from jaxalign import types
 from jaxalign.models import attention as attention_lib
 from jaxalign.models import rotary
 
-# What the backward pass finds saved, by name: 'none' (no rematerialisation) everything, 'dots' the products with
-# weights, 'full' nothing but what each layer reads.
+# What the backward pass finds saved: everything, products with weights, or nothing but what each layer reads.
 REMAT: dict[str, Callable | None] = {
     'none': None,
     'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,

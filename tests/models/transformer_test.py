@@ -154,18 +154,6 @@ class TestNorm:
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
-class TestRope:
-
-  def test_turns_pairs_by_the_position_times_their_frequency(self):
-    x = np.random.default_rng(0).normal(size=(1, 3, 1, 8))
-    positions = np.array([[0, 1, 7]])
-    z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(
-        1j * positions[..., None, None] * 100.0 ** (-np.arange(4) / 4)[None, None, None]
-    )
-    found = transformer._rope(jnp.asarray(x, jnp.float32), transformer._rotations(positions, 8, 100.0))
-    np.testing.assert_allclose(found, np.concatenate([z.real, z.imag], axis=-1), atol=1e-6)
-
-
 class TestBuild:
 
   @pytest.mark.parametrize(
