@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from jaxalign import step as step_lib
 from jaxalign import types
 from jaxalign.data import tokenizers
+from jaxalign.models import architecture
 from jaxalign.models import transformer
 
 
@@ -208,7 +209,8 @@ def load(directory: str | pathlib.Path, mesh: jax.sharding.Mesh, *, base: bool =
     run = json.loads((folder / 'run.json').read_text(encoding='utf-8'))
   except json.JSONDecodeError as err:
     raise types.RunError(f'{folder / "run.json"}: not valid JSON ({err}); restore it or train again') from err
-  model = transformer.build(transformer.Config(**run['model']), mesh, dtype=run['dtype'], length=run['row_length'])
+  config = architecture.Config.from_json(run['model'])
+  model = transformer.build(config, mesh, dtype=run['dtype'], length=run['row_length'])
   path = folder / 'base' if base else folder / str(step) / 'params'
   if not path.exists():
     raise types.RunError(f'{path} is missing; the checkpoint is not whole')

@@ -43,7 +43,7 @@ from jaxalign.data import scored
 from jaxalign.losses import preference
 from jaxalign.losses import reward
 from jaxalign.losses import supervised
-from jaxalign.models import transformer
+from jaxalign.models import architecture
 from jaxalign.rewards import rules
 """
 

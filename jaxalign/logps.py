@@ -32,6 +32,7 @@ class _Static(NamedTuple):
   vocab_size: int
   chunk: int
   dense: tuple[str, ...]
+  softcap: float
 
 
 def token_stats(
@@ -43,10 +44,11 @@ def token_stats(
     vocab_size: int,
     chunk: int = 512,
     dense: tuple[str, ...] = (),
+    softcap: float = 0.0,
 ) -> dict[str, jax.Array]:
   """Log-probability of each target, and dense statistics of its distribution.
 
-    logit = hidden . head        logps = logit[target] - logsumexp(logit)        in float32, whatever `hidden` is
+    logit = softcap(hidden . head)     logps = logit[target] - logsumexp(logit)     in float32, whatever `hidden` is
 
   Args:
     hidden_BTD: hidden states after the final norm; their dtype is that of the matrix product's operands.
@@ -57,6 +59,7 @@ def token_stats(
     chunk: targets per chunk and device.
     dense: any of 'entropy' (nats), 'correct' (1 where the target has the highest logit) and 'mean_logit' (over the
       vocabulary). Entropy is differentiable, the others are not.
+    softcap: c of c tanh(logit / c); 0 for none.
 
   Returns:
     `logps` and each of `dense`, float32 `[B, T]`.
@@ -64,7 +67,7 @@ def token_stats(
   unknown = set(dense) - set(DENSE)
   if unknown:
     raise ValueError(f'unknown dense statistics {sorted(unknown)}; there are {DENSE}')
-  static = _Static(vocab_size, chunk, tuple(name for name in DENSE if name in dense))
+  static = _Static(vocab_size, chunk, tuple(name for name in DENSE if name in dense), softcap)
   return _token_stats(static, hidden_BTD, head_DV.astype(hidden_BTD.dtype), targets_BT, mask_BT)
 
 
@@ -144,9 +147,14 @@ def _take(x, rows):
   return jnp.take(x, rows, axis=0, mode='fill', fill_value=0)
 
 
+def soften(logits, softcap: float):
+  """Computes c tanh(logits / c); nothing where c is 0. Gemma Team, 2024, https://arxiv.org/abs/2408.00118, Sec. 2."""
+  return softcap * jnp.tanh(logits / softcap) if softcap else logits
+
+
 def _logits(axes: _Axes, static: _Static, hidden, head, targets):
   """Float32 logits of a chunk `[c, v]` on this device's part of the vocabulary, and where the targets stand in it."""
-  logits = jax.lax.dot(hidden, head, preferred_element_type=jnp.float32)
+  logits = soften(jax.lax.dot(hidden, head, preferred_element_type=jnp.float32), static.softcap)
   offset = jax.lax.axis_index(axes.vocab) * head.shape[1] if axes.vocab else 0
   column = jnp.arange(head.shape[1])[None, :]
   logits = jnp.where(column + offset < static.vocab_size, logits, _MASKED_LOGIT)
@@ -205,6 +213,8 @@ def _backward_local(static, axes, hidden, head, targets, normaliser, entropy, d_
     d_logits = d_lp[:, None] * (is_target - p)
     if 'entropy' in static.dense:
       d_logits -= d_ent[:, None] * p * (logp + ent[:, None])
+    if static.softcap:  # (c tanh(x / c))' = 1 - tanh^2, which is 0 for padding
+      d_logits *= 1.0 - jnp.square(jnp.maximum(logits / static.softcap, -1.0))
     d_logits = d_logits.astype(h.dtype)
     d_h = jax.lax.dot_general(d_logits, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     d_w = jax.lax.dot_general(h, d_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)

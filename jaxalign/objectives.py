@@ -110,6 +110,7 @@ def target_stats(params, batch: types.Batch, *, model: transformer.Transformer, 
       batch.mask_BT,
       vocab_size=model.config.vocab_size,
       dense=tuple(dense),
+      softcap=model.config.final_softcap,
   )
 
 

@@ -17,6 +17,7 @@ from jaxalign.data import examples
 from jaxalign.data import loader
 from jaxalign.data import sources
 from jaxalign.data import tokenizers
+from jaxalign.models import architecture
 from jaxalign.models import hf
 from jaxalign.models import transformer
 
@@ -50,7 +51,7 @@ class Recipe:
   packing: loader.Packing
   data: str
   eval_data: str = ''
-  model: transformer.Config | None = None
+  model: architecture.Config | None = None
   reward_head: bool = False
   reference: str = 'cached'
   dtype: str = 'float32'
@@ -169,7 +170,7 @@ def _fit_head(model, params, mesh):
   return params
 
 
-def _check_vocabulary(config: transformer.Config, tokenizer: tokenizers.Tokenizer, job: Job) -> None:
+def _check_vocabulary(config: architecture.Config, tokenizer: tokenizers.Tokenizer, job: Job) -> None:
   if tokenizer.vocab_size > config.vocab_size:
     raise types.UsageError(
         f'{job.tokenizer or job.model}: the tokenizer has {tokenizer.vocab_size} ids, the model {job.model} a'

@@ -29,6 +29,7 @@ RULES: dict[str, tuple[str, ...]] = {
     'heads': ('tensor',),
     'kv_heads': ('tensor',),
     'mlp': ('tensor',),
+    'experts': ('expert',),
     'layers': (),
     'head_size': (),
     'norm': (),

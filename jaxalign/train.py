@@ -17,7 +17,7 @@ from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import streams as streams_lib
-from jaxalign.models import transformer
+from jaxalign.models import architecture
 
 
 def train(
@@ -65,7 +65,7 @@ def train(
         clock=metrics.Clock(data_state['num_tokens']),
         epoch_of=streams.epochs,
         constants=lambda: {'compilations': counter.count, **streams.report},
-        flops_per_token=transformer.flops_per_token(model.config, recipe.packing.row_length),
+        flops_per_token=architecture.flops_per_token(model.config, recipe.packing.row_length),
         after_first_step=functools.partial(_save_run, job, recipe, model, tokenizer, config),
         debug=job.debug,
     )

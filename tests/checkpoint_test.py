@@ -14,9 +14,10 @@ from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import types
 from jaxalign.data import tokenizers
+from jaxalign.models import architecture
 from jaxalign.models import transformer
 
-CONFIG = transformer.Config(512, 1, 16, 2, 1, 8, 24, 64)
+CONFIG = architecture.Config(512, 1, 16, 2, 1, 8, 24, 64)
 MESH = sharding.make_mesh('fsdp:4,tensor:2')
 MODEL = transformer.build(CONFIG, MESH, length=16)
 TX = optim.adamw(10, schedule=functools.partial(optim.constant, lr=0.1)).tx
@@ -68,10 +69,10 @@ class TestStore:
 
   def test_refuses_the_parameters_of_another_model(self, saved):
     store = checkpoint.Store(saved / 'checkpoints', checkpoint.Options())
-    bigger = transformer.build(transformer.Config(512, 1, 16, 2, 1, 8, 48, 64), MESH, length=16)
+    bigger = transformer.build(architecture.Config(512, 1, 16, 2, 1, 8, 48, 64), MESH, length=16)
     abstract = step_lib.abstract_state(MESH, transformer.abstract_params(bigger, MESH), TX, 7)
     with pytest.raises(
-        types.RunError, match=r'another model: layers/down is \(1, 24, 16\) there, \(1, 48, 16\) in this'
+        types.RunError, match=r'another model: layers/0/down is \(1, 24, 16\) there, \(1, 48, 16\) in this'
     ):
       store.restore(4, abstract)
 

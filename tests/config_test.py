@@ -306,8 +306,8 @@ class TestUnbound:
     assert config.unbound(self.error('optim.cosine', 10)).startswith('cosine lacks lr: bind it in gin, as cosine.lr ')
 
   def test_names_all_that_a_class_lacks(self):
-    parse(bindings=['transformer.Config.vocab_size = 7'])
-    message = config.unbound(self.error('models.transformer.Config'))
+    parse(bindings=['architecture.Config.vocab_size = 7'])
+    message = config.unbound(self.error('models.architecture.Config'))
     assert 'Config lacks num_layers, embed_dim, num_heads' in message
     assert 'vocab_size' not in message
 

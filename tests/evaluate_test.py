@@ -14,6 +14,7 @@ from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
 from jaxalign.data import examples
 from jaxalign.data import tokenizers
+from jaxalign.models import architecture
 from jaxalign.models import transformer
 
 
@@ -29,7 +30,7 @@ def tokenizer():
 @pytest.fixture(scope='module')
 def model_and_params():
   mesh = sharding.make_mesh()
-  config = transformer.Config(512, 1, 16, 2, 1, 8, 32, 64)
+  config = architecture.Config(512, 1, 16, 2, 1, 8, 32, 64)
   model = transformer.build(config, mesh, length=64)
   with jax.set_mesh(mesh):
     yield model, transformer.init_params(model, jax.random.key(0), mesh)

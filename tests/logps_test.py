@@ -344,3 +344,28 @@ class TestTokenStats:
   def test_refuses_a_statistic_that_it_does_not_have(self):
     with pytest.raises(ValueError, match='perplexity'):
       logps.token_stats(*_data(), vocab_size=VOCAB, dense=('perplexity',))
+
+
+class TestSoften:
+
+  @pytest.mark.parametrize('mesh', ['', 'fsdp:2,tensor:2,context:2'])
+  def test_caps_logits_and_their_gradient(self, mesh):
+    *data, mask_BT = _data()
+    weight_BT, entropy_weight_BT = _weights()
+    options = {'vocab_size': VOCAB, 'chunk': 16, 'dense': ('entropy',), 'softcap': 3.0}
+
+    def dense(hidden_BTD, head_DV):
+      logits = 3.0 * jnp.tanh((hidden_BTD @ head_DV)[..., :VOCAB] / 3.0)
+      logp = jax.nn.log_softmax(logits)
+      chosen = jnp.take_along_axis(logp, data[2][..., None], -1)[..., 0]
+      entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+      return jnp.sum(mask_BT * (weight_BT * chosen + entropy_weight_BT * entropy))
+
+    with _on(mesh):
+      found = jax.device_get(_jitted_gradients(**options)(*data, mask_BT, weight_BT, entropy_weight_BT))
+      stats = jax.device_get(_jitted(**options)(*data, mask_BT))
+    np.testing.assert_allclose(
+        np.sum(stats['logps'] * weight_BT + stats['entropy'] * entropy_weight_BT), dense(*data[:2]), rtol=1e-5
+    )
+    for x, y in zip(found, jax.grad(dense, (0, 1))(*data[:2])):
+      _close(x, np.asarray(y), 1e-5)

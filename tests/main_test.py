@@ -345,7 +345,7 @@ REFUSED = {
     'unknown parameter': (('--algo=dpo', '--gin=preference.dpo.bta=1'), 2, ["no parameter 'bta'", 'beta']),
     'unknown function': (('--algo=dpo', '--gin=preference.ipo2.beta=1'), 2, ['preference.ipo2.beta=1', 'ipo2']),
     'missing binding': (
-        ('--algo=dpo', '--gin=recipe.Recipe.model = @transformer.Config()'),
+        ('--algo=dpo', '--gin=recipe.Recipe.model = @architecture.Config()'),
         2,
         ['Config lacks vocab_size, num_layers, ', 'as Config.vocab_size'],
     ),
@@ -371,7 +371,7 @@ REFUSED = {
     'empty directory': (('--algo=dpo', '--model={files}/none'), 1, ['none', 'tokenizer.json']),
     'no tokenizer': (('--algo=dpo', '--tokenizer=nowhere'), 2, ['nowhere: no such']),
     'another tokenizer': (
-        ('--algo=dpo', *TINY, '--gin=transformer.Config.vocab_size = 100'),
+        ('--algo=dpo', *TINY, '--gin=architecture.Config.vocab_size = 100'),
         2,
         ['the tokenizer has 512 ids', 'vocabulary of 100'],
     ),
@@ -463,6 +463,6 @@ class TestMain:
     assert call(*flags, '--gin=optim.linear.steps = 7') == 2
     assert 'not used by this run: optim.linear.steps' in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / 'w' / 'checkpoints' / 'run.json').exists()
-    assert call(*flags, '--gin=transformer.Config.num_layers = 2') == 0
+    assert call(*flags, '--gin=architecture.Config.num_layers = 2') == 0
     loaded = checkpoint.load(tmp_path / 'w', sharding.make_mesh(), base=True)
     assert jax.tree.leaves(loaded.params['layers'])[0].shape[0] == 2

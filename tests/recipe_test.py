@@ -15,9 +15,9 @@ from jaxalign import types
 from jaxalign.data import examples
 from jaxalign.data import loader
 from jaxalign.losses import preference
-from jaxalign.models import transformer
+from jaxalign.models import architecture
 
-TINY = transformer.Config(512, 1, 16, 2, 1, 8, 32, 64)
+TINY = architecture.Config(512, 1, 16, 2, 1, 8, 32, 64)
 
 
 def make_recipe(**options):

@@ -7,9 +7,10 @@ import pytest
 from jaxalign import reference
 from jaxalign import sharding
 from jaxalign import types
+from jaxalign.models import architecture
 from jaxalign.models import transformer
 
-CONFIG = transformer.Config(50, 1, 16, 2, 1, 8, 24, 64)
+CONFIG = architecture.Config(50, 1, 16, 2, 1, 8, 24, 64)
 
 
 def params_on(text, dtype=np.float32):

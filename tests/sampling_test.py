@@ -9,9 +9,10 @@ import pytest
 
 from jaxalign import sampling
 from jaxalign import sharding
+from jaxalign.models import architecture
 from jaxalign.models import transformer
 
-CONFIG = transformer.Config(20, 2, 16, 2, 1, 8, 24, 96, tie_embeddings=False)
+CONFIG = architecture.Config(20, 2, 16, 2, 1, 8, 24, 96, tie_embeddings=False)
 MESH = sharding.make_mesh('', devices=jax.devices()[:1])
 MODEL = transformer.build(CONFIG, MESH, length=64)
 PARAMS = jax.tree.map(lambda x: 4 * x, transformer.init_params(MODEL, jax.random.key(0), MESH))

@@ -11,11 +11,12 @@ import pytest
 from jaxalign import sharding
 from jaxalign import step
 from jaxalign import types
+from jaxalign.models import architecture
 from jaxalign.models import transformer
 
 P = jax.sharding.PartitionSpec
 
-CONFIG = transformer.Config(
+CONFIG = architecture.Config(
     vocab_size=100,
     num_layers=2,
     embed_dim=16,
@@ -30,7 +31,7 @@ CONFIG = transformer.Config(
 
 
 def model_on(mesh, **changes):
-  return transformer.build(transformer.Config(**(CONFIG.to_json() | changes)), mesh, length=32)
+  return transformer.build(architecture.Config(**(CONFIG.to_json() | changes)), mesh, length=32)
 
 
 class TestParseMesh:
@@ -253,7 +254,7 @@ class TestShardingsOf:
 
   def test_key_heads_fewer_than_the_axis_are_on_every_device(self):
     mesh = sharding.make_mesh('fsdp:2,tensor:4')
-    found = transformer.abstract_params(model_on(mesh), mesh)['layers']
+    found = transformer.abstract_params(model_on(mesh), mesh)['layers']['0']
     assert found['k'].sharding.spec == found['v'].sharding.spec == P(None, 'fsdp', None, None)
     assert found['q'].sharding.spec == P(None, 'fsdp', 'tensor', None)
 

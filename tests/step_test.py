@@ -15,10 +15,11 @@ from jaxalign import step as step_lib
 from jaxalign import types
 from jaxalign.losses import preference
 from jaxalign.losses import supervised
+from jaxalign.models import architecture
 from jaxalign.models import transformer
 from tests import packed
 
-CONFIG = transformer.Config(50, 1, 16, 2, 1, 8, 24, 64)
+CONFIG = architecture.Config(50, 1, 16, 2, 1, 8, 24, 64)
 MESH = sharding.make_mesh('', devices=jax.devices()[:1])
 MODEL = transformer.build(CONFIG, MESH, length=16)
 PARAMS = transformer.init_params(MODEL, jax.random.key(0), MESH)
@@ -80,9 +81,9 @@ class TestMakeStep:
     norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in jax.tree.leaves(grads)))
     state, measured = STEPS['sft'](fresh(), {}, batch)
     np.testing.assert_allclose(measured.gauges['grad_norm'], norm, rtol=1e-5)
-    g, w = np.asarray(grads['layers']['gate'], np.float64), np.asarray(PARAMS['layers']['gate'], np.float64)
+    g, w = np.asarray(grads['layers']['0']['gate'], np.float64), np.asarray(PARAMS['layers']['0']['gate'], np.float64)
     g = g * min(1, 1 / norm)
-    found = np.asarray(state.params['layers']['gate'])
+    found = np.asarray(state.params['layers']['0']['gate'])
     sure = np.abs(g) > 1e-6
     np.testing.assert_allclose(found[sure], (w - 1e-2 * (g / (np.abs(g) + 1e-8) + 0.1 * w))[sure], rtol=1e-4, atol=1e-6)
 
@@ -91,7 +92,7 @@ class TestMakeStep:
     model = transformer.build(CONFIG, MESH, length=16, dtype='bfloat16')
     objective = functools.partial(objectives.supervised, model=model, loss_fn=supervised.cross_entropy)
     state, _ = jax.jit(step_lib.make_step(objective, optimizer))(fresh(optimizer=optimizer), {}, split(1))
-    moved = np.abs(np.asarray(state.params['layers']['q']) - np.asarray(PARAMS['layers']['q']))
+    moved = np.abs(np.asarray(state.params['layers']['0']['q']) - np.asarray(PARAMS['layers']['0']['q']))
     # About 1e-7 each; in bfloat16 weights of this size no step below 1e-4 is seen.
     assert 0.5e-7 < np.median(moved[moved > 0]) < 2e-7
 

@@ -17,6 +17,7 @@ from jaxalign.data import examples
 from jaxalign.data import loader
 from jaxalign.losses import preference
 from jaxalign.losses import supervised
+from jaxalign.models import architecture
 from jaxalign.models import transformer
 
 DPO = recipe_lib.Recipe(
@@ -65,7 +66,7 @@ def job(tmp_path):
 def tiny():
   """A model of one layer and its parameters."""
   mesh = sharding.make_mesh()
-  config = transformer.Config(512, 1, 16, 2, 1, 8, 32, 64)
+  config = architecture.Config(512, 1, 16, 2, 1, 8, 32, 64)
   model = transformer.build(config, mesh, length=32)
   return model, transformer.init_params(model, jax.random.key(0), mesh)
 

@@ -15,11 +15,12 @@ from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import types
 from jaxalign.losses import preference
+from jaxalign.models import architecture
 from jaxalign.models import transformer
 
 pytestmark = pytest.mark.tpu
 
-CONFIG = transformer.Config(32000, 2, 512, 8, 4, 64, 1024, 4096, tie_embeddings=False)
+CONFIG = architecture.Config(32000, 2, 512, 8, 4, 64, 1024, 4096, tie_embeddings=False)
 ROWS, CHUNK = 16, 512
 VOCAB = 32000 // 4  # on each device under tensor:4
 

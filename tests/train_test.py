@@ -173,7 +173,7 @@ class TestTrain:
     assert list((straight / 'tensorboard').glob('events.out.tfevents.*'))
 
   def test_refuses_the_checkpoint_of_another_model(self, folder, straight, capsys):
-    bigger = '--gin=transformer.Config.mlp_dim = 48'
+    bigger = '--gin=architecture.Config.mlp_dim = 48'
     run = json.loads((straight / 'checkpoints' / 'run.json').read_text())
     run['bindings'] = run['bindings'].replace('Config.mlp_dim = 32', 'Config.mlp_dim = 48')
     copy = folder / 'other'
@@ -184,7 +184,7 @@ class TestTrain:
         (copy / 'checkpoints' / name).symlink_to(source)
     (copy / 'checkpoints' / 'run.json').write_text(json.dumps(run))
     assert main.main(runs.flags(folder, copy, bigger, steps=16)) == 1
-    assert 'is the checkpoint of another model: layers/down is (1, 32, 16) there' in capsys.readouterr().err
+    assert 'is the checkpoint of another model: layers/0/down is (1, 32, 16) there' in capsys.readouterr().err
 
   def test_stops_where_no_step_is_finite_any_more(self, folder, broken, capsys):
     workdir = folder / 'skipped'

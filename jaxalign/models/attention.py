@@ -7,6 +7,7 @@ splash  Pallas kernel that skips what the mask rules out; TPUs
 
 import math
 from typing import Literal
+from typing import NamedTuple
 
 from absl import logging
 import jax
@@ -27,7 +28,23 @@ _SPLASH_BLOCKS = (512, 256, 128)
 _OUT = -1e30  # finite, so that a row that may see nothing is not NaN
 
 
-def pick(mesh: jax.sharding.Mesh, dtype: jax.typing.DTypeLike, *, head_size: int, length: int) -> str:
+class How(NamedTuple):
+  """What differs between families and layers.
+
+  Attributes:
+    scale: multiplies the products of queries and keys.
+    window: keys that a query sees, its own among them; 0 for all before it.
+    softcap: c of c tanh(logit / c); 0 for none. Gemma Team, 2024, https://arxiv.org/abs/2408.00118, Sec. 2.
+  """
+
+  scale: float
+  window: int = 0
+  softcap: float = 0.0
+
+
+def pick(
+    mesh: jax.sharding.Mesh, dtype: jax.typing.DTypeLike, *, head_size: int, length: int, softcap: float = 0.0
+) -> str:
   """The kernel for programs on `mesh`, whose platform need not be the local one; logs it with the reason.
 
   Args:
@@ -35,6 +52,7 @@ def pick(mesh: jax.sharding.Mesh, dtype: jax.typing.DTypeLike, *, head_size: int
     dtype: of queries, keys and values.
     head_size: H.
     length: T.
+    softcap: see `How`.
   """
   platform = sharding.platform_of(mesh)
   sixteen_bits = jnp.dtype(dtype).itemsize == 2
@@ -46,7 +64,9 @@ def pick(mesh: jax.sharding.Mesh, dtype: jax.typing.DTypeLike, *, head_size: int
     else:
       name = 'splash'
   elif platform == 'gpu':
-    if not sixteen_bits or head_size % 8 or head_size > 128 or length > _CUDNN_LENGTH:
+    if softcap:
+      reason = 'cuDNN has no soft cap'
+    elif not sixteen_bits or head_size % 8 or head_size > 128 or length > _CUDNN_LENGTH:
       reason = (
           f'cuDNN wants 16-bit floats (here {jnp.dtype(dtype).name}), heads in multiples of 8 up to 128 (here'
           f' {head_size}), at most {_CUDNN_LENGTH} tokens (here {length})'
@@ -58,11 +78,16 @@ def pick(mesh: jax.sharding.Mesh, dtype: jax.typing.DTypeLike, *, head_size: int
 
 
 def attend(
-    name: str, q_BTNH: types.Array, k_BTKH: types.Array, v_BTKH: types.Array, segments_BT: types.Array
+    name: str,
+    q_BTNH: types.Array,
+    k_BTKH: types.Array,
+    v_BTKH: types.Array,
+    segments_BT: types.Array,
+    how: How,
 ) -> types.Array:
-  """Each query sees the keys of its own segment up to its own place.
+  """Each query sees the keys of its own segment up to its own place, the last `window` of them where there is one.
 
-    out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s        over s <= t with segment_s = segment_t
+    out_t = sum_s softmax_s(softcap(scale q_t . k_s)) v_s     over t - window < s <= t with segment_s = segment_t
 
   Args:
     name: one of KERNELS.
@@ -70,14 +95,15 @@ def attend(
     k_BTKH: keys.
     v_BTKH: values.
     segments_BT: int32; padding is a segment like any other.
+    how: scale, window and soft cap.
 
   Returns:
     `[B, T, N, H]` in the dtype of the queries; the softmax is float32.
   """
-  return {'xla': xla, 'cudnn': cudnn, 'splash': splash}[name](q_BTNH, k_BTKH, v_BTKH, segments_BT)
+  return {'xla': xla, 'cudnn': cudnn, 'splash': splash}[name](q_BTNH, k_BTKH, v_BTKH, segments_BT, how)
 
 
-def xla(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+def xla(q_BTNH, k_BTKH, v_BTKH, segments_BT, how: How):
   """Dense attention, a block of queries at a time; see `attend`."""
   length = q_BTNH.shape[1]
   mesh = jax.sharding.get_abstract_mesh()
@@ -86,22 +112,25 @@ def xla(q_BTNH, k_BTKH, v_BTKH, segments_BT):
   out = []
   for start in range(0, length, size):
     stop = min(start + size, length)
-    queries, keys = jnp.arange(start, stop), jnp.arange(stop)
-    allowed_BTS = (segments_BT[:, start:stop, None] == segments_BT[:, None, :stop]) & (
-        keys[None, None, :] <= queries[None, :, None]
-    )
-    out.append(dense(q_BTNH[:, start:stop], k_BTKH[:, :stop], v_BTKH[:, :stop], allowed_BTS))
+    first = max(0, start + 1 - how.window) if how.window else 0
+    behind_TS = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
+    allowed_TS = (behind_TS >= 0) & (behind_TS < how.window) if how.window else behind_TS >= 0
+    same_BTS = segments_BT[:, start:stop, None] == segments_BT[:, None, first:stop]
+    keys = slice(first, stop)
+    out.append(dense(q_BTNH[:, start:stop], k_BTKH[:, keys], v_BTKH[:, keys], same_BTS & allowed_TS[None], how))
   return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
 
 
-def dense(q_BTNH, k_BSKH, v_BSKH, allowed_BTS):
+def dense(q_BTNH, k_BSKH, v_BSKH, allowed_BTS, how: How):
   """Attention under any mask; queries that share a key head are rows of one matrix product."""
   B, T, N, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
   R = N // K
   q = q_BTNH.reshape(B, T, K, R, H).transpose(0, 2, 3, 1, 4).reshape(B, K, R * T, H)
   k, v = k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)
-  logits = jnp.matmul(q, k, preferred_element_type=jnp.float32).reshape(B, K, R, T, S) * H**-0.5
+  logits = jnp.matmul(q, k, preferred_element_type=jnp.float32).reshape(B, K, R, T, S) * how.scale
+  if how.softcap:
+    logits = how.softcap * jnp.tanh(logits / how.softcap)
   logits = jnp.where(allowed_BTS[:, None, None], logits, _OUT)
   exp = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
   total = jnp.sum(exp, axis=-1)
@@ -111,15 +140,22 @@ def dense(q_BTNH, k_BSKH, v_BSKH, allowed_BTS):
   return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
-def cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, implementation: Literal['cudnn', 'xla'] = 'cudnn'):
+def cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, how: How, *, implementation: Literal['cudnn', 'xla'] = 'cudnn'):
   """Fused attention of cuDNN with a dense mask; see `attend`. With `implementation` 'xla' it runs on any platform."""
   same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
   return jax.nn.dot_product_attention(
-      q_BTNH, k_BTKH, v_BTKH, mask=same_BTS[:, None], is_causal=True, implementation=implementation
+      q_BTNH,
+      k_BTKH,
+      v_BTKH,
+      mask=same_BTS[:, None],
+      scale=how.scale,
+      is_causal=True,
+      local_window_size=(how.window - 1, 0) if how.window else None,
+      implementation=implementation,
   )
 
 
-def splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, interpret: bool = False):
+def splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, how: How, *, interpret: bool = False):
   """Splash attention under `shard_map`: queries split over batch, heads and length, keys gathered over length.
 
   Args:
@@ -127,20 +163,21 @@ def splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, interpret: bool = False):
     k_BTKH: where the tensor axis is larger than K, each device takes a copy of the one head that its queries read.
     v_BTKH: likewise.
     segments_BT: see `attend`.
+    how: likewise.
     interpret: runs the kernel's program with XLA, on any platform.
   """
   mesh = jax.sharding.get_abstract_mesh()
   parts = {name: 1 if mesh.empty else sharding.parts(mesh, name) for name in ('heads', 'length')}
-  T, N, H = q_BTNH.shape[1:]
+  T, N = q_BTNH.shape[1:3]
   K = k_BTKH.shape[2]
   if parts['heads'] > K:
     k_BTKH, v_BTKH = (jnp.repeat(x, parts['heads'] // K, axis=2) for x in (k_BTKH, v_BTKH))
-  kernel = _splash_kernel(T, N // parts['heads'], parts['length'], interpret)
+  kernel = _splash_kernel(T, N // parts['heads'], parts['length'], how, interpret)
 
   def local(kernel, q, k, v, q_segments, kv_segments):
     ids = splash_attention_kernel.SegmentIds(q_segments, kv_segments)
     heads_first = lambda x: x.transpose(0, 2, 1, 3)
-    out = jax.vmap(kernel)(heads_first(q * H**-0.5), heads_first(k), heads_first(v), ids)
+    out = jax.vmap(kernel)(heads_first(q * how.scale), heads_first(k), heads_first(v), ids)
     return heads_first(out)
 
   args = q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT
@@ -154,7 +191,7 @@ def splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, interpret: bool = False):
   )(kernel, *args)
 
 
-def _splash_kernel(length: int, heads: int, shards: int, interpret: bool):
+def _splash_kernel(length: int, heads: int, shards: int, how: How, interpret: bool):
   """The causal kernel for `heads` heads, its queries split into `shards` parts."""
   block = next(size for size in _SPLASH_BLOCKS if length // shards % size == 0)
   sizes = splash_attention_kernel.BlockSizes(
@@ -165,11 +202,15 @@ def _splash_kernel(length: int, heads: int, shards: int, interpret: bool):
       block_q_dq=block,
       block_kv_dq=block,
   )
-  mask = splash_attention_mask.CausalMask((length, length), shard_count=shards)
+  shape = length, length
+  # The part before a query that it sees; a mask without bound on the left is the causal one.
+  seen = how.window - 1 if how.window else None, 0
+  mask = splash_attention_mask.LocalMask(shape, seen, 0, shard_count=shards)
   return splash_attention_kernel.make_splash_mha(
       splash_attention_mask.MultiHeadMask([mask] * heads),
       block_sizes=sizes,
       head_shards=1,
       q_seq_shards=shards,
+      attn_logits_soft_cap=how.softcap or None,
       interpret=interpret,
   )

@@ -12,26 +12,18 @@ import json
 import pathlib
 import re
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import safetensors
 
 from jaxalign import types
+from jaxalign.models import architecture
+from jaxalign.models import families
 from jaxalign.models import transformer
 
 _INDEX, _WEIGHTS = 'model.safetensors.index.json', 'model.safetensors'
-
-# Keys that change the numbers in a way that the transformer does not have, and the values that do not.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    'attention_bias': (False, None),
-    'mlp_bias': (False, None),
-    'hidden_act': ('silu', 'swish'),
-    'rope_scaling': (None,),
-    'partial_rotary_factor': (1, None),
-    'sliding_window': (None,),
-    'quantization_config': (None,),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,63 +31,90 @@ class _Source:
   """Where a parameter comes from.
 
   Attributes:
-    name: of the tensor; {layer} is a number.
+    name: of the tensor; {layer} and {expert} are numbers.
     transposed: whether the tensor is [out, in] and ours [in, out].
-    ins: how many of our axes are inputs: 2 for (heads, head size).
+    ins: how many of our axes, behind those of layers and experts, are inputs: 2 for (heads, head size), 0 for biases.
+    first: where its outputs begin, where several parameters are one tensor.
+    outs: how many outputs such a tensor has in all; 0 where it is the parameter's alone.
   """
 
   name: str
-  transposed: bool = False
+  transposed: bool = True
   ins: int = 1
+  first: int = 0
+  outs: int = 0
 
 
-_LAYER = 'model.layers.{layer}.'
-_SOURCES: dict[str, _Source] = {
-    'embed': _Source('model.embed_tokens.weight'),
-    'head': _Source('lm_head.weight', transposed=True),
-    'final_norm': _Source('model.norm.weight'),
-    'layers/attn_norm': _Source(_LAYER + 'input_layernorm.weight'),
-    'layers/mlp_norm': _Source(_LAYER + 'post_attention_layernorm.weight'),
-    'layers/q': _Source(_LAYER + 'self_attn.q_proj.weight', transposed=True),
-    'layers/k': _Source(_LAYER + 'self_attn.k_proj.weight', transposed=True),
-    'layers/v': _Source(_LAYER + 'self_attn.v_proj.weight', transposed=True),
-    'layers/o': _Source(_LAYER + 'self_attn.o_proj.weight', transposed=True, ins=2),
-    'layers/gate': _Source(_LAYER + 'mlp.gate_proj.weight', transposed=True),
-    'layers/up': _Source(_LAYER + 'mlp.up_proj.weight', transposed=True),
-    'layers/down': _Source(_LAYER + 'mlp.down_proj.weight', transposed=True),
-}
 # Buffers that older files hold and that the configuration says already.
-_IGNORED = re.compile(r'.*rotary_emb\.inv_freq')
+_IGNORED = re.compile(r'.*(rotary_emb\.inv_freq|masked_bias)')
+_HALVES = {'gate': 'gate_proj', 'up': 'up_proj', 'down': 'down_proj'}
 
 
-def read_config(directory: pathlib.Path) -> transformer.Config:
-  """Reads config.json of a model of the Llama family.
+def _sources(family: str, config: architecture.Config) -> dict[str, _Source]:
+  """Where the parameters of one layer come from, by the name that they have in `layers.Block`."""
+  vector = lambda name: _Source(name, transposed=False)
+  found = {name: _Source(f'self_attn.{name}_proj.weight', ins=2 if name == 'o' else 1) for name in 'qkvo'}
+  found |= {f'{name}_bias': _Source(f'self_attn.{name}_proj.bias', ins=0) for name in 'qkvo'}
+  found |= {f'{name}_norm': _Source(f'self_attn.{name}_norm.weight', ins=0) for name in 'qk'}
+  found |= {name: _Source(f'mlp.{theirs}.weight') for name, theirs in _HALVES.items()}
+  found |= {f'{name}_bias': _Source(f'mlp.{theirs}.bias', ins=0) for name, theirs in _HALVES.items()}
+  found['attn_norm'] = vector('input_layernorm.weight')
+  found['mlp_norm'] = vector('post_attention_layernorm.weight')
+  if config.norms != 'pre':
+    found['mlp_norm'] = vector('pre_feedforward_layernorm.weight')
+    found['attn_post_norm'] = vector('post_attention_layernorm.weight')
+    found['mlp_post_norm'] = vector('post_feedforward_layernorm.weight')
+  if config.num_experts:
+    theirs = {'gate': 'w1', 'up': 'w3', 'down': 'w2'} if family == 'mixtral' else _HALVES
+    where = 'block_sparse_moe' if family == 'mixtral' else 'mlp'
+    found |= {name: _Source(f'{where}.experts.{{expert}}.{theirs[name]}.weight') for name in _HALVES}
+    found['router'] = _Source(f'{where}.gate.weight')
+  if family == 'phi3':
+    q, kv, F = config.num_heads * config.head_size, config.num_kv_heads * config.head_size, config.mlp_dim
+    for name, first in ('q', 0), ('k', q), ('v', q + kv):
+      found[name] = _Source('self_attn.qkv_proj.weight', first=first, outs=q + 2 * kv)
+    for name, first in ('gate', 0), ('up', F):
+      found[name] = _Source('mlp.gate_up_proj.weight', first=first, outs=2 * F)
+  return {name: dataclasses.replace(s, name='model.layers.{layer}.' + s.name) for name, s in found.items()}
+
+
+_GLOBAL = {
+    'embed': _Source('model.embed_tokens.weight', transposed=False),
+    'head': _Source('lm_head.weight'),
+    'final_norm': _Source('model.norm.weight', transposed=False),
+}
+
+
+class _Map(NamedTuple):
+  """One parameter of ours: its source, and the tensors that it is stacked from, shaped as its leading axes."""
+
+  source: _Source
+  tensors: np.ndarray
+
+
+def _map(family: str, config: architecture.Config, name: str) -> _Map:
+  """Where the parameter at path `name`, as 'layers/0/q', comes from."""
+  if name in _GLOBAL:
+    return _Map(_GLOBAL[name], np.array(_GLOBAL[name].name, object))
+  part, block, leaf = name.split('/')
+  source, size = _sources(family, config)[leaf], len(config.pattern)
+  layers = [config.repeats * size + int(block)]
+  if part == 'layers':
+    layers = [repeat * size + int(block) for repeat in range(config.repeats)]
+  experts = range(config.num_experts) if '{expert}' in source.name else range(1)
+  names = np.array([[source.name.format(layer=i, expert=e) for e in experts] for i in layers], object)
+  names = names if '{expert}' in source.name else names[:, 0]
+  return _Map(source, names if part == 'layers' else names[0] if names.ndim > 1 else np.array(names[0], object))
+
+
+def read_config(directory: pathlib.Path) -> architecture.Config:
+  """Reads config.json, see `families.read_config`.
 
   Raises:
     RunError: the file is missing or not JSON, lacks a key, or has one that changes the numbers and is not supported.
   """
   path = pathlib.Path(directory) / 'config.json'
-  values = _read_json(path)
-  kind = values.get('model_type')
-  if kind not in ('llama', 'mistral'):
-    raise types.RunError(f'{path}: model_type {kind!r} is not supported; llama and mistral are')
-  _check_neutral(path, values)
-  heads = _number(path, values, 'num_attention_heads', int)
-  width = _number(path, values, 'hidden_size', int)
-  rope = values.get('rope_parameters') or {}
-  return transformer.Config(
-      vocab_size=_number(path, values, 'vocab_size', int),
-      num_layers=_number(path, values, 'num_hidden_layers', int),
-      embed_dim=width,
-      num_heads=heads,
-      num_kv_heads=_number(path, values, 'num_key_value_heads', int, heads),
-      head_size=_number(path, values, 'head_dim', int, width // max(1, heads)),
-      mlp_dim=_number(path, values, 'intermediate_size', int),
-      max_length=_number(path, values, 'max_position_embeddings', int, 2048),
-      rope_theta=_number(path, rope | values, 'rope_theta', float, 10000.0),
-      norm_eps=_number(path, values, 'rms_norm_eps', float, 1e-6),
-      tie_embeddings=bool(values.get('tie_word_embeddings', False)),
-  )
+  return families.read_config(path, _read_json(path))
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -110,28 +129,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
   return values
 
 
-def _check_neutral(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-  """Raises for keys that ask for what the transformer does not do."""
-  for key, neutral in _NEUTRAL.items():
-    value = values.get(key, neutral[0])
-    plain_rope = isinstance(value, dict) and value.get('rope_type', value.get('type')) == 'default'
-    if value not in neutral and not (key == 'rope_scaling' and plain_rope):
-      raise types.RunError(f'{path}: {key} = {json.dumps(value)} is not supported, and ignoring it changes the numbers')
-  kind = (values.get('rope_parameters') or {}).get('rope_type', 'default')
-  if kind != 'default':
-    raise types.RunError(f'{path}: rope_parameters of rope_type {kind!r} are not supported')
-
-
-def _number(path: pathlib.Path, values: Mapping[str, Any], key: str, kind: Any, default: Any = None) -> Any:
-  value: Any = default if values.get(key) is None else values[key]
-  if value is None:
-    raise types.RunError(f'{path}: the key {key!r} is missing')
-  if isinstance(value, bool) or not isinstance(value, (int, kind)) or not value > 0:
-    raise types.RunError(f'{path}: {key} = {json.dumps(value)} should be a positive {kind.__name__}')
-  return kind(value)
-
-
-def read_params(directory: pathlib.Path, config: transformer.Config, mesh: jax.sharding.Mesh) -> types.PyTree:
+def read_params(directory: pathlib.Path, config: architecture.Config, mesh: jax.sharding.Mesh) -> types.PyTree:
   """Reads the parameters of `config` as float32, laid out on `mesh`; a reward head is not among them.
 
   Raises:
@@ -145,9 +143,11 @@ def read_params(directory: pathlib.Path, config: transformer.Config, mesh: jax.s
     tensors = _open(directory, stack)
     flat, tree = jax.tree_util.tree_flatten_with_path(abstract)
     wanted = {jax.tree_util.keystr(path, simple=True, separator='/'): x for path, x in flat}
-    _check_names(directory, config, wanted, tensors)
+    family = str(_read_json(directory / 'config.json').get('model_type'))
+    maps = {name: _map(family, config, name) for name in wanted}
+    _check_names(directory, config, maps, tensors)
     return jax.tree_util.tree_unflatten(
-        tree, [_read_param(directory, config, name, x, tensors) for name, x in wanted.items()]
+        tree, [_read_param(directory, config, name, x, maps[name], tensors) for name, x in wanted.items()]
     )
 
 
@@ -181,37 +181,31 @@ def _open_file(path: pathlib.Path, stack: contextlib.ExitStack) -> Any:
     raise types.RunError(f'{path}: not a whole safetensors file ({err}); copy it again') from err
 
 
-def _names(config: transformer.Config, name: str) -> list[str]:
-  """The tensors that a parameter is stacked from, one per layer, or the one that it is."""
-  source = _SOURCES[name].name
-  layers = range(config.num_layers) if name.startswith('layers/') else range(1)
-  return [source.format(layer=layer) for layer in layers]
-
-
-def _check_names(directory, config: transformer.Config, wanted, tensors) -> None:
-  expected = {tensor for name in wanted for tensor in _names(config, name)}
+def _check_names(directory, config: architecture.Config, maps: Mapping[str, _Map], tensors) -> None:
+  expected = {tensor for one in maps.values() for tensor in one.tensors.flat}
   missing = sorted(expected - set(tensors))
   if missing:
     raise types.RunError(f'{directory}: the tensor {missing[0]!r} is missing, as are {len(missing) - 1} others')
-  tied = {_SOURCES['head'].name} if config.tie_embeddings else set()
+  tied = {_GLOBAL['head'].name} if config.tie_embeddings else set()
   extra = sorted(name for name in set(tensors) - expected - tied if not _IGNORED.fullmatch(name))
   if extra:
     raise types.RunError(
-        f'{directory}: the tensor {extra[0]!r} has no place in a model of {config.num_layers} layers without biases;'
-        ' ignoring it would change the numbers'
+        f'{directory}: the tensor {extra[0]!r} has no place in the model that config.json describes, nor have'
+        f' {len(extra) - 1} others; ignoring it would change the numbers'
     )
 
 
-def _read_param(directory, config: transformer.Config, name: str, x: jax.ShapeDtypeStruct, tensors) -> jax.Array:
+def _read_param(
+    directory, config: architecture.Config, name: str, x: jax.ShapeDtypeStruct, one: _Map, tensors
+) -> jax.Array:
   """One parameter on its devices; every distinct part is read once."""
-  source = _SOURCES[name]
-  slices = [tensors[tensor]() for tensor in _names(config, name)]
-  stacked = name.startswith('layers/')
-  shape = x.shape[1:] if stacked else x.shape
+  source, lead = one.source, one.tensors.ndim
+  shape = x.shape[lead:]
   vocab = {'embed': 0, 'head': 1}.get(name)
   real = tuple(config.vocab_size if axis == vocab else size for axis, size in enumerate(shape))
   theirs = _their_shape(source, real)
-  for tensor, part in zip(_names(config, name), slices):
+  opened = {tensor: tensors[tensor]() for tensor in one.tensors.flat}
+  for tensor, part in opened.items():
     if tuple(part.get_shape()) != theirs:
       raise types.RunError(f'{directory}: the tensor {tensor!r} is {part.get_shape()}, config.json makes it {theirs}')
   read: dict[tuple, np.ndarray] = {}
@@ -219,9 +213,13 @@ def _read_param(directory, config: transformer.Config, name: str, x: jax.ShapeDt
   def part_of(index: Any) -> np.ndarray:
     bounds = tuple(which.indices(size)[:2] for which, size in zip(index, x.shape))
     if bounds not in read:
-      layers, inner = (range(*bounds[0]), bounds[1:]) if stacked else (range(1), bounds)
-      parts = [_read_part(source, slices[layer], inner, real) for layer in layers]
-      read[bounds] = np.stack(parts) if stacked else parts[0]
+      which = one.tensors
+      for axis, (start, stop) in enumerate(bounds[:lead]):
+        which = which.take(range(start, stop), axis)
+      out = np.empty([stop - start for start, stop in bounds], np.float32)
+      for place in np.ndindex(which.shape):
+        out[place] = _read_part(source, opened[which[place]], bounds[lead:], real)
+      read[bounds] = out
     return read[bounds]
 
   return jax.make_array_from_callback(x.shape, x.sharding, part_of)
@@ -230,7 +228,8 @@ def _read_param(directory, config: transformer.Config, name: str, x: jax.ShapeDt
 def _their_shape(source: _Source, ours: tuple[int, ...]) -> tuple[int, ...]:
   """The shape of a tensor from that of a parameter of one layer."""
   ins, outs = _sides(source, ours)
-  return tuple(int(np.prod(side)) for side in (outs, ins) if side)
+  wide = (source.outs or int(np.prod(outs)),)
+  return wide + ((int(np.prod(ins)),) if ins else ())
 
 
 def _sides(source: _Source, ours: tuple) -> tuple[tuple, tuple]:
@@ -249,6 +248,7 @@ def _read_part(source: _Source, part: Any, bounds: tuple[tuple[int, int], ...], 
     return np.zeros([stop - start for start, stop in bounds], np.float32)
   sides = zip(_sides(source, inside)[::-1], _sides(source, real)[::-1])
   index = tuple(_flat(side, sizes) for side, sizes in sides if side)
+  index = slice(index[0].start + source.first, index[0].stop + source.first), *index[1:]
   values = np.asarray(part[index]).astype(np.float32)
   values = values.T if source.transposed else values
   values = values.reshape([stop - start for start, stop in inside])

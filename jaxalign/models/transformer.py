@@ -1,8 +1,7 @@
-"""A decoder-only transformer of the Llama family.
+"""Decoder-only transformers: embedding, layers, and the norm before the head.
 
-RMSNorm before each half of a block, rotary positions, grouped-query attention, SwiGLU, tied or untied head. The layers
-are one scanned block, so that a program does not grow with their number. The module returns hidden states: logits of a
-whole batch are never made (`logps.token_stats` makes them in chunks).
+Layers of a repeating pattern are scanned, so that a program does not grow with their number. The module returns hidden
+states: logits of a whole batch are never made (`logps.token_stats` makes them in chunks).
 """
 
 from collections.abc import Callable
@@ -11,14 +10,15 @@ import functools
 from typing import Any
 
 from flax import linen as nn
-from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import sharding
 from jaxalign import types
+from jaxalign.models import architecture
 from jaxalign.models import attention as attention_lib
+from jaxalign.models import layers
 from jaxalign.models import rotary
 
 # What the backward pass finds saved: everything, products with weights, or nothing but what each layer reads.
@@ -27,96 +27,13 @@ REMAT: dict[str, Callable | None] = {
     'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     'full': jax.checkpoint_policies.nothing_saveable,
 }
-_VOCAB_MULTIPLE = 128  # the vocabulary is padded to it, so that a tensor axis divides it
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Sizes of a transformer.
-
-  Attributes:
-    vocab_size: V without padding.
-    num_layers: L.
-    embed_dim: D.
-    num_heads: N, query heads.
-    num_kv_heads: K, key and value heads; divides N.
-    head_size: H, even.
-    mlp_dim: F.
-    max_length: positions that the model was trained for.
-    rope_theta: base of the rotary frequencies.
-    norm_eps: added to the mean square in RMSNorm.
-    tie_embeddings: whether the output matrix is the transposed embedding.
-    reward_head: whether there is a vector that scores hidden states.
-  """
-
-  vocab_size: int
-  num_layers: int
-  embed_dim: int
-  num_heads: int
-  num_kv_heads: int
-  head_size: int
-  mlp_dim: int
-  max_length: int
-  rope_theta: float = 10000.0
-  norm_eps: float = 1e-5
-  tie_embeddings: bool = True
-  reward_head: bool = False
-
-  def __post_init__(self):
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if field.type in (int, float) and not value > 0:
-        raise types.UsageError(f'transformer.Config.{field.name} = {value}: it must be positive')
-    if self.num_heads % self.num_kv_heads:
-      raise types.UsageError(
-          f'transformer.Config.num_heads = {self.num_heads}: it must be a multiple of num_kv_heads ='
-          f' {self.num_kv_heads}'
-      )
-    if self.head_size % 2:
-      raise types.UsageError(f'transformer.Config.head_size = {self.head_size}: rotary positions want an even number')
-
-  @property
-  def padded_vocab(self) -> int:
-    """V with padding; ids from `vocab_size` on are never read and have probability 0."""
-    return -(-self.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
-
-  def to_json(self) -> dict[str, Any]:
-    """The arguments that make an equal configuration."""
-    return dataclasses.asdict(self)
-
-
-@struct.dataclass
-class KVCache:
-  """Keys and values of what has been read, and how much that is.
-
-  Attributes:
-    k_LBSKH: keys, rotated; slot s of a row is its token s.
-    v_LBSKH: values.
-    lengths_B: int32, tokens of each row.
-  """
-
-  k_LBSKH: types.Array
-  v_LBSKH: types.Array
-  lengths_B: types.Array
-
-
-def init_cache(config: Config, rows: int, length: int, dtype: jax.typing.DTypeLike) -> KVCache:
+def init_cache(config: architecture.Config, rows: int, length: int, dtype: jax.typing.DTypeLike) -> layers.KVCache:
   """An empty cache for `rows` rows of up to `length` tokens; what is read beyond that is lost."""
   shape = (config.num_layers, rows, length, config.num_kv_heads, config.head_size)
   place = lambda x: sharding.constrain(x, 'layers', 'batch', None, None, None)
-  return KVCache(place(jnp.zeros(shape, dtype)), place(jnp.zeros(shape, dtype)), jnp.zeros(rows, jnp.int32))
-
-
-def _rms_norm(x_BTD, scale_D, eps: float):
-  """Computes x / sqrt(mean(x^2) + eps) * scale in float32. Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467."""
-  wide = x_BTD.astype(jnp.float32)
-  normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-  return (normed * scale_D[None, None, :]).astype(x_BTD.dtype)
-
-
-def _param(module: nn.Module, name: str, init, shape: tuple[int, ...], axes: tuple[str, ...]) -> types.Array:
-  """A float32 parameter whose axes have logical names."""
-  return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+  return layers.KVCache(place(jnp.zeros(shape, dtype)), place(jnp.zeros(shape, dtype)), jnp.zeros(rows, jnp.int32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -139,82 +56,17 @@ def _look_up_backward(dtype, kept, d_BTD):
 _look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
-def _einsum(spec: str, x_BT, weight):
-  """`jnp.einsum` of tokens `[B, T, ...]` and a weight.
+class _Repeat(nn.Module):
+  """Layers one behind the other; blocks are named by their number among them."""
 
-  Tokens are one axis in it, so that the gradient of the weight sums over one: over two, XLA for CPUs first transposes
-  both operands in memory. Where the mesh splits rows, the axes cannot be merged in place.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  if not mesh.empty and sharding.parts(mesh, 'length') > 1:
-    return jnp.einsum(spec, x_BT, weight)
-  B, T = x_BT.shape[:2]
-  out = jnp.einsum(spec.replace('BT', 'T'), x_BT.reshape(B * T, *x_BT.shape[2:]), weight)
-  return out.reshape(B, T, *out.shape[1:])
-
-
-class Block(nn.Module):
-  """One layer: attention, then the feed-forward half, each on a normed copy and added to what it read.
-
-  Attributes:
-    config: sizes.
-    dtype: of the computation.
-    attention: one of `attention.KERNELS`.
-  """
-
-  config: Config
-  dtype: Any
-  attention: str
+  kinds: tuple[str, ...]
+  make: Callable[..., nn.Module]
 
   @nn.compact
   def __call__(self, carry, rotations, segments_BT):
-    """Takes and returns (hidden states, cache or None, number of the layer), as `nn.scan` wants."""
-    x_BTD, cache, layer = carry
-    a_BTD, cache = self._attend(self._norm('attn_norm', x_BTD), cache, layer, rotations, segments_BT)
-    x_BTD = sharding.constrain(x_BTD + a_BTD, 'batch', 'length', 'hidden')
-    x_BTD = x_BTD + self._feed_forward(self._norm('mlp_norm', x_BTD))
-    return (sharding.constrain(x_BTD, 'batch', 'length', 'hidden'), cache, layer + 1), None
-
-  def _attend(self, x_BTD, cache, layer, rotations, segments_BT):
-    c = self.config
-    D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_size
-    q = _einsum('BTD,DNH->BTNH', x_BTD, self._weight('q', (D, N, H), ('embed', 'heads', 'head_size'), D))
-    k = _einsum('BTD,DKH->BTKH', x_BTD, self._weight('k', (D, K, H), ('embed', 'kv_heads', 'head_size'), D))
-    v = _einsum('BTD,DKH->BTKH', x_BTD, self._weight('v', (D, K, H), ('embed', 'kv_heads', 'head_size'), D))
-    q, k = rotary.rotate(q, rotations), rotary.rotate(k, rotations)
-    if cache is None:
-      out = attention_lib.attend(self.attention, q, k, v, segments_BT)
-    else:
-      out, cache = _attend_cached(q, k, v, cache, layer)
-    o = self._weight('o', (N, H, D), ('heads', 'head_size', 'embed'), N * H)
-    return _einsum('BTNH,NHD->BTD', out, o), cache
-
-  def _feed_forward(self, x_BTD):
-    D, F = self.config.embed_dim, self.config.mlp_dim
-    gate = _einsum('BTD,DF->BTF', x_BTD, self._weight('gate', (D, F), ('embed', 'mlp'), D))
-    up = _einsum('BTD,DF->BTF', x_BTD, self._weight('up', (D, F), ('embed', 'mlp'), D))
-    return _einsum('BTF,FD->BTD', jax.nn.silu(gate) * up, self._weight('down', (F, D), ('mlp', 'embed'), F))
-
-  def _norm(self, name: str, x_BTD):
-    scale_D = _param(self, name, nn.initializers.ones, (self.config.embed_dim,), ('norm',))
-    return _rms_norm(x_BTD, scale_D, self.config.norm_eps)
-
-  def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int):
-    return _param(self, name, nn.initializers.normal(fan_in**-0.5), shape, axes).astype(self.dtype)
-
-
-def _attend_cached(q_BTNH, k_BTKH, v_BTKH, cache: KVCache, layer):
-  """Writes the new keys and values behind those of each row and attends to all of them."""
-  T = q_BTNH.shape[1]
-  rows_BT = jnp.arange(q_BTNH.shape[0])[:, None]
-  slots_BT = cache.lengths_B[:, None] + jnp.arange(T)[None, :]
-  write = lambda old, new: old.at[layer, rows_BT, slots_BT].set(
-      new.astype(old.dtype), mode='drop', indices_are_sorted=True, unique_indices=True
-  )
-  cache = dataclasses.replace(cache, k_LBSKH=write(cache.k_LBSKH, k_BTKH), v_LBSKH=write(cache.v_LBSKH, v_BTKH))
-  allowed_BTS = jnp.arange(cache.k_LBSKH.shape[2])[None, None, :] <= slots_BT[:, :, None]
-  read = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).astype(q_BTNH.dtype)
-  return attention_lib.dense(q_BTNH, read(cache.k_LBSKH), read(cache.v_LBSKH), allowed_BTS), cache
+    for i, kind in enumerate(self.kinds):
+      carry = self.make(kind=kind, name=str(i))(carry, rotations, segments_BT)
+    return carry, None
 
 
 class Transformer(nn.Module):
@@ -227,13 +79,13 @@ class Transformer(nn.Module):
     attention: one of `attention.KERNELS`, for whole sequences; with a cache attention is dense.
   """
 
-  config: Config
+  config: architecture.Config
   dtype: Any = jnp.float32
   remat: str = 'none'
   attention: str = 'xla'
 
   @nn.compact
-  def __call__(self, inputs_BT, positions_BT, segments_BT, cache: KVCache | None = None):
+  def __call__(self, inputs_BT, positions_BT, segments_BT, cache: layers.KVCache | None = None):
     """Reads tokens and returns what the head reads.
 
     Args:
@@ -247,28 +99,45 @@ class Transformer(nn.Module):
       Hidden states after the final norm, `[B, T, D]`; with a cache, these and the new cache.
     """
     c = self.config
-    embed_VD = _param(self, 'embed', nn.initializers.normal(0.02), (c.padded_vocab, c.embed_dim), ('vocab', 'embed'))
+    normal = nn.initializers.normal(0.02)
+    embed_VD = layers.param(self, 'embed', normal, (c.padded_vocab, c.embed_dim), ('vocab', 'embed'))
     if not c.tie_embeddings:
-      _param(self, 'head', nn.initializers.normal(0.02), (c.embed_dim, c.padded_vocab), ('embed', 'vocab'))
+      layers.param(self, 'head', normal, (c.embed_dim, c.padded_vocab), ('embed', 'vocab'))
     if c.reward_head:
-      _param(self, 'reward_head', nn.initializers.zeros, (c.embed_dim, 1), ('embed', 'one'))
+      layers.param(self, 'reward_head', nn.initializers.zeros, (c.embed_dim, 1), ('embed', 'one'))
     x_BTD = sharding.constrain(_look_up(self.dtype, embed_VD, inputs_BT), 'batch', 'length', 'hidden')
-    policy = REMAT[self.remat]
-    layers = nn.scan(
-        Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=False),
-        variable_axes={'params': 0},
-        split_rngs={'params': True},
-        in_axes=(nn.broadcast, nn.broadcast),
-        length=c.num_layers,
-        metadata_params={nn.PARTITION_NAME: 'layers'},
-    )(c, self.dtype, self.attention, name='layers')
+    if c.scale_embeddings:
+      x_BTD = x_BTD * jnp.asarray(c.embed_dim**0.5, self.dtype)
     # The cache is carried, not scanned: as a scanned output it would exist twice.
-    rotations = rotary.rotations(positions_BT, c.head_size, c.rope_theta)
-    (x_BTD, cache, _), _ = layers((x_BTD, cache, 0), rotations, segments_BT)
-    x_BTD = _rms_norm(x_BTD, _param(self, 'final_norm', nn.initializers.ones, (c.embed_dim,), ('norm',)), c.norm_eps)
+    carry = x_BTD, cache, 0
+    rotations = {kind: rotary.rotations(c, kind, positions_BT) for kind in set(c.kinds)}
+    for part in self._parts():
+      carry, _ = part(carry, rotations, segments_BT)
+    x_BTD, cache, _ = carry
+    x_BTD = layers.rms_norm(x_BTD, layers.param(self, 'final_norm', layers.norm_init(c), (c.embed_dim,), ('norm',)), c)
     if cache is None:
       return x_BTD
     return x_BTD, dataclasses.replace(cache, lengths_B=cache.lengths_B + jnp.sum(segments_BT > 0, axis=1))
+
+  def _parts(self) -> list[nn.Module]:
+    """The repeated pattern of layers, scanned so that a program does not grow with it, and the layers that are left."""
+    c = self.config
+    policy = REMAT[self.remat]
+    block = layers.Block if policy is None else nn.remat(layers.Block, policy=policy, prevent_cse=False)
+    make = functools.partial(block, config=c, dtype=self.dtype, attention=self.attention)
+    parts: list[nn.Module] = []
+    if c.repeats:
+      scanned = nn.scan(
+          _Repeat,
+          variable_axes={'params': 0},
+          split_rngs={'params': True},
+          in_axes=(nn.broadcast, nn.broadcast),
+          length=c.repeats,
+          metadata_params={nn.PARTITION_NAME: 'layers'},
+      )
+      parts.append(scanned(c.pattern, make, name='layers'))
+    rest = c.kinds[c.repeats * len(c.pattern) :]
+    return [*parts, _Repeat(rest, make, name='rest')] if rest else parts
 
 
 def output_matrix(params: types.PyTree) -> types.Array:
@@ -277,7 +146,7 @@ def output_matrix(params: types.PyTree) -> types.Array:
 
 
 def build(
-    config: Config,
+    config: architecture.Config,
     mesh: jax.sharding.Mesh,
     *,
     dtype: jax.typing.DTypeLike = 'float32',
@@ -308,7 +177,9 @@ def build(
     raise types.UsageError(
         f'loader.Packing.row_length = {length}: the context of the model is {config.max_length} tokens'
     )
-  name = attention or attention_lib.pick(mesh, dtype, head_size=config.head_size, length=length)
+  name = attention or attention_lib.pick(
+      mesh, dtype, head_size=config.head_size, length=length, softcap=config.attn_softcap
+  )
   return Transformer(config, jnp.dtype(dtype), remat, name)
 
 
@@ -335,16 +206,3 @@ def init_params(model: Transformer, key: jax.Array, mesh: jax.sharding.Mesh) -> 
   """Random normal parameters, made where they lie; their deviation is 1/sqrt(fan-in), 0.02 of embedding and head."""
   where = jax.tree.map(lambda x: x.sharding, abstract_params(model, mesh))
   return jax.jit(lambda key: nn.unbox(_init_fn(model)(key)), out_shardings=where)(key)
-
-
-def flops_per_token(config: Config, length: int) -> float:
-  """FLOPs of training on a token, forward and backward, in rows of `length`: what utilisation is measured by.
-
-    6 * (matrix parameters) + 12 * L * N * H * length / 2
-
-  Recomputation does not count, nor what the causal mask discards. Chowdhery et al., 2022,
-  https://arxiv.org/abs/2204.02311, App. B.
-  """
-  D, N, K, H, F = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_size, config.mlp_dim
-  layer = D * H * (2 * N + 2 * K) + 3 * D * F
-  return 6 * (config.num_layers * layer + D * config.vocab_size) + 6 * config.num_layers * N * H * length

@@ -19,13 +19,20 @@ def arrays(rng, rows, length, heads, kv_heads, size):
   return q, k, v, segments.astype(np.int32)
 
 
-def formula(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+def plain(size):
+  """What most models do."""
+  return attention.How(size**-0.5)
+
+
+def formula(q_BTNH, k_BTKH, v_BTKH, segments_BT, how):
   """Softmax attention, a query at a time, in float64."""
   out = np.zeros(q_BTNH.shape)
   ratio = q_BTNH.shape[2] // k_BTKH.shape[2]
   for b, t, n in np.ndindex(q_BTNH.shape[:3]):
-    seen = [s for s in range(t + 1) if segments_BT[b, s] == segments_BT[b, t]]
-    scores = k_BTKH[b, seen, n // ratio].astype(np.float64) @ q_BTNH[b, t, n] / np.sqrt(q_BTNH.shape[3])
+    first = max(0, t - how.window + 1) if how.window else 0
+    seen = [s for s in range(first, t + 1) if segments_BT[b, s] == segments_BT[b, t]]
+    scores = k_BTKH[b, seen, n // ratio].astype(np.float64) @ q_BTNH[b, t, n] * how.scale
+    scores = how.softcap * np.tanh(scores / how.softcap) if how.softcap else scores
     weights = np.exp(scores - scores.max())
     out[b, t, n] = weights / weights.sum() @ v_BTKH[b, seen, n // ratio]
   return out
@@ -45,57 +52,75 @@ class TestAttend:
   @pytest.mark.parametrize('heads,kv_heads', [(4, 4), (4, 2), (3, 1)])
   def test_is_softmax_attention_within_segments(self, length, heads, kv_heads):
     args = arrays(np.random.default_rng(0), 2, length, heads, kv_heads, 8)
-    np.testing.assert_allclose(attention.attend('xla', *args), formula(*args), atol=2e-6)
+    np.testing.assert_allclose(attention.attend('xla', *args, plain(8)), formula(*args, plain(8)), atol=2e-6)
 
   def test_is_the_same_in_blocks_and_whole_with_its_gradient(self, monkeypatch):
     q, k, v, segments = arrays(np.random.default_rng(1), 2, 40, 4, 2, 8)
 
     def both(queries):
       monkeypatch.setattr(attention, '_QUERIES', queries)  # of the least block
-      total = lambda q, k, v: jnp.sum(jnp.sin(attention.xla(q, k, v, segments)))
-      return attention.xla(q, k, v, segments), *jax.grad(total, (0, 1, 2))(q, k, v)
+      total = lambda q, k, v: jnp.sum(jnp.sin(attention.xla(q, k, v, segments, plain(8))))
+      return attention.xla(q, k, v, segments, plain(8)), *jax.grad(total, (0, 1, 2))(q, k, v)
 
     for blocks, whole in zip(both(16), both(40)):
       np.testing.assert_allclose(blocks, whole, atol=3e-6)
 
   def test_of_large_logits_is_finite(self):
     q, k, v, segments = arrays(np.random.default_rng(2), 1, 9, 2, 2, 4)
-    out, grads = jax.value_and_grad(lambda q: jnp.sum(attention.xla(q, 1e4 * k, v, segments)))(1e4 * q)
+    out, grads = jax.value_and_grad(lambda q: jnp.sum(attention.xla(q, 1e4 * k, v, segments, plain(4))))(1e4 * q)
     assert np.isfinite(out)
     assert np.isfinite(grads).all()
 
   def test_keeps_the_softmax_in_float32(self):
     q, k, v, segments = arrays(np.random.default_rng(3), 2, 64, 2, 2, 16)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
-    exact = formula(*(np.asarray(x, np.float64) for x in (q, k, v)), segments)
-    found = attention.attend('xla', q, k, v, segments)
+    exact = formula(*(np.asarray(x, np.float64) for x in (q, k, v)), segments, plain(16))
+    found = attention.attend('xla', q, k, v, segments, plain(16))
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, atol=0.02)
+
+  @pytest.mark.parametrize('window', [1, 5, 64, 70, 400])
+  @pytest.mark.parametrize('softcap', [0.0, 0.7])
+  def test_sees_a_window_of_capped_logits(self, window, softcap):
+    args = arrays(np.random.default_rng(7), 1, 200, 2, 1, 8)
+    how = attention.How(0.9, window, softcap)
+    np.testing.assert_allclose(attention.attend('xla', *args, how), formula(*args, how), atol=2e-6)
 
 
 class TestCudnn:
 
-  def test_gives_the_kernel_the_mask_of_segments(self):
+  @pytest.mark.parametrize('how', [plain(8), attention.How(0.9, 5)])
+  def test_gives_the_kernel_the_mask_of_segments_and_the_window(self, how):
     args = arrays(np.random.default_rng(4), 2, 24, 4, 2, 8)
-    np.testing.assert_allclose(fused(*args), formula(*args), atol=2e-6)
+    np.testing.assert_allclose(fused(*args, how), formula(*args, how), atol=2e-6)
 
 
 class TestSplash:
 
-  def test_is_softmax_attention_within_segments(self):
+  @pytest.mark.parametrize('how', [plain(64), attention.How(0.1, 5), attention.How(0.2, 0, 0.7)])
+  def test_is_softmax_attention_within_segments(self, how):
     args = arrays(np.random.default_rng(5), 1, 128, 2, 1, 64)
-    np.testing.assert_allclose(splash(*args), formula(*args), atol=2e-6)
+    np.testing.assert_allclose(splash(*args, how), formula(*args, how), atol=2e-6)
 
-  @pytest.mark.parametrize('mesh', ['fsdp:8', 'fsdp:2,tensor:2,context:2', 'data:2,tensor:4'])
-  def test_on_a_mesh_equals_the_dense_one_with_its_gradient(self, mesh):
+  @pytest.mark.parametrize(
+      'mesh,how',
+      [
+          ('fsdp:8', plain(64)),
+          ('fsdp:2,tensor:2,context:2', plain(64)),
+          ('fsdp:4,context:2', attention.How(0.1, 40, 0.7)),
+          ('data:2,tensor:4', plain(64)),
+      ],
+  )
+  def test_on_a_mesh_equals_the_dense_one_with_its_gradient(self, mesh, how):
     # Two key heads: with tensor:4 there are more devices than heads.
     q, k, v, segments = arrays(np.random.default_rng(6), 8, 256, 4, 2, 64)
 
     def grads(fn):
-      return jax.jit(jax.grad(lambda q, k, v: jnp.sum(jnp.sin(fn(q, k, v, segments))), (0, 1, 2)))(q, k, v)
+      return jax.jit(jax.grad(lambda q, k, v: jnp.sum(jnp.sin(fn(q, k, v, segments, how))), (0, 1, 2)))(q, k, v)
 
+    run = lambda *args: splash(*args, how)
     with jax.set_mesh(sharding.make_mesh(mesh)):
-      np.testing.assert_allclose(jax.jit(splash)(q, k, v, segments), attention.xla(q, k, v, segments), atol=2e-6)
+      np.testing.assert_allclose(jax.jit(run)(q, k, v, segments), attention.xla(q, k, v, segments, how), atol=2e-6)
       for found, wanted in zip(grads(splash), grads(attention.xla)):
         np.testing.assert_allclose(found, wanted, atol=3e-5)
 
@@ -129,3 +154,6 @@ class TestPick:
     with caplog.at_level('INFO', logger='absl'):
       assert attention.pick(mesh_of(platform, **sizes), dtype, head_size=head_size, length=length) == name
     assert f'attention: {name} (' in caplog.text
+
+  def test_caps_no_logits_by_cudnn(self):
+    assert attention.pick(mesh_of('gpu'), 'bfloat16', head_size=64, length=1024, softcap=50.0) == 'xla'

@@ -1,0 +1,172 @@
+"""One layer of a transformer: attention and a feed-forward half, in the ways of its family."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+from flax import linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from jaxalign import sharding
+from jaxalign import types
+from jaxalign.models import architecture
+from jaxalign.models import attention as attention_lib
+from jaxalign.models import experts
+from jaxalign.models import rotary
+
+_ACTIVATIONS: dict[str, Callable] = {
+    'silu': jax.nn.silu,
+    'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
+    'gelu': functools.partial(jax.nn.gelu, approximate=False),
+}
+
+
+@struct.dataclass
+class KVCache:
+  """Keys and values of what has been read, and how much that is.
+
+  Attributes:
+    k_LBSKH: keys, rotated; slot s of a row is its token s.
+    v_LBSKH: values.
+    lengths_B: int32, tokens of each row.
+  """
+
+  k_LBSKH: types.Array
+  v_LBSKH: types.Array
+  lengths_B: types.Array
+
+
+def param(module: nn.Module, name: str, init, shape: tuple[int, ...], axes: tuple[str, ...]) -> types.Array:
+  """A float32 parameter whose axes have logical names."""
+  return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+
+def rms_norm(x, scale, config: architecture.Config):
+  """Computes x / sqrt(mean(x^2) + eps) * (offset + scale) over the last axis, in float32.
+
+  Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467.
+  """
+  wide = x.astype(jnp.float32)
+  normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.norm_eps)
+  return (normed * (config.norm_offset + jnp.expand_dims(scale, range(x.ndim - 1)))).astype(x.dtype)
+
+
+def norm_init(config: architecture.Config):
+  """Makes the norm's factor 1."""
+  return nn.initializers.constant(1.0 - config.norm_offset)
+
+
+def _einsum(spec: str, x_BT, weight):
+  """`jnp.einsum` of tokens `[B, T, ...]` and a weight.
+
+  Tokens are one axis in it, so that the gradient of the weight sums over one: over two, XLA for CPUs first transposes
+  both operands in memory. Where the mesh splits rows, the axes cannot be merged in place.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty and sharding.parts(mesh, 'length') > 1:
+    return jnp.einsum(spec, x_BT, weight)
+  B, T = x_BT.shape[:2]
+  out = jnp.einsum(spec.replace('BT', 'T'), x_BT.reshape(B * T, *x_BT.shape[2:]), weight)
+  return out.reshape(B, T, *out.shape[1:])
+
+
+class Block(nn.Module):
+  """One layer: attention, then the feed-forward half, each added to what it read.
+
+  Attributes:
+    config: sizes and ways.
+    kind: one of `architecture.LAYER_KINDS`.
+    dtype: of the computation.
+    attention: one of `attention.KERNELS`.
+  """
+
+  config: architecture.Config
+  kind: str
+  dtype: Any
+  attention: str
+
+  @nn.compact
+  def __call__(self, carry, rotations, segments_BT):
+    """Takes and returns (hidden states, cache or None, number of the layer); `rotations` are by kind of layer."""
+    x_BTD, cache, layer = carry
+    a_BTD, cache = self._attend(self._norm_if('pre', 'attn_norm', x_BTD), cache, layer, rotations, segments_BT)
+    a_BTD = self._norm_if('post', 'attn_post_norm', a_BTD)
+    x_BTD = sharding.constrain(x_BTD + a_BTD, 'batch', 'length', 'hidden')
+    f_BTD = self._feed_forward(self._norm_if('pre', 'mlp_norm', x_BTD))
+    x_BTD = x_BTD + self._norm_if('post', 'mlp_post_norm', f_BTD)
+    return sharding.constrain(x_BTD, 'batch', 'length', 'hidden'), cache, layer + 1
+
+  def _attend(self, x_BTD, cache, layer, rotations, segments_BT):
+    c = self.config
+    D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_size
+    q = self._project('q', 'BTD,DNH->BTNH', x_BTD, (D, N, H), ('embed', 'heads', 'head_size'), D, c.qkv_bias)
+    k = self._project('k', 'BTD,DKH->BTKH', x_BTD, (D, K, H), ('embed', 'kv_heads', 'head_size'), D, c.qkv_bias)
+    v = self._project('v', 'BTD,DKH->BTKH', x_BTD, (D, K, H), ('embed', 'kv_heads', 'head_size'), D, c.qkv_bias)
+    q, k = self._norm_heads('q_norm', q, 'heads'), self._norm_heads('k_norm', k, 'kv_heads')
+    q, k = rotary.rotate(q, rotations[self.kind]), rotary.rotate(k, rotations[self.kind])
+    how = attention_lib.How(c.attention_scale, c.window if self.kind == 'local' else 0, c.attn_softcap)
+    if cache is None:
+      out = attention_lib.attend(self.attention, q, k, v, segments_BT, how)
+    else:
+      out, cache = _attend_cached(q, k, v, cache, layer, how)
+    axes = 'heads', 'head_size', 'embed'
+    return self._project('o', 'BTNH,NHD->BTD', out, (N, H, D), axes, N * H, c.out_bias), cache
+
+  def _feed_forward(self, x_BTD):
+    c = self.config
+    D, F, E = c.embed_dim, c.mlp_dim, c.num_experts
+    act = _ACTIVATIONS[c.activation]
+    if E:
+      router = self._weight('router', (D, E), ('embed', 'one'), D)
+      gate = self._weight('gate', (E, D, F), ('experts', 'embed', 'mlp'), D)
+      up = self._weight('up', (E, D, F), ('experts', 'embed', 'mlp'), D)
+      down = self._weight('down', (E, F, D), ('experts', 'mlp', 'embed'), F)
+      return experts.feed_forward(x_BTD, router, gate, up, down, config=c, act=act)
+    gate = self._project('gate', 'BTD,DF->BTF', x_BTD, (D, F), ('embed', 'mlp'), D, c.mlp_bias)
+    up = self._project('up', 'BTD,DF->BTF', x_BTD, (D, F), ('embed', 'mlp'), D, c.mlp_bias)
+    return self._project('down', 'BTF,FD->BTD', act(gate) * up, (F, D), ('mlp', 'embed'), F, c.mlp_bias)
+
+  def _norm_if(self, place: str, name: str, x_BTD):
+    c = self.config
+    if c.norms not in (place, 'both'):
+      return x_BTD
+    return rms_norm(x_BTD, param(self, name, norm_init(c), (c.embed_dim,), ('norm',)), c)
+
+  def _norm_heads(self, name: str, x_BTNH, axis: str):
+    c = self.config
+    if not c.qk_norm:
+      return x_BTNH
+    B, T, N, H = x_BTNH.shape
+    if c.qk_norm == 'head':
+      return rms_norm(x_BTNH, param(self, name, norm_init(c), (H,), ('norm',)), c)
+    scale_NH = param(self, name, norm_init(c), (N, H), (axis, 'head_size'))
+    return rms_norm(x_BTNH.reshape(B, T, N * H), scale_NH.reshape(-1), c).reshape(x_BTNH.shape)
+
+  def _project(self, name: str, spec: str, x_BT, shape, axes: tuple[str, ...], fan_in: int, bias: bool):
+    out = _einsum(spec, x_BT, self._weight(name, shape, axes, fan_in))
+    if not bias:
+      return out
+    kept = out.ndim - 2  # the outputs are the last axes of the weight
+    b = param(self, f'{name}_bias', nn.initializers.zeros, shape[-kept:], axes[-kept:]).astype(self.dtype)
+    return out + jnp.expand_dims(b, (0, 1))
+
+  def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int):
+    return param(self, name, nn.initializers.normal(fan_in**-0.5), shape, axes).astype(self.dtype)
+
+
+def _attend_cached(q_BTNH, k_BTKH, v_BTKH, cache: KVCache, layer, how: attention_lib.How):
+  """Writes the new keys and values behind those of each row and attends to all of them."""
+  T = q_BTNH.shape[1]
+  rows_BT = jnp.arange(q_BTNH.shape[0])[:, None]
+  slots_BT = cache.lengths_B[:, None] + jnp.arange(T)[None, :]
+  write = lambda old, new: old.at[layer, rows_BT, slots_BT].set(
+      new.astype(old.dtype), mode='drop', indices_are_sorted=True, unique_indices=True
+  )
+  cache = dataclasses.replace(cache, k_LBSKH=write(cache.k_LBSKH, k_BTKH), v_LBSKH=write(cache.v_LBSKH, v_BTKH))
+  behind_BTS = slots_BT[:, :, None] - jnp.arange(cache.k_LBSKH.shape[2])[None, None, :]
+  allowed_BTS = (behind_BTS >= 0) & (behind_BTS < how.window) if how.window else behind_BTS >= 0
+  read = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).astype(q_BTNH.dtype)
+  return attention_lib.dense(q_BTNH, read(cache.k_LBSKH), read(cache.v_LBSKH), allowed_BTS, how), cache

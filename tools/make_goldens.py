@@ -1,0 +1,106 @@
+"""Writes tests/goldens: tiny random models of every family by transformers, and what they compute.
+
+  pip install -e '.[goldens]'
+  python tools/make_goldens.py [--families=gemma2,phi3]
+
+Each folder holds what `save_pretrained` wrote (config.json, model.safetensors) and golden.npz: ids, float32 logits of
+every position, and a greedy continuation. The same seed gives the same numbers up to rounding, so that fixtures change
+only where transformers does.
+"""
+
+import argparse
+import pathlib
+import shutil
+
+import numpy as np
+import torch
+import transformers
+
+GOLDENS = pathlib.Path(__file__).resolve().parents[1] / 'tests' / 'goldens'
+_NEW = 64
+_SIZES = {
+    'vocab_size': 96,
+    'hidden_size': 16,
+    'intermediate_size': 24,
+    'num_hidden_layers': 2,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 2,
+    'max_position_embeddings': 128,
+    'pad_token_id': 0,
+    'bos_token_id': 1,
+    'eos_token_id': None,
+}
+_LLAMA3 = {
+    'rope_type': 'llama3',
+    'factor': 8.0,
+    'low_freq_factor': 1.0,
+    'high_freq_factor': 4.0,
+    'original_max_position_embeddings': 16,
+}
+_YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32}
+_GEMMA = {'head_dim': 8, 'hidden_activation': 'gelu_pytorch_tanh'}
+_WINDOWED = _GEMMA | {'query_pre_attn_scalar': 6, 'sliding_window': 12}
+_MOE = {'moe_intermediate_size': 12, 'num_experts': 4, 'num_experts_per_tok': 2, 'head_dim': 8}
+
+# Folder: (configuration class, what differs from _SIZES). Between them they use every key that a family has.
+CASES = {
+    'llama': ('LlamaConfig', {'rope_theta': 5000.0}),
+    'llama3': ('LlamaConfig', {'rope_scaling': _LLAMA3, 'rope_theta': 500000.0, 'tie_word_embeddings': True}),
+    'llama_linear': ('LlamaConfig', {'rope_scaling': {'rope_type': 'linear', 'factor': 2.0}, 'head_dim': 8}),
+    'llama_biases': ('LlamaConfig', {'attention_bias': True, 'mlp_bias': True}),
+    'mistral': ('MistralConfig', {'sliding_window': 10, 'head_dim': 8}),
+    'mixtral': ('MixtralConfig', {'num_local_experts': 4, 'num_experts_per_tok': 2, 'sliding_window': None}),
+    'qwen2': ('Qwen2Config', {'tie_word_embeddings': True}),
+    'qwen2_yarn': ('Qwen2Config', {'rope_scaling': _YARN}),
+    'qwen3': ('Qwen3Config', {'head_dim': 8}),
+    'qwen3_moe': ('Qwen3MoeConfig', _MOE | {'norm_topk_prob': True}),
+    'qwen3_moe_raw': ('Qwen3MoeConfig', _MOE | {'norm_topk_prob': False}),
+    'gemma': ('GemmaConfig', _GEMMA),
+    'gemma2': ('Gemma2Config', _WINDOWED | {'attn_logit_softcapping': 2.0, 'final_logit_softcapping': 3.0}),
+    'gemma3': ('Gemma3TextConfig', _WINDOWED | {'num_hidden_layers': 8}),
+    'phi3': ('Phi3Config', {'sliding_window': None}),
+    'phi3_window': ('Phi3Config', {'sliding_window': 9, 'partial_rotary_factor': 0.5}),
+    'olmo2': ('Olmo2Config', {}),
+    'smollm3': ('SmolLM3Config', {'num_hidden_layers': 4, 'use_sliding_window': False}),
+}
+
+
+def _randomise(model: torch.nn.Module, seed: int) -> None:
+  """Weights, biases and norms that all matter."""
+  generator = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for x in model.parameters():
+      x.add_(torch.randn(x.shape, generator=generator) * (0.2 if x.ndim == 1 else 0.15))
+
+
+def make(name: str) -> None:
+  """Writes the folder of one case."""
+  kind, changes = CASES[name]
+  torch.manual_seed(0)
+  config = getattr(transformers, kind)(**(_SIZES | changes))
+  model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation='eager').eval()
+  _randomise(model, seed=len(name))
+  ids = np.random.default_rng(0).integers(3, config.vocab_size, (2, 40))
+  with torch.no_grad():
+    logits = model(torch.tensor(ids)).logits.numpy()
+    greedy = torch.tensor(ids[:1, :8])
+    for _ in range(_NEW):
+      greedy = torch.cat([greedy, model(greedy).logits[:, -1:].argmax(-1)], dim=1)
+  folder = GOLDENS / name
+  shutil.rmtree(folder, ignore_errors=True)
+  model.save_pretrained(folder)
+  (folder / 'generation_config.json').unlink(missing_ok=True)
+  np.savez_compressed(folder / 'golden.npz', ids=ids, logits=logits, greedy=greedy[0].numpy())
+
+
+def main() -> None:
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--families', default=','.join(CASES), help='folders to write')
+  for name in parser.parse_args().families.split(','):
+    make(name)
+    print(name)
+
+
+if __name__ == '__main__':
+  main()
