@@ -114,14 +114,6 @@ class TestConfigure:
     recipe = configured('--algo=dpo', "--gin=recipe.Recipe.data = 'jsonl:mine.jsonl'")
     assert (recipe.eval_data, recipe.packing.row_length) == ('', 512)
 
-  @pytest.mark.parametrize(('name', 'parameters'), [('llama3_8b', 8_030_261_248), ('llama3_1b', 1_235_814_400)])
-  def test_knows_the_sizes_of_named_models(self, name, parameters):
-    c = configured('--algo=sft', f'--model={name}', '--tokenizer=builtin:stories260K').model
-    heads = 2 * c.num_heads + 2 * c.num_kv_heads
-    layer = c.embed_dim * (heads * c.head_size + 3 * c.mlp_dim + 2)
-    embeddings = c.vocab_size * c.embed_dim * (1 if c.tie_embeddings else 2)
-    assert c.num_layers * layer + embeddings + c.embed_dim == parameters
-
   def test_prefers_a_directory_to_a_named_model(self, tmp_path, monkeypatch):
     (tmp_path / 'tiny').mkdir()
     monkeypatch.chdir(tmp_path)

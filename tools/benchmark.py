@@ -1,7 +1,7 @@
 """Times training steps on made-up preference pairs, by the same way as `python -m jaxalign.main`.
 
   JAX_PLATFORMS=cpu python tools/benchmark.py --model=stories15M --vocab_size=32000
-  python tools/benchmark.py --model=llama3_1b --vocab_size=128256 --pairs=32 --response_tokens=960 --mesh=fsdp:8
+  python tools/benchmark.py --model=llama3_2_1b --vocab_size=128256 --pairs=32 --response_tokens=960 --mesh=fsdp:8
 
 Every pair is a prompt and two responses of fixed lengths. What is printed is one JSON object: the median of the steps'
 wall times, without the first and the last, and tokens of both sequences (prompt and response) per second.
