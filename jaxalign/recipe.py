@@ -5,7 +5,9 @@ import dataclasses
 import functools
 import hashlib
 import importlib.resources
+import json
 import pathlib
+from typing import Any
 
 import jax
 
@@ -115,6 +117,16 @@ def model_directory(spec: str) -> pathlib.Path:
 def is_checkpoint(path: pathlib.Path) -> bool:
   """Whether a path is a workdir, its folder of checkpoints or one checkpoint."""
   return any((folder / 'run.json').exists() for folder in (path, path / 'checkpoints', path.parent))
+
+
+def origin(job: Job, recipe: Recipe) -> dict[str, Any] | None:
+  """The config.json that the model's weights came with, for their way back; None for random weights."""
+  if recipe.model is not None:
+    return None
+  path = model_directory(job.model)
+  if not is_checkpoint(path):
+    return hf.read_json(path / 'config.json')
+  return json.loads((checkpoint.find(path)[0] / 'run.json').read_text(encoding='utf-8')).get('hf_config')
 
 
 def open_tokenizer(job: Job) -> tokenizers.Tokenizer:

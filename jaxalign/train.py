@@ -117,6 +117,7 @@ def _save_run(job, recipe, model, tokenizer, config) -> None:
   bindings, operative = config()
   run = {
       'model': model.config.to_json(),
+      'hf_config': recipe_lib.origin(job, recipe),
       'dtype': recipe.dtype,
       'row_length': recipe.packing.row_length,
       'bindings': bindings,

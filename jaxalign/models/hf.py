@@ -44,6 +44,15 @@ class _Source:
   first: int = 0
   outs: int = 0
 
+  def to_theirs(self, ours: np.ndarray) -> np.ndarray:
+    """The tensor, or its part, of one layer's parameter."""
+    ins, outs = _sides(self, ours.shape)
+    if not ins:
+      return np.ascontiguousarray(ours.reshape(-1))
+    if not self.transposed:
+      return np.ascontiguousarray(ours)
+    return np.ascontiguousarray(ours.reshape(int(np.prod(ins)), int(np.prod(outs))).T)
+
 
 # Buffers that older files hold and that the configuration says already.
 _IGNORED = re.compile(r'.*(rotary_emb\.inv_freq|masked_bias)')
@@ -85,17 +94,17 @@ _GLOBAL = {
 }
 
 
-class _Map(NamedTuple):
+class TensorMap(NamedTuple):
   """One parameter of ours: its source, and the tensors that it is stacked from, shaped as its leading axes."""
 
   source: _Source
   tensors: np.ndarray
 
 
-def _map(family: str, config: architecture.Config, name: str) -> _Map:
-  """Where the parameter at path `name`, as 'layers/0/q', comes from."""
+def tensor_map(family: str, config: architecture.Config, name: str) -> TensorMap:
+  """Where the parameter at path `name`, as 'layers/0/q', of a model of this `model_type` comes from."""
   if name in _GLOBAL:
-    return _Map(_GLOBAL[name], np.array(_GLOBAL[name].name, object))
+    return TensorMap(_GLOBAL[name], np.array(_GLOBAL[name].name, object))
   part, block, leaf = name.split('/')
   source, size = _sources(family, config)[leaf], len(config.pattern)
   layers = [config.repeats * size + int(block)]
@@ -104,7 +113,7 @@ def _map(family: str, config: architecture.Config, name: str) -> _Map:
   experts = range(config.num_experts) if '{expert}' in source.name else range(1)
   names = np.array([[source.name.format(layer=i, expert=e) for e in experts] for i in layers], object)
   names = names if '{expert}' in source.name else names[:, 0]
-  return _Map(source, names if part == 'layers' else names[0] if names.ndim > 1 else np.array(names[0], object))
+  return TensorMap(source, names if part == 'layers' else names[0] if names.ndim > 1 else np.array(names[0], object))
 
 
 def read_config(directory: pathlib.Path) -> architecture.Config:
@@ -114,10 +123,15 @@ def read_config(directory: pathlib.Path) -> architecture.Config:
     RunError: the file is missing or not JSON, lacks a key, or has one that changes the numbers and is not supported.
   """
   path = pathlib.Path(directory) / 'config.json'
-  return families.read_config(path, _read_json(path))
+  return families.read_config(path, read_json(path))
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The object in a JSON file of a model.
+
+  Raises:
+    RunError: the file cannot be read or is not JSON.
+  """
   try:
     values = json.loads(path.read_text(encoding='utf-8'))
   except OSError as err:
@@ -143,8 +157,8 @@ def read_params(directory: pathlib.Path, config: architecture.Config, mesh: jax.
     tensors = _open(directory, stack)
     flat, tree = jax.tree_util.tree_flatten_with_path(abstract)
     wanted = {jax.tree_util.keystr(path, simple=True, separator='/'): x for path, x in flat}
-    family = str(_read_json(directory / 'config.json').get('model_type'))
-    maps = {name: _map(family, config, name) for name in wanted}
+    family = str(read_json(directory / 'config.json').get('model_type'))
+    maps = {name: tensor_map(family, config, name) for name in wanted}
     _check_names(directory, config, maps, tensors)
     return jax.tree_util.tree_unflatten(
         tree, [_read_param(directory, config, name, x, maps[name], tensors) for name, x in wanted.items()]
@@ -154,7 +168,7 @@ def read_params(directory: pathlib.Path, config: architecture.Config, mesh: jax.
 def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Callable[[], Any]]:
   """What opens the slices of each tensor, by the tensor's name."""
   if (directory / _INDEX).is_file():
-    weight_map = _read_json(directory / _INDEX).get('weight_map')
+    weight_map = read_json(directory / _INDEX).get('weight_map')
     if not isinstance(weight_map, dict):
       raise types.RunError(f'{directory / _INDEX}: it has no weight_map')
     files = {name: _open_file(directory / name, stack) for name in sorted(set(weight_map.values()))}
@@ -181,7 +195,7 @@ def _open_file(path: pathlib.Path, stack: contextlib.ExitStack) -> Any:
     raise types.RunError(f'{path}: not a whole safetensors file ({err}); copy it again') from err
 
 
-def _check_names(directory, config: architecture.Config, maps: Mapping[str, _Map], tensors) -> None:
+def _check_names(directory, config: architecture.Config, maps: Mapping[str, TensorMap], tensors) -> None:
   expected = {tensor for one in maps.values() for tensor in one.tensors.flat}
   missing = sorted(expected - set(tensors))
   if missing:
@@ -196,7 +210,7 @@ def _check_names(directory, config: architecture.Config, maps: Mapping[str, _Map
 
 
 def _read_param(
-    directory, config: architecture.Config, name: str, x: jax.ShapeDtypeStruct, one: _Map, tensors
+    directory, config: architecture.Config, name: str, x: jax.ShapeDtypeStruct, one: TensorMap, tensors
 ) -> jax.Array:
   """One parameter on its devices; every distinct part is read once."""
   source, lead = one.source, one.tensors.ndim

@@ -1,0 +1,71 @@
+"""Turns a checkpoint of jaxalign into a Hugging Face directory, or shows how one would be read.
+
+  python tools/convert_hf.py --checkpoint=runs/dpo --output=DIR [--dtype=bfloat16]
+  python tools/convert_hf.py --model=DIR
+
+The first writes config.json, *.safetensors and the tokenizer's files, chat template included, as transformers reads
+them with `AutoModelForCausalLM.from_pretrained`; a reward model becomes a `*ForSequenceClassification`. The second
+prints which of our parameters is made of which tensors.
+"""
+
+import argparse
+from collections.abc import Sequence
+import pathlib
+import sys
+
+import jax
+
+from jaxalign import checkpoint
+from jaxalign import sharding
+from jaxalign import types
+from jaxalign.models import hf
+from jaxalign.models import hf_export
+from jaxalign.models import transformer
+
+
+def export(directory: str, output: pathlib.Path, dtype: str | None) -> None:
+  """Writes the newest checkpoint in `directory` to `output`."""
+  loaded = checkpoint.load(directory, sharding.make_mesh('', devices=jax.local_devices()[:1]))
+  origin = loaded.run.get('hf_config')
+  dtype = dtype or (origin or {}).get('dtype') or (origin or {}).get('torch_dtype') or 'float32'
+  count = hf_export.write(output, loaded.params, loaded.model.config, origin, dtype)
+  loaded.tokenizer.save(output)
+  print(f'{output}: {count} tensors in {dtype}, of step {loaded.step}')
+
+
+def show(directory: pathlib.Path) -> None:
+  """Prints where each parameter comes from."""
+  config = hf.read_config(directory)
+  family = hf.read_json(directory / 'config.json')['model_type']
+  abstract = transformer.abstract_params(transformer.Transformer(config), sharding.make_mesh())
+  for path, x in jax.tree_util.tree_leaves_with_path(abstract):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    names = hf.tensor_map(family, config, name).tensors.reshape(-1)
+    last = f' ... {names[-1]}' if len(names) > 1 else ''
+    print(f'{name} {x.shape} <- {names[0]}{last}')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  given = parser.add_mutually_exclusive_group(required=True)
+  given.add_argument('--checkpoint', help='a workdir, or one checkpoint in it')
+  given.add_argument('--model', type=pathlib.Path, help='a Hugging Face directory')
+  parser.add_argument('--output', type=pathlib.Path, help='the directory to write; goes with --checkpoint')
+  parser.add_argument('--dtype', choices=sorted(hf_export.DTYPES), help='default: that of the weights trained from')
+  args = parser.parse_args(argv)
+  if bool(args.checkpoint) != bool(args.output):
+    parser.error('--checkpoint and --output go together')
+  try:
+    if args.model:
+      show(args.model)
+    else:
+      export(args.checkpoint, args.output, args.dtype)
+  except (types.UsageError, types.RunError) as err:
+    print(f'convert_hf: {err}', file=sys.stderr)
+    return 2 if isinstance(err, types.UsageError) else 1
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
