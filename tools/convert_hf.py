@@ -28,7 +28,7 @@ def export(directory: str, output: pathlib.Path, dtype: str | None) -> None:
   loaded = checkpoint.load(directory, sharding.make_mesh('', devices=jax.local_devices()[:1]))
   origin = loaded.run.get('hf_config')
   dtype = dtype or (origin or {}).get('dtype') or (origin or {}).get('torch_dtype') or 'float32'
-  count = hf_export.write(output, loaded.params, loaded.model.config, origin, dtype)
+  count = hf_export.write(output, loaded.params, loaded.model.config, origin, dtype, loaded.tokenizer.pad_id)
   loaded.tokenizer.save(output)
   print(f'{output}: {count} tensors in {dtype}, of step {loaded.step}')
 

@@ -80,11 +80,23 @@ def read_config(path: pathlib.Path, values: Mapping[str, Any]) -> architecture.C
   for key in ('quantization_config', 'rope_interleaved', 'is_encoder_decoder', 'add_cross_attention'):
     keys.want(key, False)
   config = {**_common(keys), **FAMILIES[family](keys)}
+  config |= _reward_head(keys)
   keys.check_all_read()
   try:
     return architecture.Config(**config)
   except types.UsageError as err:
     raise types.RunError(f'{path}: {err}') from err
+
+
+def _reward_head(keys: _Keys) -> dict[str, Any]:
+  """A sequence classifier with one label is a reward model; its file has no head for tokens."""
+  architectures = keys.get('architectures') or ['']
+  if not architectures[0].endswith('ForSequenceClassification'):
+    return {}
+  labels = keys.get('id2label') or {'0': '', '1': ''}  # two are what transformers takes where nothing is said
+  if len(labels) != 1:
+    raise keys.refused('id2label', labels)
+  return {'reward_head': True, 'tie_embeddings': True}
 
 
 def _common(keys: _Keys) -> dict[str, Any]:

@@ -91,6 +91,7 @@ _GLOBAL = {
     'embed': _Source('model.embed_tokens.weight', transposed=False),
     'head': _Source('lm_head.weight'),
     'final_norm': _Source('model.norm.weight', transposed=False),
+    'reward_head': _Source('score.weight'),
 }
 
 
@@ -144,14 +145,13 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_params(directory: pathlib.Path, config: architecture.Config, mesh: jax.sharding.Mesh) -> types.PyTree:
-  """Reads the parameters of `config` as float32, laid out on `mesh`; a reward head is not among them.
+  """Reads the parameters of `config` as float32, laid out on `mesh`; a reward head only where `config` has one.
 
   Raises:
     RunError: a file is missing or corrupt, or tensors are missing, of other shapes, or more than the model has.
     UsageError: the mesh does not divide the model.
   """
   directory = pathlib.Path(directory)
-  config = dataclasses.replace(config, reward_head=False)
   abstract = transformer.abstract_params(transformer.Transformer(config), mesh)
   with contextlib.ExitStack() as stack:
     tensors = _open(directory, stack)

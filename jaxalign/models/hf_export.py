@@ -19,7 +19,9 @@ DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat
 _SHARD_BYTES = 4 * 2**30
 
 
-def config_json(config: architecture.Config, origin: Mapping[str, Any] | None, dtype: str) -> dict[str, Any]:
+def config_json(
+    config: architecture.Config, origin: Mapping[str, Any] | None, dtype: str, pad_id: int | None
+) -> dict[str, Any]:
   """The config.json of an export.
 
   Args:
@@ -27,6 +29,7 @@ def config_json(config: architecture.Config, origin: Mapping[str, Any] | None, d
     origin: the config.json that the model was read from, kept but for dtype and head; None for one that was drawn at
       random, which is written as a Llama.
     dtype: a key of DTYPES.
+    pad_id: what pads the batches that a reward model scores, where the origin does not say.
 
   Raises:
     UsageError: there is no origin, and the model is none that a Llama can be.
@@ -38,6 +41,8 @@ def config_json(config: architecture.Config, origin: Mapping[str, Any] | None, d
     stem = (values.get('architectures') or ['LlamaForCausalLM'])[0].partition('For')[0]
     values |= {'architectures': [f'{stem}ForSequenceClassification'], 'id2label': {'0': 'reward'}}
     values |= {'label2id': {'reward': 0}}
+    if values.get('pad_token_id') is None:
+      values['pad_token_id'] = pad_id
   return values
 
 
@@ -93,14 +98,11 @@ def tensors(
   flat = {
       jax.tree_util.keystr(p, simple=True, separator='/'): x for p, x in jax.tree_util.tree_leaves_with_path(params)
   }
-  left = {name: hf.tensor_map(family, config, name) for name in flat if name != 'reward_head'}
+  left = {name: hf.tensor_map(family, config, name) for name in flat}
   for name, x in flat.items():
-    if name == 'reward_head':
-      yield 'score.weight', np.ascontiguousarray(np.asarray(x).T.astype(DTYPES[dtype]))
-      continue
+    source, names = left.pop(name)
     if name == 'head' and config.reward_head:
       continue
-    source, names = left.pop(name)
     host = np.asarray(x).astype(DTYPES[dtype])
     for place, theirs in np.ndenumerate(names):
       tensor = source.to_theirs(_without_padding(host[place], name, config))
@@ -126,6 +128,7 @@ def write(
     config: architecture.Config,
     origin: Mapping[str, Any] | None,
     dtype: str,
+    pad_id: int | None = None,
 ) -> int:
   """Writes config.json and *.safetensors, in parts of at most 4 GiB; returns the number of tensors.
 
@@ -133,7 +136,7 @@ def write(
     UsageError: see `config_json`; or the directory holds weights already.
     RunError: a file cannot be written.
   """
-  values = config_json(config, origin, dtype)
+  values = config_json(config, origin, dtype, pad_id)
   if list(directory.glob('*.safetensors')):
     raise types.UsageError(f'{directory}: it holds weights already; choose another directory')
   try:

@@ -72,7 +72,17 @@ class TestWrite:
     assert 'lm_head.weight' not in found
     written = hf.read_json(tmp_path / 'out' / 'config.json')
     assert written['architectures'] == ['LlamaForSequenceClassification']
-    assert written['id2label'] == {'0': 'reward'}
+    assert (written['id2label'], written['pad_token_id']) == ({'0': 'reward'}, 0)
+    again = hf.read_config(tmp_path / 'out')
+    assert again == dataclasses.replace(config, tie_embeddings=True)
+    np.testing.assert_array_equal(
+        hf.read_params(tmp_path / 'out', again, sharding.make_mesh('fsdp:8'))['reward_head'], params['reward_head']
+    )
+
+  def test_names_what_pads_a_reward_model(self, tmp_path):
+    config, _, origin = read('llama')
+    config, origin = dataclasses.replace(config, reward_head=True), origin | {'pad_token_id': None}
+    assert hf_export.config_json(config, origin, 'float32', 7)['pad_token_id'] == 7
 
   def test_writes_a_random_model_as_a_llama(self, tmp_path):
     config = architecture.Config(50, 2, 16, 4, 2, 4, 24, 64)
