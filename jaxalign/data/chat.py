@@ -15,25 +15,10 @@ import jinja2.nodes
 import jinja2.sandbox
 
 from jaxalign import types
+from jaxalign.data import templates
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
-
-# Renders the turns of `parse_transcript` to the same text. A response starts with the space after the colon.
-HH_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message.role == 'system' -%}
-{{- message.content -}}
-{%- elif message.role in ('user', 'assistant') -%}
-{{- '\\n\\n' + ('Human' if message.role == 'user' else 'Assistant') + ':' -}}
-{{- (' ' if message.content else '') + message.content -}}
-{%- else -%}
-{{- raise_exception('unknown role ' + message.role) -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '\\n\\nAssistant:' -}}{%- endif -%}
-"""
-TEMPLATES = {'hh': HH_TEMPLATE}
 
 # Noncharacters that frame what a `{% generation %}` block wrote; they never leave this module.
 _OPEN, _CLOSE = '\ufdd1', '\ufdd2'
@@ -54,18 +39,19 @@ def pick(template: str | None, default: str | None) -> str:
   """The template to render with.
 
   Args:
-    template: Jinja source, a name in `TEMPLATES`, or None.
+    template: Jinja source, a name in `templates.BY_NAME`, or None.
     default: the tokenizer's own, taken where `template` is None; without one it is 'hh'.
 
   Raises:
     UsageError: `template` is neither.
   """
   if template is None:
-    return default or HH_TEMPLATE
-  if template in TEMPLATES:
-    return TEMPLATES[template]
+    return default or templates.HH
+  if template in templates.BY_NAME:
+    return templates.BY_NAME[template]
   if '{' not in template:
-    raise types.UsageError(f'no chat template {template!r}; there is {", ".join(TEMPLATES)}, or write it in Jinja')
+    names = ', '.join(templates.BY_NAME)
+    raise types.UsageError(f'no chat template {template!r}; there are {names}, or write it in Jinja')
   return template
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from jaxalign import types
 from jaxalign.data import chat
+from jaxalign.data import templates
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -54,7 +55,7 @@ class TestRender:
           (CHATML, ['b<|im_end|>', 'd<|im_end|>']),
           (LLAMA, [' b</s>', ' d</s>']),
           (MARKED, ['b<end>', 'd<end>']),
-          (chat.HH_TEMPLATE, [' b', ' d']),
+          (templates.HH, [' b', ' d']),
       ],
   )
   def test_spans_run_from_the_generation_prompt_to_the_end_of_turn(self, template, said):
@@ -71,11 +72,11 @@ class TestRender:
 
   def test_whitespace_of_the_content_is_the_assistants(self):
     assert _said(_talk('a', ' b \n'), CHATML) == [' b \n<|im_end|>']
-    assert _said(_talk('a', 'b \n', 'c', ' d '), chat.HH_TEMPLATE) == [' b \n', '  d ']
+    assert _said(_talk('a', 'b \n', 'c', ' d '), templates.HH) == [' b \n', '  d ']
 
   def test_an_empty_turn_is_its_end(self):
     assert _said(_talk('a', ''), CHATML) == ['<|im_end|>']
-    assert _said(_talk('a', ''), chat.HH_TEMPLATE) == ['']
+    assert _said(_talk('a', ''), templates.HH) == ['']
 
   def test_a_turn_may_repeat_an_earlier_one(self):
     assert _said(_talk('x', 'x', 'x', 'x'), CHATML) == ['x<|im_end|>'] * 2
@@ -165,7 +166,7 @@ class TestParseTranscript:
       ],
   )
   def test_the_hh_template_writes_them_back(self, text):
-    assert _render(chat.parse_transcript(text), chat.HH_TEMPLATE)[0] == text
+    assert _render(chat.parse_transcript(text), templates.HH)[0] == text
 
   @pytest.mark.parametrize('text', ['', 'hello', 'hello\n\nHuman: hi', 'User: hi'])
   def test_refuses_other_text(self, text):
@@ -178,21 +179,21 @@ class TestPick:
   def test_takes_the_given_then_the_tokenizers_then_hh(self):
     assert chat.pick('{{ x }}', 'own') == '{{ x }}'
     assert chat.pick(None, 'own') == 'own'
-    assert chat.pick(None, None) == chat.HH_TEMPLATE
-    assert chat.pick('hh', 'own') == chat.HH_TEMPLATE
+    assert chat.pick(None, None) == templates.HH
+    assert chat.pick('hh', 'own') == templates.HH
 
   def test_lists_the_names_when_there_is_no_such_template(self):
-    with pytest.raises(types.UsageError, match="'chatml'; there is hh"):
-      chat.pick('chatml', None)
+    with pytest.raises(types.UsageError, match="'vicuna'; there are hh, chatml, llama3, gemma, mistral"):
+      chat.pick('vicuna', None)
 
 
 class TestHhTemplate:
 
   def test_opens_an_assistants_turn(self):
     messages = [{'role': 'system', 'content': 'Be brief.'}, *_talk('hi')]
-    text, _ = _render(messages, chat.HH_TEMPLATE, add_generation_prompt=True)
+    text, _ = _render(messages, templates.HH, add_generation_prompt=True)
     assert text == 'Be brief.\n\nHuman: hi\n\nAssistant:'
 
   def test_refuses_roles_it_does_not_know(self):
     with pytest.raises(types.RunError, match='unknown role tool'):
-      _render([{'role': 'tool', 'content': 'x'}], chat.HH_TEMPLATE)
+      _render([{'role': 'tool', 'content': 'x'}], templates.HH)
