@@ -1,5 +1,6 @@
 """The whole DPO step, compiled for TPUs that are not there."""
 
+import dataclasses
 import functools
 import re
 
@@ -21,6 +22,17 @@ from jaxalign.models import transformer
 pytestmark = pytest.mark.tpu
 
 CONFIG = architecture.Config(32000, 2, 512, 8, 4, 64, 1024, 4096, tie_embeddings=False)
+# What families do otherwise, all at once.
+OTHER = dataclasses.replace(
+    CONFIG,
+    pattern=('local', 'global'),
+    window=256,
+    attn_softcap=50.0,
+    final_softcap=30.0,
+    norms='both',
+    qk_norm='head',
+    num_experts=8,
+)
 ROWS, CHUNK = 16, 512
 VOCAB = 32000 // 4  # on each device under tensor:4
 
@@ -32,9 +44,9 @@ def topology(name, **options):
     pytest.skip(f'libtpu is not installed: {err}')
 
 
-def compiled(mesh, length):
+def compiled(mesh, length, config=CONFIG):
   """The train step of `train`, from shapes alone."""
-  model = transformer.build(CONFIG, mesh, dtype='bfloat16', remat='full', length=length)
+  model = transformer.build(config, mesh, dtype='bfloat16', remat='full', length=length)
   optimizer = optim.adamw(100, schedule=functools.partial(optim.linear, lr=1e-4))
   params = transformer.abstract_params(model, mesh)
   state = step_lib.abstract_state(mesh, params, optimizer.tx, 0)
@@ -138,3 +150,8 @@ class TestStep:
     assert dict(mesh.shape) == {'data': 2, 'fsdp': 2, 'tensor': 2, 'context': 1, 'expert': 1}
     step, _ = compiled(mesh, 1024)
     assert 'tpu_custom_call' in step.as_text()
+
+  def test_compiles_windows_soft_caps_and_experts(self):
+    mesh = sharding.make_mesh('fsdp:4,tensor:4', devices=topology('v5e:4x4'))
+    step, _ = compiled(mesh, 1024, OTHER)
+    assert step.as_text().count('custom_call_target="tpu_custom_call"') >= 3

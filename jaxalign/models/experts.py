@@ -1,6 +1,7 @@
 """Mixture of experts: each token takes the feed-forward halves that a router picks for it.
 
-Nothing is dropped and nothing padded: tokens are sorted by expert, and one ragged product serves them all.
+Nothing is dropped and nothing padded: tokens are sorted by expert, and one ragged product serves them all. XLA computes
+that product for all experts and masks it, on CPUs and, in jax 0.10, on TPUs: k of E products would do.
 """
 
 from collections.abc import Callable
