@@ -216,15 +216,17 @@ SPECS = {
     'reward_head': P('fsdp', None),
     'final_norm': P(None),
     'layers': {
-        'attn_norm': P(None, None),
-        'mlp_norm': P(None, None),
-        'q': P(None, 'fsdp', 'tensor', None),
-        'k': P(None, 'fsdp', 'tensor', None),
-        'v': P(None, 'fsdp', 'tensor', None),
-        'o': P(None, 'tensor', None, 'fsdp'),
-        'gate': P(None, 'fsdp', 'tensor'),
-        'up': P(None, 'fsdp', 'tensor'),
-        'down': P(None, 'tensor', 'fsdp'),
+        '0': {
+            'attn_norm': P(None, None),
+            'mlp_norm': P(None, None),
+            'q': P(None, 'fsdp', 'tensor', None),
+            'k': P(None, 'fsdp', 'tensor', None),
+            'v': P(None, 'fsdp', 'tensor', None),
+            'o': P(None, 'tensor', None, 'fsdp'),
+            'gate': P(None, 'fsdp', 'tensor'),
+            'up': P(None, 'fsdp', 'tensor'),
+            'down': P(None, 'tensor', 'fsdp'),
+        },
     },
 }
 
