@@ -81,10 +81,15 @@ def _set_up_logging() -> None:
 
 
 def _quiet_failed_saves() -> None:
-  """Keeps the traces of Orbax's threads off the terminal: they tell the main thread, which says it in one line."""
-  told = threading.excepthook
+  """Keeps the traces of a failed save off the terminal: the main thread learns of it, and says it in one line.
+
+  They come from Orbax's threads and, once those have given up, from TensorStore's, which then find no event loop.
+  """
+  told, shown = threading.excepthook, sys.unraisablehook
   of_orbax = lambda args: type(args.thread).__module__.startswith('orbax.')
+  late = lambda args: isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == 'Event loop is closed'
   threading.excepthook = lambda args: None if of_orbax(args) else told(args)
+  sys.unraisablehook = lambda args: None if late(args) else shown(args)
 
 
 def _is_told(record: python_logging.LogRecord) -> bool:
