@@ -329,7 +329,9 @@ def _json(content: bytes, where: str) -> dict[str, Any]:
 def _json_tokenizer(spec: dict[str, Any], where: str) -> hf_tokenizers.Tokenizer:
   try:
     tokenizer = hf_tokenizers.Tokenizer.from_str(json.dumps(spec))
-  except Exception as err:  # Exception itself is what the library raises.
+  except Exception as err:
+    if type(err) is not Exception:  # The library raises Exception itself.
+      raise
     raise types.RunError(f'{where}: not a tokenizer.json ({err})') from err
   tokenizer.no_truncation()
   tokenizer.no_padding()
