@@ -43,38 +43,43 @@ LLAMA3 = """\
 {%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}
 """
 
-# Gemma has no turn of the system: what it says precedes the user's first turn, as Gemma 3 does it.
-GEMMA = """\
+# Of families without a turn of the system: what it says, `first`, precedes the user's first turn.
+_BEGIN = """\
 {{- bos_token -}}
 {%- set first = messages[0].content + '\\n\\n' if messages and messages[0].role == 'system' else '' -%}
 {%- for message in messages -%}
+{%- set before = first if loop.index0 == (1 if first else 0) else '' -%}
+"""
+_END = """\
+{%- elif message.role != 'system' or loop.index0 -%}
+{{- raise_exception('unknown role ' + message.role) -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+# As Gemma 3 does it.
+GEMMA = (
+    _BEGIN
+    + """\
 {%- if message.role == 'assistant' -%}
 {{- '<start_of_turn>model\\n' -}}
 {%- generation -%}{{- message.content | trim + '<end_of_turn>' -}}{%- endgeneration -%}
 {{- '\\n' -}}
 {%- elif message.role == 'user' -%}
-{{- '<start_of_turn>user\\n' + (first if loop.index0 == (1 if first else 0) else '') -}}
-{{- message.content | trim + '<end_of_turn>\\n' -}}
-{%- elif message.role != 'system' or loop.index0 -%}
-{{- raise_exception('unknown role ' + message.role) -}}
-{%- endif -%}
-{%- endfor -%}
+{{- '<start_of_turn>user\\n' + before + message.content | trim + '<end_of_turn>\\n' -}}
+"""
+    + _END
+    + """\
 {%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}
 """
+)
 
-# Mistral Instruct 0.1 to 0.3; what the system says precedes the user's first turn.
-MISTRAL = """\
-{{- bos_token -}}
-{%- set first = messages[0].content + '\\n\\n' if messages and messages[0].role == 'system' else '' -%}
-{%- for message in messages -%}
+# Mistral Instruct 0.1 to 0.3, without a prompt for generation: the user's turn ends in it.
+MISTRAL = _BEGIN + """\
 {%- if message.role == 'assistant' -%}
 {%- generation -%}{{- ' ' + message.content | trim + eos_token -}}{%- endgeneration -%}
 {%- elif message.role == 'user' -%}
-{{- '[INST] ' + (first if loop.index0 == (1 if first else 0) else '') + message.content + ' [/INST]' -}}
-{%- elif message.role != 'system' or loop.index0 -%}
-{{- raise_exception('unknown role ' + message.role) -}}
-{%- endif -%}
-{%- endfor -%}
-"""
+{{- '[INST] ' + before + message.content + ' [/INST]' -}}
+""" + _END
 
 BY_NAME = {'hh': HH, 'chatml': CHATML, 'llama3': LLAMA3, 'gemma': GEMMA, 'mistral': MISTRAL}
