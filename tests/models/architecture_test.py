@@ -8,6 +8,8 @@ from jaxalign import types
 from jaxalign.models import architecture
 
 SIZES = (50, 5, 16, 4, 2, 4, 24, 64)
+NAMES = ('vocab_size', 'num_layers', 'embed_dim', 'num_heads', 'num_kv_heads', 'head_size', 'mlp_dim', 'max_length')
+FIELDS = dict(zip(NAMES, SIZES))
 
 
 class TestConfig:
@@ -20,6 +22,10 @@ class TestConfig:
           ({'pattern': ('sparse',)}, "pattern = ('sparse',): it holds any of global, local, nope"),
           ({'pattern': ('local',)}, "window = 0: 'local' layers of the pattern need it"),
           ({'norm_eps': 0.0}, 'norm_eps = 0.0: it must be positive'),
+          ({'norm_eps': -1.0}, 'norm_eps = -1.0: it must be positive'),
+          ({'num_kv_heads': 3}, 'num_heads = 4: it must be a multiple of num_kv_heads = 3'),
+          ({'head_size': 5}, 'head_size = 5'),
+          ({'num_layers': 0}, 'num_layers = 0: it must be positive'),
           ({'attn_softcap': -1.0}, 'attn_softcap = -1.0: it must be positive'),
           ({'num_experts': 1}, 'experts_per_token = 2: there are 1 experts'),
           ({'rope_fraction': 0.25}, 'head_size = 4: rotary positions want an even number'),
@@ -27,7 +33,7 @@ class TestConfig:
   )
   def test_refuses_what_cannot_be(self, changes, said):
     with pytest.raises(types.UsageError) as caught:
-      architecture.Config(*SIZES, **changes)
+      architecture.Config(**(FIELDS | changes))
     assert f'architecture.Config.{said}' in str(caught.value)
 
   def test_repeats_its_pattern_and_begins_it_once_more(self):
@@ -36,6 +42,7 @@ class TestConfig:
     assert config.repeats == 2
 
   def test_comes_back_from_json(self):
+    assert architecture.Config(**architecture.Config(*SIZES).to_json()) == architecture.Config(*SIZES)
     scaling = architecture.RopeScaling('yarn', 4.0, original_length=32)
     config = architecture.Config(*SIZES, pattern=['local', 'nope'], window=3, rope_scaling=scaling)
     assert architecture.Config.from_json(json.loads(json.dumps(config.to_json()))) == config
@@ -50,6 +57,12 @@ class TestRopeScaling:
 
 
 class TestFlopsPerToken:
+
+  def test_of_llama_3_8b_is_six_per_parameter_and_attention(self):
+    llama = architecture.Config(128256, 32, 4096, 32, 8, 128, 14336, 8192, tie_embeddings=False)
+    matrices = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 4096 * 128256
+    attention = 32 * 2 * 2 * 4096 * 8192 / 2  # a query reads half of the row: scores, then values
+    assert architecture.flops_per_token(llama, 8192) == 3 * (2 * matrices + attention)
 
   def test_counts_the_keys_of_a_window(self):
     whole = architecture.flops_per_token(architecture.Config(*SIZES), 100)

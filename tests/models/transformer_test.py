@@ -162,25 +162,6 @@ class TestBuild:
       transformer.build(TINY, MESH, **{'length': 32, **changes})
 
 
-class TestConfig:
-
-  @pytest.mark.parametrize(
-      'changes,words',
-      [
-          ({'num_kv_heads': 3}, 'num_heads = 4: it must be a multiple of num_kv_heads = 3'),
-          ({'head_size': 5}, 'head_size = 5'),
-          ({'num_layers': 0}, 'num_layers = 0: it must be positive'),
-          ({'norm_eps': -1.0}, 'norm_eps = -1.0: it must be positive'),
-      ],
-  )
-  def test_refuses_impossible_sizes(self, changes, words):
-    with pytest.raises(types.UsageError, match=words):
-      dataclasses.replace(TINY, **changes)
-
-  def test_comes_back_from_json(self):
-    assert architecture.Config(**TINY.to_json()) == TINY
-
-
 class TestParams:
 
   def test_are_drawn_with_the_deviation_of_their_fan_in(self):
@@ -217,12 +198,3 @@ class TestOutputMatrix:
     assert transformer.output_matrix(PARAMS) is PARAMS['head']
     tied = {'embed': np.arange(6.0).reshape(3, 2)}
     np.testing.assert_array_equal(transformer.output_matrix(tied), [[0, 2, 4], [1, 3, 5]])
-
-
-class TestFlopsPerToken:
-
-  def test_of_llama_3_8b_is_six_per_parameter_and_attention(self):
-    llama = architecture.Config(128256, 32, 4096, 32, 8, 128, 14336, 8192, tie_embeddings=False)
-    matrices = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 4096 * 128256
-    attention = 32 * 2 * 2 * 4096 * 8192 / 2  # a query reads half of the row: scores, then values
-    assert architecture.flops_per_token(llama, 8192) == 3 * (2 * matrices + attention)
