@@ -140,9 +140,8 @@ def _pairs_and_demonstrations(texts: list[str], continuations: list[list[str]]) 
   return pairs, demonstrations
 
 
-def main(_) -> None:
+def make(source: pathlib.Path, output: pathlib.Path, seed: int) -> None:
   """Makes everything."""
-  source, output = pathlib.Path(_SOURCE.value), pathlib.Path(_OUTPUT.value)
   target = output / 'stories260K'
   target.mkdir(parents=True, exist_ok=True)
   for name in ('config.json', 'model.safetensors'):
@@ -154,20 +153,20 @@ def main(_) -> None:
   with jax.set_mesh(mesh):
     model = transformer.build(config, mesh, length=config.max_length)
     params = hf.read_params(target, config, mesh)
-    texts = openings(_stories(model, params, tokenizer, _SEED.value), _SEED.value)
+    texts = openings(_stories(model, params, tokenizer, seed), seed)
     cuts = np.cumsum([_TEST_PROMPTS, _HELD_OUT_PROMPTS, _TRAIN_PROMPTS])
     test, held, train = texts[: cuts[0]], texts[cuts[0] : cuts[1]], texts[cuts[1] : cuts[2]]
     (output / 'prompts.txt').write_text('\n'.join(held) + '\n', encoding='utf-8')
     for number, (name, part) in enumerate((('train', train), ('test', test))):
-      found = _continuations(model, params, tokenizer, part, _SAMPLES, _SEED.value + number)
+      found = _continuations(model, params, tokenizer, part, _SAMPLES, seed + number)
       pairs, demonstrations = _pairs_and_demonstrations(part, found)
       _write(output / f'sentiment-{name}.jsonl.gz', pairs)
       _write(output / f'stories-{name}.jsonl.gz', demonstrations)
     ids = [examples.prompt_ids(tokenizer, text) for text in held for _ in range(8)]
-    drawn = sampling.sample(model, params, ids, max_new_tokens=_NEW_TOKENS, seed=_SEED.value + 9)
+    drawn = sampling.sample(model, params, ids, max_new_tokens=_NEW_TOKENS, seed=seed + 9)
     base = np.mean(rules.vader([tokenizer.decode(one.ids, continuation=True) for one in drawn]))
     print(f'{len(ids)} samples from the {len(held)} held-out prompts: mean sentiment {base:.3f}')
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(lambda _: make(pathlib.Path(_SOURCE.value), pathlib.Path(_OUTPUT.value), _SEED.value))
