@@ -3,8 +3,9 @@
 checkpoints/run.json          what was run: model config, compute dtype, algorithm, data
 checkpoints/config.gin        the operative configuration
 checkpoints/tokenizer/        the tokenizer's files
-checkpoints/base/             the parameters the run began with, where its loss has a reference
-checkpoints/STEP/params       trained parameters
+checkpoints/base/             the parameters the run began with, where its loss has a reference or they are frozen
+checkpoints/start/            the adapters it began with, where those were not new
+checkpoints/STEP/params       trained parameters: adapters alone, where the base is frozen
 checkpoints/STEP/train        optimizer and loss state, step, key, counters
 checkpoints/STEP/data         epoch and step of the consumed batches
 """
@@ -21,10 +22,12 @@ from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
+from jaxalign import reference
 from jaxalign import step as step_lib
 from jaxalign import types
 from jaxalign.data import tokenizers
 from jaxalign.models import architecture
+from jaxalign.models import lora as lora_lib
 from jaxalign.models import transformer
 
 
@@ -42,7 +45,10 @@ class Options:
 
 
 class Loaded(NamedTuple):
-  """A restored checkpoint: `model.apply({'params': params}, ...)` runs it; `run` is the content of run.json."""
+  """A restored checkpoint: `model.apply({'params': params}, ...)` runs it; `run` is the content of run.json.
+
+  With LoRA, `params` holds adapters and base; `lora.merge(params, model.lora)` makes plain parameters of them.
+  """
 
   model: transformer.Transformer
   params: types.PyTree
@@ -162,10 +168,20 @@ def save_run(directory: pathlib.Path, run: Mapping[str, Any], config: str, token
   (directory / 'run.json').write_text(json.dumps(run, indent=1), encoding='utf-8')
 
 
-def save_base(directory: pathlib.Path, params: types.PyTree) -> None:
-  """Saves the parameters that a run begins with, its reference, in place of those of a run that never got to a step."""
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The content of a JSON file in a workdir; RunError where it is broken."""
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except json.JSONDecodeError as err:
+    raise types.RunError(f'{path}: not valid JSON ({err}); restore it, or choose another --workdir') from err
+
+
+def save_base(directory: pathlib.Path, ref: reference.Reference) -> None:
+  """Saves what a run begins with in place of what a run left that never got to a step."""
+  parts = {'base': ref.fixed or ref.moving} | ({'start': ref.moving} if ref.fixed and ref.moving else {})
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(epath.Path(directory / 'base'), params, force=True)
+    for name, params in parts.items():
+      checkpointer.save(epath.Path(directory / name), params, force=True)
 
 
 def find(directory: str | pathlib.Path) -> tuple[pathlib.Path, int]:
@@ -188,7 +204,7 @@ def find(directory: str | pathlib.Path) -> tuple[pathlib.Path, int]:
   )
 
 
-def load(directory: str | pathlib.Path, mesh: jax.sharding.Mesh, *, base: bool = False) -> Loaded:
+def load(directory: str | pathlib.Path, mesh: jax.sharding.Mesh) -> Loaded:
   """Restores model, parameters and tokenizer from a checkpoint alone, onto `mesh`.
 
       mesh = sharding.make_mesh()
@@ -198,25 +214,45 @@ def load(directory: str | pathlib.Path, mesh: jax.sharding.Mesh, *, base: bool =
   Args:
     directory: a workdir (its newest checkpoint), its `checkpoints` folder, or one step's folder.
     mesh: any mesh that divides the model, see `sharding.make_mesh`.
-    base: the reference that the run began with, instead of what it trained.
 
   Raises:
     UsageError: there is no checkpoint, or the mesh does not divide the model.
     RunError: a file of the checkpoint is missing or corrupt.
   """
   folder, step = find(directory)
-  try:
-    run = json.loads((folder / 'run.json').read_text(encoding='utf-8'))
-  except json.JSONDecodeError as err:
-    raise types.RunError(f'{folder / "run.json"}: not valid JSON ({err}); restore it or train again') from err
+  run = read_json(folder / 'run.json')
   config = architecture.Config.from_json(run['model'])
-  model = transformer.build(config, mesh, dtype=run['dtype'], length=run['row_length'])
-  path = folder / 'base' if base else folder / str(step) / 'params'
+  lora = lora_lib.Lora(**run['lora']) if run['lora'] else None
+  built = transformer.build(config, mesh, dtype=run['dtype'], lora=lora, length=run['row_length'])
+  model = transformer.without_dropout(built)
+  abstract = transformer.abstract_params(model, mesh)
+  trained, frozen = lora_lib.split(abstract) if lora else (abstract, {})
+  params = _restored(folder / str(step) / 'params', trained)
+  if lora:
+    params = lora_lib.join(params, _restored(folder / 'base', frozen))
+  return Loaded(model, params, tokenizers.load(folder / 'tokenizer'), run, step)
+
+
+def load_reference(directory: str | pathlib.Path, loaded: Loaded, mesh: jax.sharding.Mesh) -> reference.Reference:
+  """Restores what the run of a checkpoint began with; where only adapters were trained, `loaded` has their base.
+
+  Raises:
+    RunError: the run kept no reference, as its loss had none, or a file of it is corrupt.
+  """
+  folder, _ = find(directory)
+  abstract = transformer.abstract_params(loaded.model, mesh)
+  if loaded.model.lora is None:
+    return reference.Reference.of(loaded.model, _restored(folder / 'base', abstract), {})
+  start = lora_lib.split(abstract)[0]
+  trained = _restored(folder / 'start', start) if loaded.model.lora.adapter else {}
+  return reference.Reference.of(loaded.model, trained, lora_lib.split(loaded.params)[1])
+
+
+def _restored(path: pathlib.Path, abstract: types.PyTree) -> types.PyTree:
   if not path.exists():
     raise types.RunError(f'{path} is missing; the checkpoint is not whole')
-  abstract = transformer.abstract_params(model, mesh)
   check_shapes(path, abstract)
   with ocp.StandardCheckpointer() as checkpointer:
     params = checkpointer.restore(epath.Path(path), abstract)
   logging.info('restored %s', path)
-  return Loaded(model, params, tokenizers.load(folder / 'tokenizer'), run, step)
+  return params

@@ -1,6 +1,7 @@
 """The flags of the command line, as a table: what there is, what it means, and which mode reads it."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import textwrap
 from typing import Any
@@ -9,6 +10,7 @@ from absl import flags
 
 from jaxalign import recipe as recipe_lib
 from jaxalign import types
+from jaxalign.models import lora
 
 _DATA = 'jsonl:PATH (also .gz), parquet:PATH, tfds:NAME[/CONFIG][:SPLIT], builtin:NAME[:SPLIT]'
 
@@ -65,6 +67,14 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         ' fsdp:-1.',
     ),
     (flags.DEFINE_string, 'dcn_mesh', '', 'The same between the slices of a multi-slice TPU job. Default: data:-1.'),
+    (
+        flags.DEFINE_string,
+        'lora',
+        '',
+        'Train low-rank adapters of a frozen model: rank:16,alpha:32,dropout:0.05,targets:q+v,rslora:true,dora:true,'
+        'base:bfloat16 or adapter:DIR (a PEFT directory to start from); what is left out has its default, see'
+        ' models/lora.py.',
+    ),
     (flags.DEFINE_string, 'workdir', None, 'Where the run is kept; the same command resumes it. Default: runs/ALGO.'),
     (_POSITIVE, 'steps', None, 'Optimizer steps of the whole run.'),
     (
@@ -97,7 +107,7 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
 
 # Flags that a mode does not read are refused. (What trains is also what is shown.)
 _OPTIMIZING = ('workdir', 'steps', 'log_every', 'eval_every', 'save_every')
-_OF_TRAINING = ('algo', 'model', 'tokenizer', 'data', *_OPTIMIZING)
+_OF_TRAINING = ('algo', 'model', 'tokenizer', 'data', 'lora', *_OPTIMIZING)
 _OF_DATA = ('eval_data', 'data_dir', 'cache_dir', 'skip_bad_records', 'gin_file', 'gin')
 _OF_SAMPLING = ('prompt', 'max_new_tokens', 'temperature')
 _UNREAD: dict[str, tuple[str, ...]] = {
@@ -110,6 +120,15 @@ _INSTEAD = {
     'checkpoint': '; --model=DIR starts from a checkpoint',
     'data': '; --eval_data names other held-out data',
     'markdown': '; it goes with --list',
+}
+
+
+_LORA_VALUES: dict[Any, Callable[[str], Any]] = {
+    int: int,
+    float: float,
+    str: str,
+    bool: lambda text: {'true': True, 'false': False}[text],
+    tuple[str, ...]: lambda text: tuple(text.split('+')),
 }
 
 
@@ -134,6 +153,26 @@ def check_mode(args: flags.FlagValues) -> None:
   for name in (*_UNREAD[args.mode], 'markdown'):
     if args[name].present:
       raise types.UsageError(f'--mode={args.mode} does not read --{name}{_INSTEAD.get(name, "")}')
+
+
+def lora_bindings(text: str) -> list[str]:
+  """The gin bindings of `--lora`: 'rank:16,targets:q+v' binds `lora.Lora.rank` and `lora.Lora.targets`.
+
+  Raises:
+    UsageError: an item is no setting of `lora.Lora`, or has no such value.
+  """
+  fields = {field.name: field.type for field in dataclasses.fields(lora.Lora)}
+  bindings = ['recipe.Recipe.lora = @lora.Lora()'] if text else []
+  for item in filter(None, text.split(',')):
+    name, _, value = item.partition(':')
+    read = _LORA_VALUES.get(fields.get(name, ''))
+    if read is None:
+      raise types.UsageError(f'--lora={text}: {item!r} is not NAME:VALUE; the names are {", ".join(fields)}')
+    try:
+      bindings.append(f'lora.Lora.{name} = {read(value)!r}')
+    except (ValueError, KeyError) as err:
+      raise types.UsageError(f'--lora={text}: {value!r} is no value of {name}') from err
+  return bindings
 
 
 def describe(intro: str) -> str:

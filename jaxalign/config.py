@@ -44,6 +44,7 @@ from jaxalign.losses import preference
 from jaxalign.losses import reward
 from jaxalign.losses import supervised
 from jaxalign.models import architecture
+from jaxalign.models import lora
 from jaxalign.rewards import rules
 """
 

@@ -27,6 +27,7 @@ from jaxalign import types
 from jaxalign.data import examples
 from jaxalign.data import loader
 from jaxalign.data import tokenizers
+from jaxalign.models import lora
 from jaxalign.models import transformer
 from jaxalign.rewards import rules
 
@@ -192,25 +193,28 @@ class Evaluator:
       streams: streams_lib.Streams,
       samples: Samples | None,
       counter: metrics.Compilations,
+      frozen: types.PyTree,
   ):
+    model = transformer.without_dropout(model)
     evaluate_step = counter.counted(step_lib.make_eval_step(recipe_lib.bind(recipe, model)))
     self._step = jax.jit(evaluate_step, out_shardings=sharding.named(job.mesh))
     self._model, self._tokenizer, self._streams, self._seed = model, tokenizer, streams, job.seed
-    self._samples = samples
+    self._samples, self._frozen = samples, frozen
     self._prompts = prompt_ids(samples, tokenizer, streams.held, model.config.max_length) if samples is not None else []
 
   def held_out(self, params: types.PyTree, loss_state: types.PyTree) -> dict[str, float]:
     """Metrics of the held-out data, none where there is no such data."""
     if self._streams.held is None:
       return {}
-    run = lambda params, batch: self._step(params, {}, batch, loss_state)
+    run = lambda params, batch: self._step(params, self._frozen, batch, loss_state)
     return held_out(run, params, self._streams.held_batches())
 
   def whole(self, params: types.PyTree, loss_state: types.PyTree = ()) -> Whole:
     """Held-out metrics and samples."""
     sampled = Sampled({}, [])
     if self._samples is not None and self._prompts:
-      sampled = sample(self._model, params, self._tokenizer, self._samples, self._prompts, self._seed)
+      whole = lora.join(params, self._frozen)
+      sampled = sample(self._model, whole, self._tokenizer, self._samples, self._prompts, self._seed)
     return Whole(self.held_out(params, loss_state), sampled)
 
 
@@ -230,10 +234,9 @@ def evaluate(
   counter = metrics.Compilations()
   with jax.set_mesh(job.mesh):
     loaded = checkpoint.load(directory, job.mesh)
-    has_base = (checkpoint.find(directory)[0] / 'base').exists()
-    base = checkpoint.load(directory, job.mesh, base=True).params if has_base else loaded.params
-    streams = streams_lib.open_streams(job, recipe, loaded.tokenizer, loaded.model, base, steps=0, counter=counter)
-    found = Evaluator(job, recipe, loaded.model, loaded.tokenizer, streams, samples, counter).whole(loaded.params)
+    ref = lambda: checkpoint.load_reference(directory, loaded, job.mesh)
+    streams = streams_lib.open_streams(job, recipe, loaded.tokenizer, ref, steps=0, counter=counter)
+    found = Evaluator(job, recipe, loaded.model, loaded.tokenizer, streams, samples, counter, {}).whole(loaded.params)
   return found.held_out | {f'eval/{name}': value for name, value in found.sampled.metrics.items()}
 
 

@@ -19,7 +19,6 @@ import re
 import sys
 import threading
 import traceback
-from typing import Any
 
 from absl import flags
 from absl import logging
@@ -126,7 +125,7 @@ def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
   if args.algo is None:
     raise types.UsageError(f'--algo is needed: {", ".join(catalog.algorithms())} (--list describes them)')
   catalog.check_algorithm(args.algo)
-  bindings = list(args.gin)
+  bindings = [*args.gin, *command.lora_bindings(args.lora)]
   for flag in ('steps', 'log_every', 'eval_every', 'save_every'):
     if args[flag].value is not None:
       bindings.append(f'loop.Options.{flag} = {args[flag].value}')
@@ -227,7 +226,7 @@ def _finished(job: recipe_lib.Job, bindings: str) -> dict | None:
   path = job.workdir / 'checkpoints' / 'run.json'
   if not path.exists():
     return None
-  run = _read_json(path)
+  run = checkpoint.read_json(path)
   identity = job.identity().items()
   changed = [f'--{name.removesuffix("_spec")}: {run[name]!r} -> {new!r}' for name, new in identity if run[name] != new]
   changed += config.diff(run['bindings'], bindings, ignore=_RESUMABLE)
@@ -236,7 +235,7 @@ def _finished(job: recipe_lib.Job, bindings: str) -> dict | None:
   done = job.workdir / 'summary.json'
   if not done.exists():
     return None
-  summary = _read_json(done)
+  summary = checkpoint.read_json(done)
   if summary['steps'] < config.query('loop.Options.steps'):
     return None
   logging.info(
@@ -252,14 +251,7 @@ def _restored(args: flags.FlagValues) -> tuple[pathlib.Path, dict]:
   if args.checkpoint is None:
     raise types.UsageError(f'--mode={args.mode} needs --checkpoint=DIR (a workdir, or one checkpoint in it)')
   folder, _ = checkpoint.find(args.checkpoint)
-  return folder, _read_json(folder / 'run.json')
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    return json.loads(path.read_text(encoding='utf-8'))
-  except json.JSONDecodeError as err:
-    raise types.RunError(f'{path}: not valid JSON ({err}); restore it, or choose another --workdir') from err
+  return folder, checkpoint.read_json(folder / 'run.json')
 
 
 def _evaluate(args: flags.FlagValues) -> None:

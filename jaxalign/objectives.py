@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxalign import logps
 from jaxalign import masked
 from jaxalign import types
+from jaxalign.models import lora
 from jaxalign.models import transformer
 
 # (policy, ref, labels, *, state) -> LossOut
@@ -40,7 +41,7 @@ class Objective(Protocol):
 
     Args:
       params: what is trained.
-      frozen: weights that are read beside them, and get no gradient; `{}` where there are none.
+      frozen: the rest of the model's weights, which get no gradient: `lora.join` puts both together; `{}` for none.
       batch: one micro-batch.
       key: for randomness in the forward pass.
       loss_state: of the loss.
@@ -49,8 +50,7 @@ class Objective(Protocol):
 
 def supervised(params, frozen, batch, key, loss_state, *, model, loss_fn: LossFn, dense=('entropy', 'correct')):
   """Objective of losses per token (`losses.supervised`): the weight is the number of counted targets."""
-  del frozen, key
-  stats = target_stats(params, batch, model=model, dense=dense)
+  stats = target_stats(lora.join(params, frozen), batch, model=model, dense=dense, key=key)
   out = loss_fn(
       types.Stats(logps_BT=stats['logps'], mask_BT=batch.mask_BT), types.Stats(), _labels(batch), state=loss_state
   )
@@ -66,8 +66,7 @@ def preference(
 
   The batch carries `ref_logps_BT` where the loss reads the reference.
   """
-  del frozen, key
-  stats = target_stats(params, batch, model=model, dense=dense)
+  stats = target_stats(lora.join(params, frozen), batch, model=model, dense=dense, key=key)
   policy = _response_stats(stats['logps'], batch)
   ref = types.Stats()
   if batch.ref_logps_BT is not None:
@@ -87,8 +86,7 @@ def reward(params, frozen, batch, key, loss_state, *, model, loss_fn: LossFn):
 
   The data marks one position per response, where the model has just read its last token; the reward head is read there.
   """
-  del frozen, key
-  policy = types.Stats(rewards_GK=rewards(params, batch, model=model))
+  policy = types.Stats(rewards_GK=rewards(lora.join(params, frozen), batch, model=model, key=key))
   out = loss_fn(policy, types.Stats(), _labels(batch), state=loss_state)
   metrics = _group_metrics(out, batch)
   # The position of its last token tells how long a response is, as both follow the same prompt.
@@ -96,15 +94,18 @@ def reward(params, frozen, batch, key, loss_state, *, model, loss_fn: LossFn):
   return _finish(out, metrics | _length_metrics(length_GK[:, :1] - length_GK, batch), batch)
 
 
-def hidden_states(params, batch: types.Batch, *, model: transformer.Transformer) -> types.Array:
-  """What the model makes of a micro-batch, `[B, T, D]`."""
-  return model.apply({'params': params}, batch.inputs_BT, batch.positions_BT, batch.segments_BT)
+def hidden_states(params, batch: types.Batch, *, model: transformer.Transformer, key=None) -> types.Array:
+  """What the model makes of a micro-batch, `[B, T, D]`; `key` is for its dropout."""
+  rngs = {} if key is None else {'dropout': key}
+  return model.apply({'params': params}, batch.inputs_BT, batch.positions_BT, batch.segments_BT, rngs=rngs)
 
 
-def target_stats(params, batch: types.Batch, *, model: transformer.Transformer, dense=()) -> dict[str, jax.Array]:
+def target_stats(
+    params, batch: types.Batch, *, model: transformer.Transformer, dense=(), key=None
+) -> dict[str, jax.Array]:
   """Log-probabilities `logps` and dense statistics of the targets, `[B, T]` float32 (see `logps.token_stats`)."""
   return logps.token_stats(
-      hidden_states(params, batch, model=model),
+      hidden_states(params, batch, model=model, key=key),
       transformer.output_matrix(params),
       batch.targets_BT,
       batch.mask_BT,
@@ -114,9 +115,9 @@ def target_stats(params, batch: types.Batch, *, model: transformer.Transformer, 
   )
 
 
-def rewards(params, batch: types.Batch, *, model: transformer.Transformer) -> jax.Array:
+def rewards(params, batch: types.Batch, *, model: transformer.Transformer, key=None) -> jax.Array:
   """Scores `[G, K]` of the responses by the reward head, float32, read where the mask marks their last token."""
-  hidden_BTD = hidden_states(params, batch, model=model).astype(jnp.float32)
+  hidden_BTD = hidden_states(params, batch, model=model, key=key).astype(jnp.float32)
   scores_BT = jnp.einsum('BTD,DO->BT', hidden_BTD, params['reward_head'].astype(jnp.float32))
   return masked.to_table(masked.per_response(scores_BT, batch), batch)
 

@@ -5,11 +5,13 @@ import dataclasses
 import functools
 import hashlib
 import importlib.resources
-import json
 import pathlib
 from typing import Any
+from typing import NamedTuple
 
+from absl import logging
 import jax
+import jax.numpy as jnp
 
 from jaxalign import checkpoint
 from jaxalign import objectives
@@ -21,6 +23,8 @@ from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.models import architecture
 from jaxalign.models import hf
+from jaxalign.models import hf_import
+from jaxalign.models import lora as lora_lib
 from jaxalign.models import transformer
 
 DEFAULT_MODEL = 'builtin:stories260K'
@@ -45,6 +49,7 @@ class Recipe:
     remat: which activations the backward pass computes again, see `models.transformer`; 'dots' (all but products with
       weights) is the fastest on CPUs too, where memory is slow.
     attention: one of `models.attention.KERNELS`; None takes what the platform does best.
+    lora: adapters to train in place of the model's parameters; None trains those.
   """
 
   objective: Callable
@@ -59,6 +64,7 @@ class Recipe:
   dtype: str = 'float32'
   remat: str = 'dots'
   attention: str | None = None
+  lora: lora_lib.Lora | None = None
 
   def __post_init__(self):
     if self.reference not in ('cached', 'live'):
@@ -126,7 +132,7 @@ def origin(job: Job, recipe: Recipe) -> dict[str, Any] | None:
   path = model_directory(job.model)
   if not is_checkpoint(path):
     return hf.read_json(path / 'config.json')
-  return json.loads((checkpoint.find(path)[0] / 'run.json').read_text(encoding='utf-8')).get('hf_config')
+  return checkpoint.read_json(checkpoint.find(path)[0] / 'run.json')['hf_config']
 
 
 def open_tokenizer(job: Job) -> tokenizers.Tokenizer:
@@ -135,12 +141,19 @@ def open_tokenizer(job: Job) -> tokenizers.Tokenizer:
   return tokenizers.load(checkpoint.find(path)[0] / 'tokenizer' if is_checkpoint(path) else path)
 
 
-def open_model(
-    job: Job, recipe: Recipe, tokenizer: tokenizers.Tokenizer
-) -> tuple[transformer.Transformer, types.PyTree]:
-  """Builds the model and its parameters, float32 and sharded: imported, restored, or drawn from the seed.
+class Opened(NamedTuple):
+  """A model with its parameters, sharded: what is trained, float32, and what is frozen, `{}` for nothing."""
 
-  A reward head that the source does not have starts at zero, so that every response scores 0.
+  model: transformer.Transformer
+  trained: types.PyTree
+  frozen: types.PyTree
+
+
+def open_model(job: Job, recipe: Recipe, tokenizer: tokenizers.Tokenizer) -> Opened:
+  """Builds the model and its parameters: imported, restored, or drawn from the seed.
+
+  A reward head that the source does not have starts at zero, so that every response scores 0. Adapters of the source
+  are merged into its parameters.
 
   Raises:
     UsageError: the tokenizer has more ids than the model's vocabulary.
@@ -152,34 +165,51 @@ def open_model(
       dtype=recipe.dtype,
       remat=recipe.remat,
       attention=recipe.attention,
+      lora=recipe.lora,
       length=recipe.packing.row_length,
   )
   key = jax.random.key(job.seed)
   if recipe.model is not None:
     model = build(dataclasses.replace(recipe.model, reward_head=recipe.reward_head))
     _check_vocabulary(model.config, tokenizer, job)
-    return model, transformer.init_params(model, key, job.mesh)
+    return _divide(model, transformer.init_params(model, key, job.mesh), key, job.mesh)
+  config, read = _source(job, tokenizer)
+  model = build(dataclasses.replace(config, reward_head=recipe.reward_head))
+  return _divide(model, read(model.base_dtype), key, job.mesh)
+
+
+def _source(
+    job: Job, tokenizer: tokenizers.Tokenizer
+) -> tuple[architecture.Config, Callable[[jax.typing.DTypeLike], types.PyTree]]:
+  """The configuration of `--model`, and what reads its parameters in a precision."""
   path = model_directory(job.model)
-  if is_checkpoint(path):
-    loaded = checkpoint.load(path, job.mesh)
-    config, params = loaded.model.config, loaded.params
-  else:
+  if not is_checkpoint(path):
     config = hf.read_config(path)
     _check_vocabulary(config, tokenizer, job)
-    params = hf.read_params(path, config, job.mesh)
+    return config, lambda dtype: hf_import.read_params(path, config, job.mesh, dtype)
+  loaded = checkpoint.load(path, job.mesh)
+  config = loaded.model.config
   _check_vocabulary(config, tokenizer, job)
-  model = build(dataclasses.replace(config, reward_head=recipe.reward_head))
-  return model, _fit_head(model, params, job.mesh)
+  params = lora_lib.merge(loaded.params, loaded.model.lora) if loaded.model.lora is not None else loaded.params
+  return config, lambda dtype: jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-def _fit_head(model, params, mesh):
-  """Adds a zero reward head where the model wants one, and drops one that it does not want."""
-  params = {name: value for name, value in params.items() if name != 'reward_head' or model.config.reward_head}
-  if model.config.reward_head and 'reward_head' not in params:
-    head = transformer.abstract_params(model, mesh)['reward_head']
-    zeros = jax.jit(lambda: jax.numpy.zeros(head.shape, head.dtype), out_shardings=head.sharding)
-    params['reward_head'] = zeros()
-  return params
+def _divide(model: transformer.Transformer, params: types.PyTree, key: jax.Array, mesh: jax.sharding.Mesh) -> Opened:
+  """What is trained and what is frozen of `params`, with first adapters and a reward head where they lack them."""
+  head = {'reward_head': params['reward_head'].astype('float32')} if 'reward_head' in params else {}
+  head = head if model.config.reward_head else {}
+  params = {name: value for name, value in params.items() if name != 'reward_head'}
+  if model.lora is not None:
+    frozen = lora_lib.split(params)[1]
+    trained = transformer.init_adapters(model, key, frozen, mesh) | head
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    share = 100 * count(trained) / (count(trained) + count(frozen))
+    logging.info('LoRA: %d parameters are trained (%.2f %% of all)', count(trained), share)
+    return Opened(model, trained, frozen)
+  if model.config.reward_head and not head:
+    like = transformer.abstract_params(model, mesh)['reward_head']
+    head = {'reward_head': jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)()}
+  return Opened(model, params | head, {})
 
 
 def _check_vocabulary(config: architecture.Config, tokenizer: tokenizers.Tokenizer, job: Job) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import os
 import pathlib
 from typing import Any
+from typing import NamedTuple
 import zipfile
 
 from absl import logging
@@ -22,9 +23,37 @@ import tqdm
 
 from jaxalign import types
 from jaxalign.data import loader as loader_lib
+from jaxalign.models import lora
+from jaxalign.models import transformer
 
 # (params, batch) -> [A, B, T], the same on every process
 RefFn = Callable[[types.PyTree, types.Batch], jax.Array]
+
+
+class Reference(NamedTuple):
+  """The model that a run began with.
+
+  Attributes:
+    model: without dropout; without adapters where they changed nothing at first.
+    moving: parameters that training takes over and changes: who needs them later makes a copy.
+    fixed: parameters that are frozen in training too, so that there is no second copy of them.
+  """
+
+  model: transformer.Transformer
+  moving: types.PyTree
+  fixed: types.PyTree
+
+  @property
+  def params(self) -> types.PyTree:
+    """One tree, as the model reads it."""
+    return lora.join(self.moving, self.fixed)
+
+  @classmethod
+  def of(cls, model: transformer.Transformer, trained: types.PyTree, frozen: types.PyTree) -> 'Reference':
+    """What `model` is before its first step."""
+    if model.lora is None or model.lora.adapter:
+      return cls(transformer.without_dropout(model), trained, frozen)
+    return cls(transformer.without_adapters(model), {}, frozen)
 
 
 def checksum(params: types.PyTree) -> str:

@@ -34,6 +34,7 @@ RULES: dict[str, tuple[str, ...]] = {
     'head_size': (),
     'norm': (),
     'hidden': (),
+    'rank': (),
     'micro': (),
     'one': (),
 }

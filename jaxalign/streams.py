@@ -1,6 +1,7 @@
 """Batches of training and held-out data, with what the loss was found to need: reference log-probabilities."""
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 import dataclasses
 import functools
@@ -18,7 +19,7 @@ from jaxalign import types
 from jaxalign.data import dataset
 from jaxalign.data import loader as loader_lib
 from jaxalign.data import tokenizers
-from jaxalign.models import transformer
+from jaxalign.models import lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +61,7 @@ def open_streams(
     job: recipe_lib.Job,
     recipe: recipe_lib.Recipe,
     tokenizer: tokenizers.Tokenizer,
-    model: transformer.Transformer,
-    ref_params: types.PyTree,
+    open_ref: Callable[[], reference.Reference],
     *,
     steps: int,
     counter: metrics.Compilations,
@@ -72,8 +72,8 @@ def open_streams(
     job: names the data.
     recipe: how examples are made, and the loss, whose needs are found by tracing it.
     tokenizer: of the model.
-    model: policy and reference alike.
-    ref_params: the parameters that training began with; 'live' copies them, 'cached' reads them only here.
+    open_ref: gives what training began with, where the loss reads it; 'live' copies what training changes, 'cached'
+      reads it only here.
     steps: training steps that the plan will be followed for; records that they do not reach need no reference.
     counter: counts compilations.
 
@@ -82,24 +82,23 @@ def open_streams(
   """
   train_sets = recipe_lib.open_data(job, recipe, tokenizer, job.data) if steps else []
   held_sets = recipe_lib.open_data(job, recipe, tokenizer, job.eval_data) if job.eval_data else []
-  wants_ref = _wants_ref(recipe, (train_sets or held_sets)[0])
-  live = wants_ref and recipe.reference == 'live'
-  cache = _open_cache(job, recipe, model, ref_params) if wants_ref and not live else None
-  ref_fn = counter.counted(functools.partial(objectives.ref_logps, model=model))
-  compute = jax.jit(ref_fn, out_shardings=sharding.named(job.mesh))
+  ref = open_ref() if _wants_ref(recipe, (train_sets or held_sets)[0]) else None
+  ref_fn = counter.counted(functools.partial(objectives.ref_logps, model=ref.model)) if ref is not None else None
+  attach = lambda batch: batch
+  extra_of = lambda loader, records, specs: None
+  if ref is not None and recipe.reference == 'live':
+    attach = _live(job, ref, ref_fn)
+  elif ref is not None:
+    extra_of = _cached(job, recipe, ref, ref_fn)
 
   def open_one(datasets, specs, records_of):
     opened = recipe_lib.open_loader(job, recipe, datasets, specs)
-    if cache is None:
-      return opened
-    reference.fill(cache, ref_params, opened, compute, records_of(opened), specs)
-    keys = opened.row_keys
-    return recipe_lib.open_loader(job, recipe, datasets, specs, lambda record, slot: cache[int(keys[record][slot])])
+    extra = extra_of(opened, records_of(opened), specs)
+    return opened if extra is None else recipe_lib.open_loader(job, recipe, datasets, specs, extra)
 
   train = open_one(train_sets, job.data, lambda loader: loader.records_of(steps)) if steps else None
   held = open_one(held_sets, job.eval_data, lambda loader: range(len(loader.dataset))) if held_sets else None
-  attach = _live(job, ref_fn, ref_params) if live else lambda batch: batch
-  return Streams(train, held, attach, wants_ref, _report(train_sets, held_sets))
+  return Streams(train, held, attach, ref is not None, _report(train_sets, held_sets))
 
 
 def _wants_ref(recipe: recipe_lib.Recipe, data: dataset.Dataset) -> bool:
@@ -108,14 +107,25 @@ def _wants_ref(recipe: recipe_lib.Recipe, data: dataset.Dataset) -> bool:
   return any(need.startswith('ref.') for need in needs)
 
 
-def _open_cache(job, recipe, model, ref_params) -> reference.Cache:
-  name = recipe_lib.digest(reference.checksum(ref_params), recipe.dtype, repr(model.config), model.attention)
-  return reference.Cache(job.cache_dir, name)
+def _cached(job, recipe, ref: reference.Reference, ref_fn) -> Callable:
+  """What computes, once each, the log-probabilities of a loader's records, and gives them by record and slot."""
+  name = recipe_lib.digest(
+      reference.checksum(ref.params), recipe.dtype, repr(ref.model.config), repr(ref.model.lora), ref.model.attention
+  )
+  cache = reference.Cache(job.cache_dir, name)
+  compute = jax.jit(ref_fn, out_shardings=sharding.named(job.mesh))
+
+  def extra_of(loader: loader_lib.Loader, records: Iterable[int], specs: str) -> Callable:
+    reference.fill(cache, ref.params, loader, compute, records, specs)
+    keys = loader.row_keys
+    return lambda record, slot: cache[int(keys[record][slot])]
+
+  return extra_of
 
 
-def _live(job, ref_fn, ref_params) -> Callable[[types.Batch], types.Batch]:
-  # Its own copy: the step takes the buffers of the parameters that it starts from.
-  ref_params = jax.tree.map(jnp.copy, ref_params)
+def _live(job, ref: reference.Reference, ref_fn) -> Callable[[types.Batch], types.Batch]:
+  # A copy of its own: the step takes the buffers of the parameters that it starts from.
+  ref_params = lora.join(jax.tree.map(jnp.copy, ref.moving), ref.fixed)
   run = jax.jit(ref_fn, out_shardings=sharding.named(job.mesh, 'micro', 'batch', 'length'))
   return lambda batch: dataclasses.replace(batch, ref_logps_BT=run(ref_params, batch))
 

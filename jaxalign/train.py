@@ -1,6 +1,7 @@
 """The offline loop: supervised fine-tuning, reward models and preference losses, all by one step."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import json
 from typing import Any
@@ -14,9 +15,11 @@ from jaxalign import loop
 from jaxalign import metrics
 from jaxalign import optim
 from jaxalign import recipe as recipe_lib
+from jaxalign import reference
 from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import streams as streams_lib
+from jaxalign import types
 from jaxalign.models import architecture
 
 
@@ -47,18 +50,18 @@ def train(
   """
   with jax.set_mesh(job.mesh):
     tokenizer = recipe_lib.open_tokenizer(job)
-    model, params = recipe_lib.open_model(job, recipe, tokenizer)
+    model, trained, frozen = recipe_lib.open_model(job, recipe, tokenizer)
     counter = metrics.Compilations()
-    streams = streams_lib.open_streams(job, recipe, tokenizer, model, params, steps=options.steps, counter=counter)
+    ref = reference.Reference.of(model, trained, frozen)
+    streams = streams_lib.open_streams(job, recipe, tokenizer, lambda: ref, steps=options.steps, counter=counter)
     store = checkpoint.Store(job.workdir / 'checkpoints', checkpoints)
-    if streams.wants_ref and store.latest() is None:
-      checkpoint.save_base(job.workdir / 'checkpoints', params)
+    base = _keep_base(job, store, ref) if streams.wants_ref or frozen else ''
     opt = optimizer(options.steps)
-    state, data_state = _start(job, store, params, opt)
-    evaluator = evaluate.Evaluator(job, recipe, model, tokenizer, streams, samples, counter)
+    state, data_state = _start(job, store, trained, opt)
+    evaluator = evaluate.Evaluator(job, recipe, model, tokenizer, streams, samples, counter, frozen)
     before = _before(job, evaluator, state)
     tools = loop.Tools(
-        step_fn=_jit_step(job, recipe_lib.bind(recipe, model), opt, state, counter),
+        step_fn=_jit_step(job, recipe_lib.bind(recipe, model), opt, state, frozen, counter),
         evaluate=lambda now: evaluator.held_out(now.params, now.loss_state),
         store=store,
         writer=metrics.Writer(job.workdir, int(state.step)),
@@ -66,7 +69,7 @@ def train(
         epoch_of=streams.epochs,
         constants=lambda: {'compilations': counter.count, **streams.report},
         flops_per_token=architecture.flops_per_token(model.config, recipe.packing.row_length),
-        after_first_step=functools.partial(_save_run, job, recipe, model, tokenizer, config),
+        after_first_step=functools.partial(_save_run, job, recipe, model, tokenizer, base, config),
         debug=job.debug,
     )
     if job.debug:
@@ -77,6 +80,23 @@ def train(
     store.close()
     tools.writer.close()
     return _finish(job, state, before, after, tools, streams, counter)
+
+
+def _keep_base(job, store: checkpoint.Store, ref: reference.Reference) -> str:
+  """Saves what the run begins with, and returns its checksum.
+
+  Raises:
+    RunError: the run is resumed, and began with something else.
+  """
+  checksum = reference.checksum(ref.params)
+  if store.latest() is None:
+    checkpoint.save_base(job.workdir / 'checkpoints', ref)
+  elif checkpoint.read_json(job.workdir / 'checkpoints' / 'run.json')['base'] != checksum:
+    raise types.RunError(
+        f'--model={job.model}: not the weights that the run in {job.workdir} began with; restore them, or choose'
+        ' another --workdir'
+    )
+  return checksum
 
 
 def _start(job, store: checkpoint.Store, params, opt: optim.Optimizer) -> tuple[step_lib.TrainState, dict[str, int]]:
@@ -91,14 +111,14 @@ def _start(job, store: checkpoint.Store, params, opt: optim.Optimizer) -> tuple[
   return state, {'epoch': 0, 'step': 0, 'num_tokens': 0}
 
 
-def _jit_step(job, objective, opt: optim.Optimizer, state, counter) -> Callable:
+def _jit_step(job, objective, opt: optim.Optimizer, state, frozen, counter) -> Callable:
   """The jitted step on (state, batch); the state is donated, except where NaNs are to be located."""
   step = counter.counted(step_lib.make_step(objective, opt))
   shardings = jax.tree.map(lambda x: x.sharding, state)
   # The operation that made a NaN is found by running the step again, which needs its arguments.
   donate = () if job.debug else (0,)
   jitted = jax.jit(step, donate_argnums=donate, out_shardings=(shardings, sharding.named(job.mesh)))
-  return lambda state, batch: jitted(state, {}, batch)
+  return lambda state, batch: jitted(state, frozen, batch)
 
 
 def _before(job, evaluator: evaluate.Evaluator, state: step_lib.TrainState) -> evaluate.Whole:
@@ -112,11 +132,13 @@ def _before(job, evaluator: evaluate.Evaluator, state: step_lib.TrainState) -> e
   return found
 
 
-def _save_run(job, recipe, model, tokenizer, config) -> None:
+def _save_run(job, recipe, model, tokenizer, base, config) -> None:
   """Writes what a checkpoint needs beside arrays; the first moment at which the operative configuration is known."""
   bindings, operative = config()
   run = {
       'model': model.config.to_json(),
+      'lora': model.lora and dataclasses.asdict(model.lora),
+      'base': base,
       'hf_config': recipe_lib.origin(job, recipe),
       'dtype': recipe.dtype,
       'row_length': recipe.packing.row_length,

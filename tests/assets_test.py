@@ -15,6 +15,7 @@ from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign.data import tokenizers
 from jaxalign.models import hf
+from jaxalign.models import hf_import
 from jaxalign.models import transformer
 from jaxalign.rewards import rules
 
@@ -65,7 +66,7 @@ class TestPrompts:
   def test_leave_the_model_room_both_ways(self):
     mesh = sharding.make_mesh('', devices=jax.devices()[:1])
     config = hf.read_config(MODEL)
-    params = hf.read_params(MODEL, config, mesh)
+    params = hf_import.read_params(MODEL, config, mesh)
     model = transformer.build(config, mesh, length=96)
     ids = [[TOKENIZER.bos_id, *TOKENIZER.encode(text)] for text in evaluate.builtin_prompts() for _ in range(8)]
     drawn = sampling.sample(model, params, ids, max_new_tokens=64, seed=3)

@@ -28,6 +28,7 @@ from jaxalign import sharding
 from jaxalign.data import examples
 from jaxalign.data import tokenizers
 from jaxalign.models import hf
+from jaxalign.models import hf_import
 from jaxalign.models import transformer
 from jaxalign.rewards import rules
 
@@ -152,7 +153,7 @@ def make(source: pathlib.Path, output: pathlib.Path, seed: int) -> None:
   config = hf.read_config(target)
   with jax.set_mesh(mesh):
     model = transformer.build(config, mesh, length=config.max_length)
-    params = hf.read_params(target, config, mesh)
+    params = hf_import.read_params(target, config, mesh)
     texts = openings(_stories(model, params, tokenizer, seed), seed)
     cuts = np.cumsum([_TEST_PROMPTS, _HELD_OUT_PROMPTS, _TRAIN_PROMPTS])
     test, held, train = texts[: cuts[0]], texts[cuts[0] : cuts[1]], texts[cuts[1] : cuts[2]]

@@ -1,4 +1,4 @@
-"""Parameters back to the Hugging Face layout, with config.json beside them: the inverse of `hf.read_params`."""
+"""Parameters back to the Hugging Face layout, with config.json beside them: the inverse of `hf_import.read_params`."""
 
 from collections.abc import Iterator
 from collections.abc import Mapping

@@ -15,6 +15,8 @@ from jaxalign import types
 from jaxalign.models import architecture
 from jaxalign.models import attention as attention_lib
 from jaxalign.models import experts
+from jaxalign.models import linear
+from jaxalign.models import lora as lora_lib
 from jaxalign.models import rotary
 
 _ACTIVATIONS: dict[str, Callable] = {
@@ -39,11 +41,6 @@ class KVCache:
   lengths_B: types.Array
 
 
-def param(module: nn.Module, name: str, init, shape: tuple[int, ...], axes: tuple[str, ...]) -> types.Array:
-  """A float32 parameter whose axes have logical names."""
-  return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
-
-
 def rms_norm(x, scale, config: architecture.Config):
   """Computes x / sqrt(mean(x^2) + eps) * (offset + scale) over the last axis, in float32.
 
@@ -51,26 +48,12 @@ def rms_norm(x, scale, config: architecture.Config):
   """
   wide = x.astype(jnp.float32)
   normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.norm_eps)
-  return (normed * (config.norm_offset + jnp.expand_dims(scale, range(x.ndim - 1)))).astype(x.dtype)
+  return (normed * (config.norm_offset + jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1)))).astype(x.dtype)
 
 
 def norm_init(config: architecture.Config):
   """Makes the norm's factor 1."""
   return nn.initializers.constant(1.0 - config.norm_offset)
-
-
-def _einsum(spec: str, x_BT, weight):
-  """`jnp.einsum` of tokens `[B, T, ...]` and a weight.
-
-  Tokens are one axis in it, so that the gradient of the weight sums over one: over two, XLA for CPUs first transposes
-  both operands in memory. Where the mesh splits rows, the axes cannot be merged in place.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  if not mesh.empty and sharding.parts(mesh, 'length') > 1:
-    return jnp.einsum(spec, x_BT, weight)
-  B, T = x_BT.shape[:2]
-  out = jnp.einsum(spec.replace('BT', 'T'), x_BT.reshape(B * T, *x_BT.shape[2:]), weight)
-  return out.reshape(B, T, *out.shape[1:])
 
 
 class Block(nn.Module):
@@ -81,12 +64,14 @@ class Block(nn.Module):
     kind: one of `architecture.LAYER_KINDS`.
     dtype: of the computation.
     attention: one of `attention.KERNELS`.
+    lora: what is adapted, None for nothing.
   """
 
   config: architecture.Config
   kind: str
   dtype: Any
   attention: str
+  lora: lora_lib.Lora | None = None
 
   @nn.compact
   def __call__(self, carry, rotations, segments_BT):
@@ -102,9 +87,9 @@ class Block(nn.Module):
   def _attend(self, x_BTD, cache, layer, rotations, segments_BT):
     c = self.config
     D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_size
-    q = self._project('q', 'BTD,DNH->BTNH', x_BTD, (D, N, H), ('embed', 'heads', 'head_size'), D, c.qkv_bias)
-    k = self._project('k', 'BTD,DKH->BTKH', x_BTD, (D, K, H), ('embed', 'kv_heads', 'head_size'), D, c.qkv_bias)
-    v = self._project('v', 'BTD,DKH->BTKH', x_BTD, (D, K, H), ('embed', 'kv_heads', 'head_size'), D, c.qkv_bias)
+    q = self._project('q', 'BTD,DNH->BTNH', x_BTD, (D, N, H), ('embed', 'heads', 'head_size'), c.qkv_bias)
+    k = self._project('k', 'BTD,DKH->BTKH', x_BTD, (D, K, H), ('embed', 'kv_heads', 'head_size'), c.qkv_bias)
+    v = self._project('v', 'BTD,DKH->BTKH', x_BTD, (D, K, H), ('embed', 'kv_heads', 'head_size'), c.qkv_bias)
     q, k = self._norm_heads('q_norm', q, 'heads'), self._norm_heads('k_norm', k, 'kv_heads')
     q, k = rotary.rotate(q, rotations[self.kind]), rotary.rotate(k, rotations[self.kind])
     how = attention_lib.How(c.attention_scale, c.window if self.kind == 'local' else 0, c.attn_softcap)
@@ -113,7 +98,7 @@ class Block(nn.Module):
     else:
       out, cache = _attend_cached(q, k, v, cache, layer, how)
     axes = 'heads', 'head_size', 'embed'
-    return self._project('o', 'BTNH,NHD->BTD', out, (N, H, D), axes, N * H, c.out_bias), cache
+    return self._project('o', 'BTNH,NHD->BTD', out, (N, H, D), axes, c.out_bias), cache
 
   def _feed_forward(self, x_BTD):
     c = self.config
@@ -125,15 +110,15 @@ class Block(nn.Module):
       up = self._weight('up', (E, D, F), ('experts', 'embed', 'mlp'), D)
       down = self._weight('down', (E, F, D), ('experts', 'mlp', 'embed'), F)
       return experts.feed_forward(x_BTD, router, gate, up, down, config=c, act=act)
-    gate = self._project('gate', 'BTD,DF->BTF', x_BTD, (D, F), ('embed', 'mlp'), D, c.mlp_bias)
-    up = self._project('up', 'BTD,DF->BTF', x_BTD, (D, F), ('embed', 'mlp'), D, c.mlp_bias)
-    return self._project('down', 'BTF,FD->BTD', act(gate) * up, (F, D), ('mlp', 'embed'), F, c.mlp_bias)
+    gate = self._project('gate', 'BTD,DF->BTF', x_BTD, (D, F), ('embed', 'mlp'), c.mlp_bias)
+    up = self._project('up', 'BTD,DF->BTF', x_BTD, (D, F), ('embed', 'mlp'), c.mlp_bias)
+    return self._project('down', 'BTF,FD->BTD', act(gate) * up, (F, D), ('mlp', 'embed'), c.mlp_bias)
 
   def _norm_if(self, place: str, name: str, x_BTD):
     c = self.config
     if c.norms not in (place, 'both'):
       return x_BTD
-    return rms_norm(x_BTD, param(self, name, norm_init(c), (c.embed_dim,), ('norm',)), c)
+    return rms_norm(x_BTD, linear.param(self, name, norm_init(c), (c.embed_dim,), ('norm',)), c)
 
   def _norm_heads(self, name: str, x_BTNH, axis: str):
     c = self.config
@@ -141,20 +126,16 @@ class Block(nn.Module):
       return x_BTNH
     B, T, N, H = x_BTNH.shape
     if c.qk_norm == 'head':
-      return rms_norm(x_BTNH, param(self, name, norm_init(c), (H,), ('norm',)), c)
-    scale_NH = param(self, name, norm_init(c), (N, H), (axis, 'head_size'))
+      return rms_norm(x_BTNH, linear.param(self, name, norm_init(c), (H,), ('norm',)), c)
+    scale_NH = linear.param(self, name, norm_init(c), (N, H), (axis, 'head_size'))
     return rms_norm(x_BTNH.reshape(B, T, N * H), scale_NH.reshape(-1), c).reshape(x_BTNH.shape)
 
-  def _project(self, name: str, spec: str, x_BT, shape, axes: tuple[str, ...], fan_in: int, bias: bool):
-    out = _einsum(spec, x_BT, self._weight(name, shape, axes, fan_in))
-    if not bias:
-      return out
-    kept = out.ndim - 2  # the outputs are the last axes of the weight
-    b = param(self, f'{name}_bias', nn.initializers.zeros, shape[-kept:], axes[-kept:]).astype(self.dtype)
-    return out + jnp.expand_dims(b, (0, 1))
+  def _project(self, name: str, spec: str, x_BT, shape, axes: tuple[str, ...], bias: bool):
+    more = {'bias': bias, 'dtype': self.dtype, 'lora': self.lora}
+    return linear.project(self, name, spec, x_BT, shape, axes, **more)
 
   def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int):
-    return param(self, name, nn.initializers.normal(fan_in**-0.5), shape, axes).astype(self.dtype)
+    return linear.weight(self, name, shape, axes, fan_in, self.dtype)
 
 
 def _attend_cached(q_BTNH, k_BTKH, v_BTKH, cache: KVCache, layer, how: attention_lib.How):

@@ -19,6 +19,8 @@ from jaxalign import types
 from jaxalign.models import architecture
 from jaxalign.models import attention as attention_lib
 from jaxalign.models import layers
+from jaxalign.models import linear
+from jaxalign.models import lora as lora_lib
 from jaxalign.models import rotary
 
 # What the backward pass finds saved: everything, products with weights, or nothing but what each layer reads.
@@ -77,12 +79,19 @@ class Transformer(nn.Module):
     dtype: of the computation; parameters are float32.
     remat: a key of REMAT.
     attention: one of `attention.KERNELS`, for whole sequences; with a cache attention is dense.
+    lora: what is adapted, None for nothing; with dropout `apply` takes `rngs={'dropout': key}`.
   """
 
   config: architecture.Config
   dtype: Any = jnp.float32
   remat: str = 'none'
   attention: str = 'xla'
+  lora: lora_lib.Lora | None = None
+
+  @property
+  def base_dtype(self) -> Any:
+    """The precision that parameters are kept in which are not trained, where there are adapters; else float32."""
+    return jnp.dtype('float32' if self.lora is None else self.lora.base or self.dtype)
 
   @nn.compact
   def __call__(self, inputs_BT, positions_BT, segments_BT, cache: layers.KVCache | None = None):
@@ -100,11 +109,11 @@ class Transformer(nn.Module):
     """
     c = self.config
     normal = nn.initializers.normal(0.02)
-    embed_VD = layers.param(self, 'embed', normal, (c.padded_vocab, c.embed_dim), ('vocab', 'embed'))
+    embed_VD = linear.param(self, 'embed', normal, (c.padded_vocab, c.embed_dim), ('vocab', 'embed'))
     if not c.tie_embeddings:
-      layers.param(self, 'head', normal, (c.embed_dim, c.padded_vocab), ('embed', 'vocab'))
+      linear.param(self, 'head', normal, (c.embed_dim, c.padded_vocab), ('embed', 'vocab'))
     if c.reward_head:
-      layers.param(self, 'reward_head', nn.initializers.zeros, (c.embed_dim, 1), ('embed', 'one'))
+      linear.param(self, 'reward_head', nn.initializers.zeros, (c.embed_dim, 1), ('embed', 'one'))
     x_BTD = sharding.constrain(_look_up(self.dtype, embed_VD, inputs_BT), 'batch', 'length', 'hidden')
     if c.scale_embeddings:
       x_BTD = x_BTD * jnp.asarray(c.embed_dim**0.5, self.dtype)
@@ -114,7 +123,7 @@ class Transformer(nn.Module):
     for part in self._parts():
       carry, _ = part(carry, rotations, segments_BT)
     x_BTD, cache, _ = carry
-    x_BTD = layers.rms_norm(x_BTD, layers.param(self, 'final_norm', layers.norm_init(c), (c.embed_dim,), ('norm',)), c)
+    x_BTD = layers.rms_norm(x_BTD, linear.param(self, 'final_norm', layers.norm_init(c), (c.embed_dim,), ('norm',)), c)
     if cache is None:
       return x_BTD
     return x_BTD, dataclasses.replace(cache, lengths_B=cache.lengths_B + jnp.sum(segments_BT > 0, axis=1))
@@ -124,13 +133,13 @@ class Transformer(nn.Module):
     c = self.config
     policy = REMAT[self.remat]
     block = layers.Block if policy is None else nn.remat(layers.Block, policy=policy, prevent_cse=False)
-    make = functools.partial(block, config=c, dtype=self.dtype, attention=self.attention)
+    make = functools.partial(block, config=c, dtype=self.dtype, attention=self.attention, lora=self.lora)
     parts: list[nn.Module] = []
     if c.repeats:
       scanned = nn.scan(
           _Repeat,
           variable_axes={'params': 0},
-          split_rngs={'params': True},
+          split_rngs={'params': True, 'dropout': True},
           in_axes=(nn.broadcast, nn.broadcast),
           length=c.repeats,
           metadata_params={nn.PARTITION_NAME: 'layers'},
@@ -152,6 +161,7 @@ def build(
     dtype: jax.typing.DTypeLike = 'float32',
     remat: str = 'none',
     attention: str | None = None,
+    lora: lora_lib.Lora | None = None,
     length: int,
 ) -> Transformer:
   """The model for programs on `mesh`.
@@ -162,10 +172,11 @@ def build(
     dtype: of the computation.
     remat: a key of REMAT.
     attention: one of `attention.KERNELS`; None picks it.
+    lora: what is adapted, None for nothing.
     length: tokens of a row.
 
   Raises:
-    UsageError: a name is unknown, or rows are longer than the model's context.
+    UsageError: a name is unknown, rows are longer than the model's context, or the model lacks what is to be adapted.
   """
   if remat not in REMAT:
     raise types.UsageError(f'recipe.Recipe.remat = {remat!r}: it is one of {", ".join(REMAT)}')
@@ -180,18 +191,30 @@ def build(
   name = attention or attention_lib.pick(
       mesh, dtype, head_size=config.head_size, length=length, softcap=config.attn_softcap
   )
-  return Transformer(config, jnp.dtype(dtype), remat, name)
+  return Transformer(config, jnp.dtype(dtype), remat, name, lora.of(config) if lora is not None else None)
+
+
+def without_dropout(model: Transformer) -> Transformer:
+  """The same model as it is evaluated and sampled from."""
+  return dataclasses.replace(model, lora=model.lora and dataclasses.replace(model.lora, dropout=0.0))
+
+
+def without_adapters(model: Transformer) -> Transformer:
+  """The model of the frozen parameters alone."""
+  return dataclasses.replace(model, lora=None)
+
+
+_ONE = np.zeros((1, 1), np.int32)  # a single token, which no kernel but XLA takes
 
 
 def _init_fn(model: Transformer) -> Callable[[jax.Array], types.PyTree]:
   """Makes the parameters, boxed with the logical names of their axes, from a key."""
-  one = np.zeros((1, 1), np.int32)  # a single token, which no kernel but XLA takes
-  plain = dataclasses.replace(model, attention='xla')
-  return lambda key: plain.init(key, one, one, one)['params']
+  plain = without_dropout(dataclasses.replace(model, attention='xla'))
+  return lambda key: plain.init(key, _ONE, _ONE, _ONE)['params']
 
 
 def abstract_params(model: Transformer, mesh: jax.sharding.Mesh) -> types.PyTree:
-  """Shapes, dtypes and shardings of the parameters.
+  """Shapes, dtypes and shardings of the parameters: float32 for what is trained, a frozen base as `model.lora` says.
 
   Raises:
     UsageError: the mesh does not divide an axis; the message names both.
@@ -199,10 +222,27 @@ def abstract_params(model: Transformer, mesh: jax.sharding.Mesh) -> types.PyTree
   # Nothing may run: the mesh may be of devices that are not there.
   boxed = jax.eval_shape(_init_fn(model), jax.eval_shape(lambda: jax.random.key(0)))
   place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-  return jax.tree.map(place, nn.unbox(boxed), sharding.shardings_of(mesh, boxed))
+  placed = jax.tree.map(place, nn.unbox(boxed), sharding.shardings_of(mesh, boxed))
+  if model.lora is None:
+    return placed
+  trained, frozen = lora_lib.split(placed)
+  return lora_lib.join(trained, jax.tree.map(lambda x: x.update(dtype=model.base_dtype), frozen))
 
 
 def init_params(model: Transformer, key: jax.Array, mesh: jax.sharding.Mesh) -> types.PyTree:
   """Random normal parameters, made where they lie; their deviation is 1/sqrt(fan-in), 0.02 of embedding and head."""
-  where = jax.tree.map(lambda x: x.sharding, abstract_params(model, mesh))
-  return jax.jit(lambda key: nn.unbox(_init_fn(model)(key)), out_shardings=where)(key)
+  abstract = abstract_params(model, mesh)
+  make = lambda key: jax.tree.map(lambda x, like: x.astype(like.dtype), nn.unbox(_init_fn(model)(key)), abstract)
+  return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(key)
+
+
+def init_adapters(model: Transformer, key: jax.Array, frozen: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
+  """The first adapters of a frozen base, which change nothing, and a zero reward head where the model has one."""
+  where = jax.tree.map(lambda x: x.sharding, lora_lib.split(abstract_params(model, mesh))[0])
+  plain = without_dropout(dataclasses.replace(model, attention='xla'))
+
+  def make(key, frozen):
+    _, variables = plain.apply({'params': frozen}, _ONE, _ONE, _ONE, rngs={'params': key}, mutable=['params'])
+    return lora_lib.split(nn.unbox(variables['params']))[0]
+
+  return jax.jit(make, out_shardings=where)(key, frozen)

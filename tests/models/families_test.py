@@ -18,6 +18,7 @@ from jaxalign import sharding
 from jaxalign import types
 from jaxalign.models import families
 from jaxalign.models import hf
+from jaxalign.models import hf_import
 from jaxalign.models import transformer
 
 GOLDENS = pathlib.Path(__file__).resolve().parents[1] / 'goldens'
@@ -36,7 +37,7 @@ def opened(name, mesh_text=''):
   mesh = sharding.make_mesh(mesh_text, devices=None if mesh_text else jax.devices()[:1])
   config = hf.read_config(GOLDENS / name)
   model = transformer.build(config, mesh, length=LENGTH)
-  return model, hf.read_params(GOLDENS / name, config, mesh), mesh
+  return model, hf_import.read_params(GOLDENS / name, config, mesh), mesh
 
 
 @functools.partial(jax.jit, static_argnums=0)

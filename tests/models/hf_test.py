@@ -14,6 +14,7 @@ from jaxalign import sharding
 from jaxalign import types
 from jaxalign.models import architecture
 from jaxalign.models import hf
+from jaxalign.models import hf_import
 from jaxalign.models import transformer
 
 CONFIG = {
@@ -113,7 +114,7 @@ def logits_of(w, config, ids):
 def logits_read(folder, ids, mesh=''):
   mesh = sharding.make_mesh(mesh)
   config = hf.read_config(folder)
-  params = hf.read_params(folder, config, mesh)
+  params = hf_import.read_params(folder, config, mesh)
   model = transformer.build(config, mesh, length=ids.shape[1])
   positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
   hidden = model.apply({'params': params}, ids, positions, np.ones_like(ids))
@@ -140,8 +141,8 @@ class TestReadParams:
   def test_lays_every_parameter_out_on_the_mesh(self, tmp_path, mesh):
     folder = write(tmp_path / 'model')
     config, mesh = hf.read_config(folder), sharding.make_mesh(mesh)
-    single = hf.read_params(folder, config, sharding.make_mesh('', devices=jax.devices()[:1]))
-    params = hf.read_params(folder, config, mesh)
+    single = hf_import.read_params(folder, config, sharding.make_mesh('', devices=jax.devices()[:1]))
+    params = hf_import.read_params(folder, config, mesh)
     abstract = transformer.abstract_params(transformer.build(config, mesh, length=8), mesh)
     jax.tree.map(lambda x, like: np.testing.assert_equal(x.sharding, like.sharding), params, abstract)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), params, single)
@@ -154,7 +155,7 @@ class TestReadParams:
   def test_reads_16_bit_floats_exactly(self, tmp_path, dtype):
     narrow = {name: x.astype(dtype) for name, x in tensors(CONFIG).items()}
     folder = write(tmp_path / 'model', weights=narrow)
-    params = hf.read_params(folder, hf.read_config(folder), sharding.make_mesh())
+    params = hf_import.read_params(folder, hf.read_config(folder), sharding.make_mesh())
     assert params['layers']['0']['up'].dtype == np.float32
     np.testing.assert_array_equal(
         params['layers']['0']['up'][1], narrow['model.layers.1.mlp.up_proj.weight'].astype(np.float32).T
@@ -162,7 +163,7 @@ class TestReadParams:
 
   def test_pads_the_vocabulary_with_zeros(self, tmp_path):
     folder = write(tmp_path / 'model')
-    params = hf.read_params(folder, hf.read_config(folder), sharding.make_mesh('fsdp:2,tensor:4'))
+    params = hf_import.read_params(folder, hf.read_config(folder), sharding.make_mesh('fsdp:2,tensor:4'))
     assert params['embed'].shape == (128, 16)
     assert params['head'].shape == (16, 128)
     np.testing.assert_array_equal(params['embed'][40:], 0)
@@ -177,13 +178,21 @@ class TestReadParams:
   @pytest.mark.parametrize(
       'change,words',
       [
-          (lambda w: w.pop('model.layers.1.mlp.up_proj.weight'), "'model.layers.1.mlp.up_proj.weight' is missing"),
-          (lambda w: w.update({'model.layers.0.self_attn.q_proj.bias': np.ones(16)}), 'q_proj.bias.* has no place'),
-          (lambda w: w.update({'model.layers.2.mlp.up_proj.weight': np.ones(16)}), 'layers.2.* no place in the model'),
-          (lambda w: w.update({'model.norm.weight': np.ones(8)}), r"'model.norm.weight' is \[8\].* \(16,\)"),
+          (lambda w: w.pop('model.layers.1.mlp.up_proj.weight'), 'tensor model.layers.1.mlp.up_proj.weight is missing'),
+          (
+              lambda w: w.update({'model.layers.0.self_attn.q_proj.bias': np.ones(16)}),
+              'tensor .*q_proj.bias is too many',
+          ),
+          (
+              lambda w: w.update({'model.layers.2.mlp.up_proj.weight': np.ones(16)}),
+              'layers.2.mlp.up_proj.weight is too many: .* no place',
+          ),
+          (lambda w: [w.pop(name) for name in list(w)[:3]], r'3 tensors \(.*, .*, .*\) are missing'),
+          (lambda w: [w.pop(name) for name in list(w)[:7]], r'7 tensors \(.*, \.\.\.\) are missing'),
+          (lambda w: w.update({'model.norm.weight': np.ones(8)}), r"'model.norm.weight' is \[8\].* \[16\]"),
           (
               lambda w: w.update({'model.layers.0.mlp.up_proj.weight': np.ones((16, 24))}),
-              r'up_proj.weight. is \[16, 24\], config.json makes it \(24, 16\)',
+              r'up_proj.weight. is \[16, 24\], config.json makes it \[24, 16\]',
           ),
       ],
   )
@@ -192,7 +201,7 @@ class TestReadParams:
     change(weights)
     folder = write(tmp_path / 'model', weights=weights)
     with pytest.raises(types.RunError, match=words):
-      hf.read_params(folder, hf.read_config(folder), sharding.make_mesh())
+      hf_import.read_params(folder, hf.read_config(folder), sharding.make_mesh())
 
   def test_refuses_files_that_are_not_whole(self, tmp_path):
     folder = write(tmp_path / 'model', shards=2)
@@ -200,19 +209,19 @@ class TestReadParams:
     part = folder / 'part-1.safetensors'
     part.write_bytes(part.read_bytes()[:-100])
     with pytest.raises(types.RunError, match='part-1.safetensors: not a whole safetensors file'):
-      hf.read_params(folder, config, mesh)
+      hf_import.read_params(folder, config, mesh)
     part.unlink()
     with pytest.raises(types.RunError, match='part-1.safetensors: no such file, though model.safetensors.index'):
-      hf.read_params(folder, config, mesh)
+      hf_import.read_params(folder, config, mesh)
     st.save_file({'other': np.ones(1)}, part)
     with pytest.raises(types.RunError, match="part-1.safetensors: it lacks the tensor '"):
-      hf.read_params(folder, config, mesh)
+      hf_import.read_params(folder, config, mesh)
 
   def test_says_what_weights_should_be(self, tmp_path):
     folder = write(tmp_path / 'model')
     (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
     with pytest.raises(types.RunError, match='no model.safetensors.* there is pytorch_model.bin: save the model with'):
-      hf.read_params(folder, hf.read_config(folder), sharding.make_mesh())
+      hf_import.read_params(folder, hf.read_config(folder), sharding.make_mesh())
 
 
 class TestReadConfig:

@@ -9,6 +9,7 @@ from jaxalign import main
 from jaxalign import recipe
 from jaxalign import sharding
 from jaxalign.models import hf
+from jaxalign.models import hf_import
 from tests import runs
 from tools import convert_hf
 
@@ -30,7 +31,7 @@ class TestMain:
     mesh = sharding.make_mesh('', devices=jax.devices()[:1])
     loaded = checkpoint.load(workdir, mesh)
     assert hf.read_config(tmp_path / 'out') == loaded.model.config
-    again = hf.read_params(tmp_path / 'out', loaded.model.config, mesh)
+    again = hf_import.read_params(tmp_path / 'out', loaded.model.config, mesh)
     jax.tree.map(np.testing.assert_array_equal, again, loaded.params)
     job = recipe.Job('', tmp_path, mesh, 0, str(tmp_path / 'out'), '', '', '', None, tmp_path, False, False)
     assert recipe.open_tokenizer(job).encode('Once upon') == loaded.tokenizer.encode('Once upon')
