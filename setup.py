@@ -57,6 +57,6 @@ setuptools.setup(
             'jax[tpu]>=0.10; sys_platform == "linux" and platform_machine == "x86_64"',
         ],
         'tools': ['protobuf>=5'],
-        'goldens': ['torch>=2.6', 'transformers>=5'],
+        'goldens': ['peft>=0.17', 'torch>=2.6', 'transformers>=5'],
     },
 )

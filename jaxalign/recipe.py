@@ -25,6 +25,7 @@ from jaxalign.models import architecture
 from jaxalign.models import hf
 from jaxalign.models import hf_import
 from jaxalign.models import lora as lora_lib
+from jaxalign.models import peft
 from jaxalign.models import transformer
 
 DEFAULT_MODEL = 'builtin:stories260K'
@@ -159,39 +160,42 @@ def open_model(job: Job, recipe: Recipe, tokenizer: tokenizers.Tokenizer) -> Ope
     UsageError: the tokenizer has more ids than the model's vocabulary.
     RunError: a file of the model is missing or corrupt.
   """
-  build = functools.partial(
-      transformer.build,
-      mesh=job.mesh,
+  config, read = _source(job, recipe)
+  _check_vocabulary(config, tokenizer, job)
+  adapter = _open_adapter(job, recipe, config)
+  model = transformer.build(
+      dataclasses.replace(config, reward_head=recipe.reward_head),
+      job.mesh,
       dtype=recipe.dtype,
       remat=recipe.remat,
       attention=recipe.attention,
-      lora=recipe.lora,
+      lora=adapter.lora if adapter is not None else recipe.lora,
       length=recipe.packing.row_length,
   )
-  key = jax.random.key(job.seed)
+  opened = _divide(model, read(model), jax.random.key(job.seed), job.mesh)
+  if adapter is None:
+    return opened
+  return opened._replace(trained=opened.trained | peft.read_params(adapter, model, job.mesh))
+
+
+def _source(job: Job, recipe: Recipe) -> tuple[architecture.Config, Callable[[transformer.Transformer], types.PyTree]]:
+  """The configuration of `--model`, and what gives its parameters in the precision that a model keeps them in."""
   if recipe.model is not None:
-    model = build(dataclasses.replace(recipe.model, reward_head=recipe.reward_head))
-    _check_vocabulary(model.config, tokenizer, job)
-    return _divide(model, transformer.init_params(model, key, job.mesh), key, job.mesh)
-  config, read = _source(job, tokenizer)
-  model = build(dataclasses.replace(config, reward_head=recipe.reward_head))
-  return _divide(model, read(model.base_dtype), key, job.mesh)
-
-
-def _source(
-    job: Job, tokenizer: tokenizers.Tokenizer
-) -> tuple[architecture.Config, Callable[[jax.typing.DTypeLike], types.PyTree]]:
-  """The configuration of `--model`, and what reads its parameters in a precision."""
+    return recipe.model, lambda model: transformer.init_params(model, jax.random.key(job.seed), job.mesh)
   path = model_directory(job.model)
   if not is_checkpoint(path):
     config = hf.read_config(path)
-    _check_vocabulary(config, tokenizer, job)
-    return config, lambda dtype: hf_import.read_params(path, config, job.mesh, dtype)
+    return config, lambda model: hf_import.read_params(path, config, job.mesh, model.base_dtype)
   loaded = checkpoint.load(path, job.mesh)
-  config = loaded.model.config
-  _check_vocabulary(config, tokenizer, job)
   params = lora_lib.merge(loaded.params, loaded.model.lora) if loaded.model.lora is not None else loaded.params
-  return config, lambda dtype: jax.tree.map(lambda x: x.astype(dtype), params)
+  return loaded.model.config, lambda model: jax.tree.map(lambda x: x.astype(model.base_dtype), params)
+
+
+def _open_adapter(job: Job, recipe: Recipe, config: architecture.Config) -> peft.Adapter | None:
+  if recipe.lora is None or not recipe.lora.adapter:
+    return None
+  family = (origin(job, recipe) or {}).get('model_type', 'llama')
+  return peft.read(pathlib.Path(recipe.lora.adapter), config, family, recipe.lora)
 
 
 def _divide(model: transformer.Transformer, params: types.PyTree, key: jax.Array, mesh: jax.sharding.Mesh) -> Opened:

@@ -10,6 +10,7 @@ import pytest
 from jaxalign import checkpoint
 from jaxalign import optim
 from jaxalign import recipe
+from jaxalign import reference
 from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import types
@@ -39,7 +40,7 @@ def saved(tmp_path):
     store.save(state(step), step, place(step), {'eval/x': score})
     store.wait()
   store.close()
-  run = {'model': CONFIG.to_json(), 'dtype': 'float32', 'row_length': 16, 'attention': None}
+  run = {'model': CONFIG.to_json(), 'dtype': 'float32', 'row_length': 16, 'lora': None}
   checkpoint.save_run(tmp_path / 'checkpoints', run, '', tokenizers.load(recipe.asset('stories260K')))
   return tmp_path
 
@@ -113,6 +114,6 @@ class TestLoad:
 class TestSaveBase:
 
   def test_is_read_as_the_reference(self, saved):
-    checkpoint.save_base(saved / 'checkpoints', state(9).params)
-    loaded = checkpoint.load(saved, MESH, base=True)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(loaded.params), jax.device_get(state(9).params))
+    checkpoint.save_base(saved / 'checkpoints', reference.Reference(MODEL, state(9).params, {}))
+    found = checkpoint.load_reference(saved, checkpoint.load(saved, MESH), MESH).params
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(state(9).params))

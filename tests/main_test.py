@@ -456,5 +456,6 @@ class TestMain:
     assert 'not used by this run: optim.linear.steps' in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / 'w' / 'checkpoints' / 'run.json').exists()
     assert call(*flags, '--gin=architecture.Config.num_layers = 2') == 0
-    loaded = checkpoint.load(tmp_path / 'w', sharding.make_mesh(), base=True)
-    assert jax.tree.leaves(loaded.params['layers'])[0].shape[0] == 2
+    loaded = checkpoint.load(tmp_path / 'w', sharding.make_mesh())
+    base = checkpoint.load_reference(tmp_path / 'w', loaded, sharding.make_mesh()).params
+    assert jax.tree.leaves(base['layers'])[0].shape[0] == 2

@@ -123,16 +123,16 @@ class TestOpenTokenizer:
 class TestOpenModel:
 
   def test_draws_weights_from_the_seed_the_same_on_any_mesh(self, make_job):
-    _, one = open_model(make_job('fsdp:8'), make_recipe())
-    _, moved = open_model(make_job('data:2,fsdp:2,expert:2'), make_recipe())
-    _, other = open_model(make_job('fsdp:8', seed=1), make_recipe())
+    _, one, _ = open_model(make_job('fsdp:8'), make_recipe())
+    _, moved, _ = open_model(make_job('data:2,fsdp:2,expert:2'), make_recipe())
+    _, other, _ = open_model(make_job('fsdp:8', seed=1), make_recipe())
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(moved))
     assert not np.array_equal(one['embed'], other['embed'])
 
   def test_reads_those_of_the_embedded_model_and_adds_a_head_of_zeros(self, make_job):
-    model, params = open_model(make_job(), make_recipe(model=None))
+    model, params, _ = open_model(make_job(), make_recipe(model=None))
     assert sum(x.size for x in jax.tree.leaves(params)) == 260_032
-    scored, with_head = open_model(make_job(), make_recipe(model=None, reward_head=True))
+    scored, with_head, _ = open_model(make_job(), make_recipe(model=None, reward_head=True))
     assert not model.config.reward_head and scored.config.reward_head
     assert with_head['reward_head'].shape == (64, 1)
     assert not np.any(with_head['reward_head'])
@@ -147,7 +147,7 @@ class TestOpenModel:
       open_model(make_job(), make_recipe(packing=loader.Packing(rows=8, row_length=65)))
 
   def test_takes_the_precision_of_the_recipe_and_keeps_weights_in_float32(self, make_job):
-    model, params = open_model(make_job(), make_recipe(dtype='bfloat16', remat='full', attention='xla'))
+    model, params, _ = open_model(make_job(), make_recipe(dtype='bfloat16', remat='full', attention='xla'))
     assert (model.dtype, model.remat, model.attention) == (np.dtype('bfloat16'), 'full', 'xla')
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype('float32')}
 

@@ -11,6 +11,7 @@ import pytest
 from jaxalign import metrics
 from jaxalign import objectives
 from jaxalign import recipe as recipe_lib
+from jaxalign import reference
 from jaxalign import sharding
 from jaxalign import streams as streams_lib
 from jaxalign.data import examples
@@ -75,7 +76,8 @@ def open_streams(job, recipe, model, params, steps=4):
   tokenizer = recipe_lib.open_tokenizer(job)
   counter = metrics.Compilations()
   with jax.set_mesh(job.mesh):
-    return streams_lib.open_streams(job, recipe, tokenizer, model, params, steps=steps, counter=counter)
+    ref = reference.Reference.of(model, params, {})
+    return streams_lib.open_streams(job, recipe, tokenizer, lambda: ref, steps=steps, counter=counter)
 
 
 class TestOpenStreams:

@@ -1,11 +1,13 @@
 """Turns a checkpoint of jaxalign into a Hugging Face directory, or shows how one would be read.
 
   python tools/convert_hf.py --checkpoint=runs/dpo --output=DIR [--dtype=bfloat16]
+  python tools/convert_hf.py --checkpoint=runs/dpo --output=DIR --adapter
   python tools/convert_hf.py --model=DIR
 
 The first writes config.json, *.safetensors and the tokenizer's files, chat template included, as transformers reads
-them with `AutoModelForCausalLM.from_pretrained`; a reward model becomes a `*ForSequenceClassification`. The second
-prints which of our parameters is made of which tensors.
+them with `AutoModelForCausalLM.from_pretrained`; a reward model becomes a `*ForSequenceClassification`, and adapters
+are merged into the weights. The second writes the adapters alone, as PEFT reads them. The third prints which of our
+parameters is made of which tensors.
 """
 
 import argparse
@@ -20,17 +22,32 @@ from jaxalign import sharding
 from jaxalign import types
 from jaxalign.models import hf
 from jaxalign.models import hf_export
+from jaxalign.models import lora as lora_lib
+from jaxalign.models import peft
 from jaxalign.models import transformer
 
 
 def export(directory: str, output: pathlib.Path, dtype: str | None) -> None:
   """Writes the newest checkpoint in `directory` to `output`."""
   loaded = checkpoint.load(directory, sharding.make_mesh('', devices=jax.local_devices()[:1]))
-  origin = loaded.run.get('hf_config')
+  origin = loaded.run['hf_config']
   dtype = dtype or (origin or {}).get('dtype') or (origin or {}).get('torch_dtype') or 'float32'
-  count = hf_export.write(output, loaded.params, loaded.model.config, origin, dtype, loaded.tokenizer.pad_id)
+  lora = loaded.model.lora
+  params = loaded.params if lora is None else lora_lib.merge(loaded.params, lora)
+  count = hf_export.write(output, params, loaded.model.config, origin, dtype, loaded.tokenizer.pad_id)
   loaded.tokenizer.save(output)
   print(f'{output}: {count} tensors in {dtype}, of step {loaded.step}')
+
+
+def export_adapter(directory: str, output: pathlib.Path) -> None:
+  """Writes the adapters of the newest checkpoint in `directory` to `output`."""
+  loaded = checkpoint.load(directory, sharding.make_mesh('', devices=jax.local_devices()[:1]))
+  if loaded.model.lora is None:
+    raise types.UsageError(f'--checkpoint={directory}: it holds no adapters; leave --adapter out')
+  family = (loaded.run['hf_config'] or {}).get('model_type', 'llama')
+  count = peft.write(output, loaded.params, loaded.model, family, loaded.run['model_spec'])
+  loaded.tokenizer.save(output)
+  print(f'{output}: {count} tensors of an adapter, of step {loaded.step}')
 
 
 def show(directory: pathlib.Path) -> None:
@@ -53,12 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
   given.add_argument('--model', type=pathlib.Path, help='a Hugging Face directory')
   parser.add_argument('--output', type=pathlib.Path, help='the directory to write; goes with --checkpoint')
   parser.add_argument('--dtype', choices=sorted(hf_export.DTYPES), help='default: that of the weights trained from')
+  parser.add_argument('--adapter', action='store_true', help='write the adapters alone, in the format of PEFT')
   args = parser.parse_args(argv)
   if bool(args.checkpoint) != bool(args.output):
     parser.error('--checkpoint and --output go together')
+  if args.adapter and (args.dtype or not args.checkpoint):
+    parser.error('--adapter goes with --checkpoint, and is written in float32')
   try:
     if args.model:
       show(args.model)
+    elif args.adapter:
+      export_adapter(args.checkpoint, args.output)
     else:
       export(args.checkpoint, args.output, args.dtype)
   except (types.UsageError, types.RunError) as err:

@@ -1,18 +1,20 @@
-"""Writes tests/goldens: tiny random models of every family by transformers, and what they compute.
+"""Writes tests/goldens: tiny random models of every family by transformers, adapters by PEFT, and what they compute.
 
   pip install -e '.[goldens]'
-  python tools/make_goldens.py [--families=gemma2,phi3]
+  python tools/make_goldens.py [--only=gemma2,peft_phi3]
 
-Each folder holds what `save_pretrained` wrote (config.json, model.safetensors) and golden.npz: ids, float32 logits of
-every position, and a greedy continuation. The same seed gives the same numbers up to rounding, so that fixtures change
-only where transformers does.
+Each folder holds what `save_pretrained` wrote and golden.npz: ids, float32 logits of every position, and, of a model, a
+greedy continuation; of a reward model, scores of whole rows. The same seed gives the same numbers up to rounding, so
+that fixtures change only where the libraries do.
 """
 
 import argparse
+import json
 import pathlib
 import shutil
 
 import numpy as np
+import peft
 import torch
 import transformers
 
@@ -64,6 +66,17 @@ CASES = {
     'smollm3': ('SmolLM3Config', {'num_hidden_layers': 4, 'use_sliding_window': False}),
 }
 
+# Folder: (folder of the base, what a LoraConfig is given).
+ADAPTERS = {
+    'peft_llama3': ('llama3', {'r': 4, 'lora_alpha': 6, 'target_modules': 'all-linear', 'use_rslora': True}),
+    'peft_gemma2': ('gemma2', {'r': 3, 'target_modules': ['q_proj', 'o_proj', 'down_proj'], 'use_dora': True}),
+    'peft_phi3': (
+        'phi3',
+        {'r': 4, 'target_modules': 'all-linear', 'rank_pattern': {'qkv_proj': 2}, 'alpha_pattern': {'o_proj': 20}},
+    ),
+    'peft_reward': ('llama3', {'r': 2, 'target_modules': ['q_proj', 'gate_proj'], 'task_type': 'SEQ_CLS'}),
+}
+
 
 def _randomise(model: torch.nn.Module, seed: int) -> None:
   """Weights, biases and norms that all matter."""
@@ -93,12 +106,37 @@ def make(name: str) -> None:
   np.savez_compressed(folder / 'golden.npz', ids=ids, logits=logits, greedy=greedy[0].numpy())
 
 
+def make_adapter(name: str) -> None:
+  """Writes the folder of one adapter."""
+  base, options = ADAPTERS[name]
+  scores = options.get('task_type') == 'SEQ_CLS'
+  kind = transformers.AutoModelForSequenceClassification if scores else transformers.AutoModelForCausalLM
+  more = {'num_labels': 1} if scores else {}
+  model = kind.from_pretrained(GOLDENS / base, dtype=torch.float32, attn_implementation='eager', **more)
+  model = peft.get_peft_model(model, peft.LoraConfig(**({'task_type': 'CAUSAL_LM'} | options))).eval()
+  generator = torch.Generator().manual_seed(len(name))
+  with torch.no_grad():
+    for x in model.parameters():
+      if x.requires_grad:
+        x.add_(torch.randn(x.shape, generator=generator) * 0.2)
+    ids = np.random.default_rng(0).integers(3, model.config.vocab_size, (2, 40))
+    logits = model(torch.tensor(ids)).logits.numpy()
+  folder = GOLDENS / name
+  shutil.rmtree(folder, ignore_errors=True)
+  model.save_pretrained(folder)
+  (folder / 'README.md').unlink(missing_ok=True)
+  config = json.loads((folder / 'adapter_config.json').read_text(encoding='utf-8'))
+  config |= {'base_model_name_or_path': base, 'target_modules': sorted(config['target_modules'])}
+  (folder / 'adapter_config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+  np.savez_compressed(folder / 'golden.npz', ids=ids, logits=logits)
+
+
 def main() -> None:
   """Runs the command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--families', default=','.join(CASES), help='folders to write')
-  for name in parser.parse_args().families.split(','):
-    make(name)
+  parser.add_argument('--only', default=','.join([*CASES, *ADAPTERS]), help='folders to write')
+  for name in parser.parse_args().only.split(','):
+    (make if name in CASES else make_adapter)(name)
     print(name)
 
 

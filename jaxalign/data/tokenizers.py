@@ -210,8 +210,7 @@ class _Json(Tokenizer):
   def __init__(self, files: Mapping[str, bytes], settings: Mapping[str, Any], where: str):
     spec = _json(files[_JSON], where)
     self._added = {token['content']: token for token in spec.get('added_tokens') or ()}
-    pre_tokenizer = json.dumps(spec.get('pre_tokenizer'))
-    self._prefix_after_special = '"prepend_scheme": "first"' not in pre_tokenizer
+    self._prefix_after_special = '"prepend_scheme": "first"' not in json.dumps(spec.get('pre_tokenizer'))
     self._first = _json_tokenizer(spec, where)
     parts = {name: _without_prefix(spec.get(name)) for name in ('normalizer', 'pre_tokenizer', 'decoder')}
     self._next = _json_tokenizer({**spec, **parts, 'post_processor': None}, where)
@@ -297,8 +296,7 @@ def _settings(files: Mapping[str, bytes], directory: pathlib.Path) -> dict[str, 
       template = {one['name']: one['template'] for one in template}.get('default')
   except (AttributeError, KeyError, TypeError) as err:
     raise types.RunError(f'{directory / _CONFIG}: not as transformers writes it ({err!r})') from err
-  if _TEMPLATE in files:
-    template = _text(files[_TEMPLATE], str(directory / _TEMPLATE))
+  template = _text(files[_TEMPLATE], str(directory / _TEMPLATE)) if _TEMPLATE in files else template
   return settings | ({'chat_template': template} if template else {})
 
 
@@ -329,8 +327,8 @@ def _json(content: bytes, where: str) -> dict[str, Any]:
 def _json_tokenizer(spec: dict[str, Any], where: str) -> hf_tokenizers.Tokenizer:
   try:
     tokenizer = hf_tokenizers.Tokenizer.from_str(json.dumps(spec))
-  except Exception as err:
-    if type(err) is not Exception:  # The library raises Exception itself.
+  except Exception as err:  # The library raises Exception itself.
+    if type(err) is not Exception:
       raise
     raise types.RunError(f'{where}: not a tokenizer.json ({err})') from err
   tokenizer.no_truncation()

@@ -17,6 +17,7 @@ from jaxalign import types
 from jaxalign.models import architecture
 
 _ATTENTION, _MLP = ('q', 'k', 'v', 'o'), ('gate', 'up', 'down')
+TARGETS = _ATTENTION + _MLP
 _TRAINED = re.compile(r'.*_lora_(a|b|magnitude)|reward_head')
 
 
@@ -35,7 +36,8 @@ class Lora:
     dora: the columns of W + scale A B are scaled to a trained magnitude. Liu et al., 2024,
       https://arxiv.org/abs/2402.09353, Eq. 5, the norm being held constant in the gradient (Eq. 11).
     base: precision that the frozen parameters are kept in: 'float32', 'bfloat16', or '' for that of the computation.
-    adapter: a PEFT directory to start from; the reference then has its adapter too.
+    adapter: a PEFT directory to start from, which says rank, alpha, targets, rslora and dora; the reference then has
+      that adapter too.
   """
 
   rank: int = 16
@@ -49,10 +51,10 @@ class Lora:
 
   def __post_init__(self):
     object.__setattr__(self, 'targets', tuple(self.targets))
-    unknown = [name for name in self.targets if name not in _ATTENTION + _MLP]
+    unknown = [name for name in self.targets if name not in TARGETS]
     problem = ''
     if unknown:
-      problem = f'targets: {unknown[0]!r} is none of {", ".join(_ATTENTION + _MLP)}'
+      problem = f'targets: {unknown[0]!r} is none of {", ".join(TARGETS)}'
     elif self.rank < 1:
       problem = f'rank = {self.rank}: it must be at least 1'
     elif not 0 <= self.dropout < 1:
@@ -82,7 +84,7 @@ class Lora:
             f'lora.Lora.targets: {expert[0]!r} is a matrix of experts, which cannot be adapted; choose of q, k, v, o'
         )
       return dataclasses.replace(self, targets=self.targets or _ATTENTION)
-    return dataclasses.replace(self, targets=self.targets or _ATTENTION + _MLP)
+    return dataclasses.replace(self, targets=self.targets or TARGETS)
 
 
 def split(params: types.PyTree) -> tuple[types.PyTree, types.PyTree]:
@@ -146,7 +148,7 @@ def _merged(weight, parts, *, lora: Lora, stacked: bool):
     weight = weight.reshape(a.shape[0], -1).astype(jnp.float32)
     out = weight + lora.scale * jnp.matmul(a, b, precision='highest')
     if magnitude is not None:
-      out = out * (magnitude.reshape(-1) / column_norms(weight, a, b, lora.scale))
+      out = out * (magnitude.reshape(-1) / column_norms(weight, a, b, lora.scale))[None, :]
     return out.reshape(shape)
 
   run = jax.vmap(one) if stacked else one
