@@ -46,6 +46,7 @@ setuptools.setup(
         'tpu': ['jax[tpu]>=0.10'],
         'cuda': ['jax[cuda12]>=0.10'],
         'test': [
+            'qwix>=0.1.8',
             'chex>=0.1.90',
             'hypothesis>=6.100',
             'mypy>=1.15',
@@ -57,6 +58,8 @@ setuptools.setup(
             'jax[tpu]>=0.10; sys_platform == "linux" and platform_machine == "x86_64"',
         ],
         'tools': ['protobuf>=5'],
+        # Adapters of a base in 8 or 4 bits: --lora=base:nf4.
+        'qlora': ['qwix>=0.1.8'],
         'goldens': ['peft>=0.17', 'torch>=2.6', 'transformers>=5'],
     },
 )

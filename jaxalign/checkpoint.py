@@ -28,6 +28,7 @@ from jaxalign import types
 from jaxalign.data import tokenizers
 from jaxalign.models import architecture
 from jaxalign.models import lora as lora_lib
+from jaxalign.models import quant
 from jaxalign.models import transformer
 
 
@@ -181,7 +182,7 @@ def save_base(directory: pathlib.Path, ref: reference.Reference) -> None:
   parts = {'base': ref.fixed or ref.moving} | ({'start': ref.moving} if ref.fixed and ref.moving else {})
   with ocp.StandardCheckpointer() as checkpointer:
     for name, params in parts.items():
-      checkpointer.save(epath.Path(directory / name), params, force=True)
+      checkpointer.save(epath.Path(directory / name), quant.to_disk(params), force=True)
 
 
 def find(directory: str | pathlib.Path) -> tuple[pathlib.Path, int]:
@@ -253,6 +254,6 @@ def _restored(path: pathlib.Path, abstract: types.PyTree) -> types.PyTree:
     raise types.RunError(f'{path} is missing; the checkpoint is not whole')
   check_shapes(path, abstract)
   with ocp.StandardCheckpointer() as checkpointer:
-    params = checkpointer.restore(epath.Path(path), abstract)
+    params = quant.from_disk(checkpointer.restore(epath.Path(path), quant.to_disk(abstract)), abstract)
   logging.info('restored %s', path)
   return params

@@ -185,7 +185,8 @@ def _source(job: Job, recipe: Recipe) -> tuple[architecture.Config, Callable[[tr
   path = model_directory(job.model)
   if not is_checkpoint(path):
     config = hf.read_config(path)
-    return config, lambda model: hf_import.read_params(path, config, job.mesh, model.base_dtype)
+    kept = lambda model: functools.partial(lora_lib.kept, lora=model.lora)
+    return config, lambda model: hf_import.read_params(path, config, job.mesh, model.base_dtype, kept(model))
   loaded = checkpoint.load(path, job.mesh)
   params = lora_lib.merge(loaded.params, loaded.model.lora) if loaded.model.lora is not None else loaded.params
   return loaded.model.config, lambda model: jax.tree.map(lambda x: x.astype(model.base_dtype), params)
@@ -204,7 +205,7 @@ def _divide(model: transformer.Transformer, params: types.PyTree, key: jax.Array
   head = head if model.config.reward_head else {}
   params = {name: value for name, value in params.items() if name != 'reward_head'}
   if model.lora is not None:
-    frozen = lora_lib.split(params)[1]
+    frozen = lora_lib.all_kept(lora_lib.split(params)[1], model.lora)
     trained = transformer.init_adapters(model, key, frozen, mesh) | head
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     share = 100 * count(trained) / (count(trained) + count(frozen))

@@ -60,7 +60,9 @@ def checksum(params: types.PyTree) -> str:
   """A hash of every parameter's bits, computed on the mesh; equal on any mesh, since integer sums do not round."""
 
   def sums(x):
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+      x = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32)
+    bits = x.astype(jnp.uint32)
     # A weight per place, so that a permutation changes the sum.
     places = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):

@@ -56,7 +56,12 @@ class TestStepZero:
 
   @pytest.mark.parametrize(
       'lora,reference',
-      [('rank:2', 'live'), ('rank:2,dora:true', 'cached'), ('rank:2,targets:q+v,dropout:0.5,rslora:true', 'live')],
+      [
+          ('rank:2', 'live'),
+          ('rank:2,dora:true', 'cached'),
+          ('rank:2,base:nf4', 'cached'),
+          ('rank:2,targets:q+v,dropout:0.5,rslora:true', 'live'),
+      ],
   )
   def test_is_log_2_with_no_margin(self, folder, tmp_path, lora, reference):
     more = f'--gin=recipe.Recipe.reference = {reference!r}', '--eval_data='
@@ -120,8 +125,8 @@ class TestCheckpoints:
       assert found[name] == pytest.approx(wanted[name], abs=1e-4), name
     assert abs(found['eval/rewards/margins']) > 1e-3
 
-  def test_are_resumed_bit_for_bit(self, folder, trained):
-    lora = 'rank:2,dropout:0.3'
+  def test_are_resumed_bit_for_bit(self, folder, capsys):
+    lora = 'rank:2,dropout:0.3,base:int8'
     straight, halves = folder / 'straight', folder / 'halves'
     assert main.main(flags(folder, straight, '--eval_data=', '--save_every=2', lora=lora, steps=4)) == 0
     for steps in (2, 4):
@@ -129,6 +134,9 @@ class TestCheckpoints:
     runs.assert_same(runs.params_of(straight), runs.params_of(halves))
     one, other = (runs.logged(workdir)[4] | {'compilations': 0} for workdir in (straight, halves))
     assert one == other
+    # From the checkpoint alone, in 8 bits as it was trained.
+    held = f'--eval_data=jsonl:{folder / "pairs.jsonl"}[:10]', '--gin=evaluate.evaluate.samples = None'
+    assert abs(evaluated(capsys, straight, *held)['eval/rewards/margins']) > 1e-3
 
   def test_are_not_resumed_on_another_base(self, folder, tmp_path, capsys):
     model = tmp_path / 'model'

@@ -41,8 +41,16 @@ def read_params(
     config: architecture.Config,
     mesh: jax.sharding.Mesh,
     dtype: jax.typing.DTypeLike = 'float32',
+    finish: Callable[[str, jax.Array], Any] = lambda name, x: x,
 ) -> types.PyTree:
   """Reads the parameters of `config` in `dtype`, laid out on `mesh`; a reward head only where `config` has one.
+
+  Args:
+    directory: the folder.
+    config: of the model.
+    mesh: where they lie.
+    dtype: of the parameters.
+    finish: makes what is kept of the parameter with this path, as 'layers/0/q', before the next is read.
 
   Raises:
     RunError: a file is missing or corrupt, or tensors are missing, of other shapes, or more than the model has.
@@ -63,7 +71,7 @@ def read_params(
     count = sum(one.tensors.size for one in maps.values())
     bar = stack.enter_context(tqdm.tqdm(total=count, desc=f'reading {directory.name}', disable=None, leave=False))
     return jax.tree.unflatten(
-        tree, [_read_param(x, maps[name], real[name], tensors, bar) for name, x in wanted.items()]
+        tree, [finish(name, _read_param(x, maps[name], real[name], tensors, bar)) for name, x in wanted.items()]
     )
 
 

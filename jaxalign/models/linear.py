@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign.models import lora as lora_lib
+from jaxalign.models import quant
 
 
 def param(module: nn.Module, name: str, init, shape: tuple[int, ...], axes: tuple[str, ...]) -> types.Array:
@@ -19,8 +20,8 @@ def param(module: nn.Module, name: str, init, shape: tuple[int, ...], axes: tupl
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int, dtype: Any):
-  """A weight in the precision of the computation; at first normal with deviation 1 / sqrt(fan-in)."""
-  return param(module, name, nn.initializers.normal(fan_in**-0.5), shape, axes).astype(dtype)
+  """A weight, kept in whatever precision, in that of the computation; at first normal of deviation 1 / sqrt(fan-in)."""
+  return quant.dequantise(param(module, name, nn.initializers.normal(fan_in**-0.5), shape, axes), dtype)
 
 
 def project(

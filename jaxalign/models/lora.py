@@ -5,9 +5,11 @@ of them (and of a reward head) alone, `split` off; a model reads both, put toget
 them is the model that training began with.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import re
+from typing import Any
 
 from flax import traverse_util
 import jax
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxalign import types
 from jaxalign.models import architecture
+from jaxalign.models import quant
 
 _ATTENTION, _MLP = ('q', 'k', 'v', 'o'), ('gate', 'up', 'down')
 TARGETS = _ATTENTION + _MLP
@@ -35,7 +38,8 @@ class Lora:
     rslora: the scale is alpha / sqrt(rank) instead. Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732, Thm. 3.2.
     dora: the columns of W + scale A B are scaled to a trained magnitude. Liu et al., 2024,
       https://arxiv.org/abs/2402.09353, Eq. 5, the norm being held constant in the gradient (Eq. 11).
-    base: precision that the frozen parameters are kept in: 'float32', 'bfloat16', or '' for that of the computation.
+    base: precision that the frozen parameters are kept in: 'float32', 'bfloat16', or '' for that of the computation;
+      'int8' and 'nf4' quantise the weights of attention, feed-forward halves and experts, see `models.quant`.
     adapter: a PEFT directory to start from, which says rank, alpha, targets, rslora and dora; the reference then has
       that adapter too.
   """
@@ -61,8 +65,8 @@ class Lora:
       problem = f'dropout = {self.dropout}: it is a share, from 0 to less than 1'
     elif self.alpha <= 0:
       problem = f'alpha = {self.alpha}: it must be positive'
-    elif self.base not in ('', 'float32', 'bfloat16'):
-      problem = f"base = {self.base!r}: it is 'float32' or 'bfloat16'"
+    elif self.base not in ('', 'float32', 'bfloat16', *quant.KINDS):
+      problem = f"base = {self.base!r}: it is 'float32', 'bfloat16', 'int8' or 'nf4'"
     if problem:
       raise types.UsageError(f'lora.Lora.{problem}')
 
@@ -103,6 +107,18 @@ def join(trained: types.PyTree, frozen: types.PyTree) -> types.PyTree:
   return traverse_util.unflatten_dict(flat[0] | flat[1], sep='/')
 
 
+def kept(name: str, x: types.Array, lora: Lora | None, quantise: Callable = quant.quantise) -> Any:
+  """How the frozen parameter at this path is kept: as it is, or in as few bits as `lora.base` says."""
+  few = lora is not None and lora.base in quant.KINDS and quant.is_quantised(name) and not quant.is_array_of(x)
+  return quantise(name, x, lora.base) if lora is not None and few else x
+
+
+def all_kept(frozen: types.PyTree, lora: Lora, quantise: Callable = quant.quantise) -> types.PyTree:
+  """A frozen tree as it is kept."""
+  flat = traverse_util.flatten_dict(frozen, sep='/')
+  return traverse_util.unflatten_dict({name: kept(name, x, lora, quantise) for name, x in flat.items()}, sep='/')
+
+
 def column_norms(weight, a, b, scale: float):
   """Norms `[...out]` of the columns of W + scale A B, float32, without that sum: of W, their product, and A B.
 
@@ -130,8 +146,11 @@ def adapters(params: types.PyTree) -> dict[str, dict[str, types.Array]]:
 
 
 def merge(params: types.PyTree, lora: Lora) -> types.PyTree:
-  """Parameters of the plain model that computes the same: what is adapted in float32, everything else as it is."""
-  flat = dict(traverse_util.flatten_dict(params, sep='/'))
+  """Parameters of the plain model that computes the same: what is adapted or quantised in float32."""
+  flat = {
+      name: quant.dequantise(x, 'float32') if quant.is_array_of(x) else x
+      for name, x in traverse_util.flatten_dict(params, sep='/').items()
+  }
   for path, parts in adapters(params).items():
     for part in parts:
       del flat[f'{path}_lora_{part}']

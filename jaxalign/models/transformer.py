@@ -21,6 +21,7 @@ from jaxalign.models import attention as attention_lib
 from jaxalign.models import layers
 from jaxalign.models import linear
 from jaxalign.models import lora as lora_lib
+from jaxalign.models import quant
 from jaxalign.models import rotary
 
 # What the backward pass finds saved: everything, products with weights, or nothing but what each layer reads.
@@ -90,8 +91,10 @@ class Transformer(nn.Module):
 
   @property
   def base_dtype(self) -> Any:
-    """The precision that parameters are kept in which are not trained, where there are adapters; else float32."""
-    return jnp.dtype('float32' if self.lora is None else self.lora.base or self.dtype)
+    """The precision of parameters that are not trained, and not quantised, where there are adapters; else float32."""
+    if self.lora is None:
+      return jnp.dtype('float32')
+    return jnp.dtype(self.dtype if self.lora.base in ('', *quant.KINDS) else self.lora.base)
 
   @nn.compact
   def __call__(self, inputs_BT, positions_BT, segments_BT, cache: layers.KVCache | None = None):
@@ -226,7 +229,8 @@ def abstract_params(model: Transformer, mesh: jax.sharding.Mesh) -> types.PyTree
   if model.lora is None:
     return placed
   trained, frozen = lora_lib.split(placed)
-  return lora_lib.join(trained, jax.tree.map(lambda x: x.update(dtype=model.base_dtype), frozen))
+  kept = jax.tree.map(lambda x: x.update(dtype=model.base_dtype), frozen)
+  return lora_lib.join(trained, lora_lib.all_kept(kept, model.lora, quant.abstract))
 
 
 def init_params(model: Transformer, key: jax.Array, mesh: jax.sharding.Mesh) -> types.PyTree:
