@@ -90,6 +90,7 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
     (flags.DEFINE_multi_string, 'gin', [], "A gin binding, applied last, as 'preference.dpo.beta=0.2'."),
     (flags.DEFINE_string, 'checkpoint', None, 'For --mode=eval and sample: a workdir, or one checkpoint in it.'),
     (flags.DEFINE_multi_string, 'prompt', [], 'For --mode=sample: what to continue.'),
+    (flags.DEFINE_bool, 'chat', False, 'For --mode=sample: --prompt is what a user says, in the chat template.'),
     (_POSITIVE, 'max_new_tokens', 128, 'For --mode=sample: length of the response. Default: 128.'),
     (
         functools.partial(flags.DEFINE_float, lower_bound=0.0),
@@ -109,12 +110,12 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
 _OPTIMIZING = ('workdir', 'steps', 'log_every', 'eval_every', 'save_every')
 _OF_TRAINING = ('algo', 'model', 'tokenizer', 'data', 'lora', *_OPTIMIZING)
 _OF_DATA = ('eval_data', 'data_dir', 'cache_dir', 'skip_bad_records', 'gin_file', 'gin')
-_OF_SAMPLING = ('prompt', 'max_new_tokens', 'temperature')
+_OF_SAMPLING = ('prompt', 'chat', 'max_new_tokens', 'temperature')
 _UNREAD: dict[str, tuple[str, ...]] = {
     'train': ('checkpoint', *_OF_SAMPLING),
     'show': ('checkpoint', *_OF_SAMPLING),
     'eval': (*_OF_TRAINING, *_OF_SAMPLING),
-    'sample': (*_OF_TRAINING, *_OF_DATA),
+    'sample': (*(name for name in _OF_TRAINING if name != 'model'), *_OF_DATA),
 }
 _INSTEAD = {
     'checkpoint': '; --model=DIR starts from a checkpoint',

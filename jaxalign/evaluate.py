@@ -241,23 +241,37 @@ def evaluate(
 
 
 def respond(
-    directory: str,
+    spec: str,
     mesh: jax.sharding.Mesh,
     prompts: Sequence[str],
     *,
+    chat: bool,
     max_new_tokens: int,
     temperature: float,
     seed: int,
-) -> list[tuple[str, str]]:
-  """Samples one response to each prompt from a checkpoint; returns (prompt, response).
+) -> list[str]:
+  """Samples one response to each prompt from a checkpoint or a Hugging Face directory.
+
+  Args:
+    spec: as for `--model`.
+    mesh: where the model lies.
+    prompts: texts.
+    chat: whether a prompt is what a user says, to be written by the tokenizer's chat template.
+    max_new_tokens: length at which a response is cut.
+    temperature: of sampling, 0 is greedy.
+    seed: of sampling.
 
   Raises:
-    UsageError: a prompt is empty, or too long for the model's context.
+    UsageError: a prompt is empty, or too long for the model's context, or the model is a reward model.
+    RunError: there is no chat template, or it fails.
   """
   with jax.set_mesh(mesh):
-    loaded = checkpoint.load(directory, mesh)
+    loaded = recipe_lib.load(spec, mesh)
+    if loaded.model.config.reward_head:
+      raise types.UsageError(f'{spec}: a reward model scores responses and writes none')
     tokenizer = loaded.tokenizer
-    ids = [examples.prompt_ids(tokenizer, prompt) for prompt in prompts]
+    said = lambda prompt: [{'role': 'user', 'content': prompt}] if chat else prompt
+    ids = [examples.prompt_ids(tokenizer, said(prompt)) for prompt in prompts]
     _check_context(ids, max_new_tokens, loaded.model.config.max_length)
     drawn = sampling.sample(
         loaded.model,
@@ -268,7 +282,7 @@ def respond(
         seed=seed,
         stop_ids=(tokenizer.eos_id,),
     )
-  return [(prompt, tokenizer.decode(one.ids, continuation=True)) for prompt, one in zip(prompts, drawn)]
+  return [tokenizer.decode(one.ids, continuation=not chat) for one in drawn]
 
 
 def _check_context(prompts: list[list[int]], max_new_tokens: int, context: int) -> None:

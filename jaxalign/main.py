@@ -270,23 +270,25 @@ def _evaluate(args: flags.FlagValues) -> None:
 
 
 def _sample(args: flags.FlagValues) -> None:
-  _, run = _restored(args)
-  if run['model']['reward_head']:
-    raise types.UsageError(f'--checkpoint={args.checkpoint}: a reward model scores responses and writes none')
+  if bool(args.checkpoint) == bool(args.model):
+    raise types.UsageError('--mode=sample needs --checkpoint=DIR, or --model=DIR for one of Hugging Face')
+  if args.checkpoint:
+    checkpoint.find(args.checkpoint)
   if not args.prompt:
     raise types.UsageError("--mode=sample needs --prompt='...' (repeatable)")
   _start(args)
-  mesh = sharding.make_mesh(args.mesh, args.dcn_mesh)
-  for prompt, response in evaluate.respond(
-      args.checkpoint,
-      mesh,
+  responses = evaluate.respond(
+      args.checkpoint or args.model,
+      sharding.make_mesh(args.mesh, args.dcn_mesh),
       args.prompt,
+      chat=args.chat,
       max_new_tokens=args.max_new_tokens,
       temperature=args.temperature,
       seed=args.seed or 0,
-  ):
+  )
+  for prompt, response in zip(args.prompt, responses):
     if jax.process_index() == 0:
-      sys.stdout.write(f'{prompt}{response}\n')
+      sys.stdout.write(f'{prompt}\n\n{response.strip()}\n\n' if args.chat else f'{prompt}{response}\n')
 
 
 def _show(args: flags.FlagValues) -> None:

@@ -136,6 +136,23 @@ def origin(job: Job, recipe: Recipe) -> dict[str, Any] | None:
   return checkpoint.read_json(checkpoint.find(path)[0] / 'run.json')['hf_config']
 
 
+def load(spec: str, mesh: jax.sharding.Mesh) -> checkpoint.Loaded:
+  """Loads what a `--model` names, weights and tokenizer, onto `mesh`, to compute in the precision that it is kept in.
+
+  Raises:
+    UsageError: there is no such directory, or the mesh does not divide the model.
+    RunError: a file is missing or corrupt.
+  """
+  path = model_directory(spec)
+  if is_checkpoint(path):
+    return checkpoint.load(path, mesh)
+  config, values = hf.read_config(path), hf.read_json(path / 'config.json')
+  dtype = values.get('dtype') or values.get('torch_dtype') or 'float32'
+  model = transformer.build(config, mesh, dtype=dtype, length=config.max_length)
+  params = hf_import.read_params(path, config, mesh, dtype)
+  return checkpoint.Loaded(model, params, tokenizers.load(path), {}, 0)
+
+
 def open_tokenizer(job: Job) -> tokenizers.Tokenizer:
   """Loads `--tokenizer`, or the tokenizer beside the model."""
   path = model_directory(job.tokenizer or job.model)
