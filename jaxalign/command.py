@@ -22,7 +22,7 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
     (flags.DEFINE_bool, 'help', False, 'Show this.'),
     (flags.DEFINE_bool, 'list', False, 'List the algorithms, one line each.'),
     (flags.DEFINE_bool, 'markdown', False, 'With --list: a table with paper, gin file and test.'),
-    (flags.DEFINE_string, 'mode', 'train', 'train, eval, sample or show.'),
+    (flags.DEFINE_string, 'mode', 'train', 'train, eval, sample, score or show.'),
     (flags.DEFINE_string, 'algo', None, 'The algorithm: a file of gin_configs; --list names them.'),
     (
         flags.DEFINE_string,
@@ -88,7 +88,7 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
     (_COUNT, 'save_every', None, 'Steps between checkpoints; 0: only the last.'),
     (flags.DEFINE_multi_string, 'gin_file', [], 'A gin file of your own, applied after those of the algorithm.'),
     (flags.DEFINE_multi_string, 'gin', [], "A gin binding, applied last, as 'preference.dpo.beta=0.2'."),
-    (flags.DEFINE_string, 'checkpoint', None, 'For --mode=eval and sample: a workdir, or one checkpoint in it.'),
+    (flags.DEFINE_string, 'checkpoint', None, 'For --mode=eval, sample and score: a workdir, or one checkpoint in it.'),
     (flags.DEFINE_multi_string, 'prompt', [], 'For --mode=sample: what to continue.'),
     (flags.DEFINE_bool, 'chat', False, 'For --mode=sample: --prompt is what a user says, in the chat template.'),
     (_POSITIVE, 'max_new_tokens', 128, 'For --mode=sample: length of the response. Default: 128.'),
@@ -97,6 +97,19 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         'temperature',
         1.0,
         'For --mode=sample: 0 is greedy. Default: 1.',
+    ),
+    (
+        flags.DEFINE_string,
+        'per',
+        'response',
+        'For --mode=score: what is scored, each response, token, or step (an item of the column completions).',
+    ),
+    (
+        _POSITIVE,
+        'row_length',
+        None,
+        'For --mode=score: tokens of the longest sequence; longer ones are cut. Default: 1024, or the context of the'
+        ' model.',
     ),
     (
         flags.DEFINE_bool,
@@ -111,11 +124,14 @@ _OPTIMIZING = ('workdir', 'steps', 'log_every', 'eval_every', 'save_every')
 _OF_TRAINING = ('algo', 'model', 'tokenizer', 'data', 'lora', *_OPTIMIZING)
 _OF_DATA = ('eval_data', 'data_dir', 'cache_dir', 'skip_bad_records', 'gin_file', 'gin')
 _OF_SAMPLING = ('prompt', 'chat', 'max_new_tokens', 'temperature')
+_OF_SCORING = ('per', 'row_length')
+_but = lambda names, *out: tuple(name for name in names if name not in out)
 _UNREAD: dict[str, tuple[str, ...]] = {
-    'train': ('checkpoint', *_OF_SAMPLING),
-    'show': ('checkpoint', *_OF_SAMPLING),
-    'eval': (*_OF_TRAINING, *_OF_SAMPLING),
-    'sample': (*(name for name in _OF_TRAINING if name != 'model'), *_OF_DATA),
+    'train': ('checkpoint', *_OF_SAMPLING, *_OF_SCORING),
+    'show': ('checkpoint', *_OF_SAMPLING, *_OF_SCORING),
+    'eval': (*_OF_TRAINING, *_OF_SAMPLING, *_OF_SCORING),
+    'sample': (*_but(_OF_TRAINING, 'model'), *_OF_DATA, *_OF_SCORING),
+    'score': (*_but(_OF_TRAINING, 'model', 'data'), *_OF_SAMPLING, 'eval_data', 'gin_file', 'gin', 'seed'),
 }
 _INSTEAD = {
     'checkpoint': '; --model=DIR starts from a checkpoint',

@@ -4,12 +4,14 @@
     python -m jaxalign.main --algo=sft --model=DIR --data=jsonl:train.jsonl --eval_data=jsonl:test.jsonl --steps=500
     python -m jaxalign.main --mode=eval --checkpoint=runs/a
     python -m jaxalign.main --mode=sample --checkpoint=runs/a --prompt='Once upon a time'
+    python -m jaxalign.main --mode=score --checkpoint=runs/rm --data=jsonl:pairs.jsonl
     python -m jaxalign.main --mode=show --algo=dpo --data=jsonl:pairs.jsonl
     python -m jaxalign.main --list
 
 Exit codes: 0, 2 for a wrong flag or binding, 1 for a run that failed.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 import json
 import logging as python_logging
@@ -19,6 +21,7 @@ import re
 import sys
 import threading
 import traceback
+from typing import Any
 
 from absl import flags
 from absl import logging
@@ -30,9 +33,11 @@ from jaxalign import command
 from jaxalign import config
 from jaxalign import evaluate
 from jaxalign import recipe as recipe_lib
+from jaxalign import score
 from jaxalign import sharding
 from jaxalign import streams
 from jaxalign import types
+from jaxalign.data import scored
 from jaxalign.data import sources
 
 # Bindings that may differ between a run and its resumption: they change how long and how often, not what.
@@ -113,7 +118,7 @@ def _dispatch(args: flags.FlagValues) -> None:
   elif args.list:
     sys.stdout.write(catalog.table() if args.markdown else catalog.listing())
   else:
-    modes = {'train': _train, 'eval': _evaluate, 'sample': _sample, 'show': _show}
+    modes = {'train': _train, 'eval': _evaluate, 'sample': _sample, 'score': _score, 'show': _show}
     if args.mode not in modes:
       raise types.UsageError(f'--mode={args.mode}: it is one of {", ".join(modes)}')
     command.check_mode(args)
@@ -162,11 +167,9 @@ def _check_model(args: flags.FlagValues, recipe: recipe_lib.Recipe, is_named: bo
     )
 
 
-def _job(args: flags.FlagValues, recipe: recipe_lib.Recipe, run: dict | None = None) -> recipe_lib.Job:
-  """What the flags say; in a mode that starts from a checkpoint, `run` (its run.json) says the rest."""
-  run = run or {}
-  data = args.data or run.get('data') or recipe.data
-  algo = args.algo or run.get('algo') or ''
+def _job(args: flags.FlagValues, defaults: Mapping[str, Any]) -> recipe_lib.Job:
+  """What the flags say, and `defaults` (data of the recipe, the run.json of a checkpoint) where they say nothing."""
+  algo = args.algo or defaults.get('algo', '')
   mesh = sharding.make_mesh(args.mesh, args.dcn_mesh)
   logging.info('%d %s devices, mesh %s', mesh.size, sharding.platform_of(mesh), dict(mesh.shape))
   cache = args.cache_dir or pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache')) / 'jaxalign'
@@ -174,16 +177,20 @@ def _job(args: flags.FlagValues, recipe: recipe_lib.Recipe, run: dict | None = N
       algo=algo,
       workdir=pathlib.Path(args.workdir or f'runs/{algo}').absolute(),
       mesh=mesh,
-      seed=run.get('seed', 0) if args.seed is None else args.seed,
-      model=args.model or run.get('model_spec') or recipe_lib.DEFAULT_MODEL,
-      tokenizer=args.tokenizer or run.get('tokenizer', ''),
-      data=data,
-      eval_data=run.get('eval_data', recipe.eval_data) if args.eval_data is None else args.eval_data,
+      seed=defaults.get('seed', 0) if args.seed is None else args.seed,
+      model=args.model or defaults.get('model_spec', recipe_lib.DEFAULT_MODEL),
+      tokenizer=args.tokenizer or defaults.get('tokenizer', ''),
+      data=args.data or defaults['data'],
+      eval_data=defaults['eval_data'] if args.eval_data is None else args.eval_data,
       data_dir=args.data_dir,
       cache_dir=pathlib.Path(cache).absolute(),
       skip_bad_records=args.skip_bad_records,
       debug=args.debug,
   )
+
+
+def _of(recipe: recipe_lib.Recipe) -> dict[str, Any]:
+  return {'data': recipe.data, 'eval_data': recipe.eval_data}
 
 
 def _start(args: flags.FlagValues) -> None:
@@ -198,7 +205,7 @@ def _train(args: flags.FlagValues) -> None:
   recipe = _configure(args)
   config.check_reachable('train.train', 'recipe.Recipe')
   _start(args)
-  job = _job(args, recipe)
+  job = _job(args, _of(recipe))
   bindings = config.bindings()
   summary = _finished(job, bindings)
   if summary is None:
@@ -262,7 +269,7 @@ def _evaluate(args: flags.FlagValues) -> None:
   config.parse_saved(saved, args.gin_file, args.gin)
   config.check_reachable('evaluate.evaluate', 'recipe.Recipe')
   recipe = config.get('recipe.Recipe')()
-  job = _job(args, recipe, run)
+  job = _job(args, _of(recipe) | run)
   values = config.get('evaluate.evaluate')(job, args.checkpoint, recipe=recipe)
   config.checked_operative()
   if jax.process_index() == 0:
@@ -270,15 +277,12 @@ def _evaluate(args: flags.FlagValues) -> None:
 
 
 def _sample(args: flags.FlagValues) -> None:
-  if bool(args.checkpoint) == bool(args.model):
-    raise types.UsageError('--mode=sample needs --checkpoint=DIR, or --model=DIR for one of Hugging Face')
-  if args.checkpoint:
-    checkpoint.find(args.checkpoint)
+  spec = _model_of(args)
   if not args.prompt:
     raise types.UsageError("--mode=sample needs --prompt='...' (repeatable)")
   _start(args)
   responses = evaluate.respond(
-      args.checkpoint or args.model,
+      spec,
       sharding.make_mesh(args.mesh, args.dcn_mesh),
       args.prompt,
       chat=args.chat,
@@ -291,9 +295,31 @@ def _sample(args: flags.FlagValues) -> None:
       sys.stdout.write(f'{prompt}\n\n{response.strip()}\n\n' if args.chat else f'{prompt}{response}\n')
 
 
+def _score(args: flags.FlagValues) -> None:
+  spec = _model_of(args)
+  if not args.data:
+    raise types.UsageError('--mode=score needs --data=SPEC, the responses to score')
+  if args.per not in scored.PER:
+    raise types.UsageError(f'--per={args.per}: it is one of {", ".join(scored.PER)}')
+  _start(args)
+  job = _job(args, {'model_spec': spec, 'eval_data': ''})
+  for one in score.score(job, per=args.per, row_length=args.row_length):
+    if jax.process_index() == 0:
+      sys.stdout.write(json.dumps(one) + '\n')
+
+
+def _model_of(args: flags.FlagValues) -> str:
+  """The one of --checkpoint and --model that was given."""
+  if bool(args.checkpoint) == bool(args.model):
+    raise types.UsageError(f'--mode={args.mode} needs --checkpoint=DIR, or --model=DIR for one of Hugging Face')
+  if args.checkpoint:
+    checkpoint.find(args.checkpoint)
+  return args.checkpoint or args.model
+
+
 def _show(args: flags.FlagValues) -> None:
   recipe = _configure(args)
-  sys.stdout.write(streams.show(_job(args, recipe), recipe))
+  sys.stdout.write(streams.show(_job(args, _of(recipe)), recipe))
 
 
 def run() -> None:

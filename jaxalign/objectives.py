@@ -117,9 +117,14 @@ def target_stats(
 
 def rewards(params, batch: types.Batch, *, model: transformer.Transformer, key=None) -> jax.Array:
   """Scores `[G, K]` of the responses by the reward head, float32, read where the mask marks their last token."""
-  hidden_BTD = hidden_states(params, batch, model=model, key=key).astype(jnp.float32)
-  scores_BT = jnp.einsum('BTD,DO->BT', hidden_BTD, params['reward_head'].astype(jnp.float32))
+  scores_BT = token_scores(params, batch, model=model, key=key)
   return masked.to_table(masked.per_response(scores_BT, batch), batch)
+
+
+def token_scores(params, batch: types.Batch, *, model: transformer.Transformer, key=None) -> jax.Array:
+  """What the reward head makes of every token that was read, `[B, T]` float32: values, or rewards of a process."""
+  hidden_BTD = hidden_states(params, batch, model=model, key=key).astype(jnp.float32)
+  return jnp.einsum('BTD,DO->BT', hidden_BTD, params['reward_head'].astype(jnp.float32))
 
 
 def ref_logps(params, batch: types.Batch, *, model: transformer.Transformer) -> jax.Array:

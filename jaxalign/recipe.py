@@ -245,18 +245,22 @@ def _check_vocabulary(config: architecture.Config, tokenizer: tokenizers.Tokeniz
 def open_data(job: Job, recipe: Recipe, tokenizer: tokenizers.Tokenizer, specs: str) -> list[dataset.Dataset]:
   """Tokenises the sources of a mixture, or finds them in the cache."""
   row_length = recipe.packing.row_length
-  return [
-      dataset.build(
-          spec,
-          tokenizer=tokenizer,
-          example_fn=lambda record: recipe.example_fn(record, tokenizer, row_length=row_length),
-          key_parts=examples.describe(recipe.example_fn, tokenizer, row_length=row_length),
-          data_dir=job.data_dir,
-          cache_dir=str(job.cache_dir),
-          skip_bad_records=job.skip_bad_records,
-      )
-      for spec, _ in sources.parse_mixture(specs)
-  ]
+  return [open_source(job, recipe.example_fn, tokenizer, spec, row_length) for spec, _ in sources.parse_mixture(specs)]
+
+
+def open_source(
+    job: Job, example_fn: Callable, tokenizer: tokenizers.Tokenizer, spec: str, row_length: int
+) -> dataset.Dataset:
+  """Tokenises one source by `example_fn`, or finds it in the cache."""
+  return dataset.build(
+      spec,
+      tokenizer=tokenizer,
+      example_fn=lambda record: example_fn(record, tokenizer, row_length=row_length),
+      key_parts=examples.describe(example_fn, tokenizer, row_length=row_length),
+      data_dir=job.data_dir,
+      cache_dir=str(job.cache_dir),
+      skip_bad_records=job.skip_bad_records,
+  )
 
 
 def open_loader(

@@ -194,6 +194,16 @@ def _fitting(mesh: jax.sharding.Mesh, path, size: int, logical: str | None) -> s
   raise types.UsageError(f'--mesh: {jax.tree_util.keystr(path)} has {size} {logical!r}, which {axes} does not divide')
 
 
+def resized(x: jax.Array | jax.ShapeDtypeStruct, shape: Sequence[int]) -> jax.sharding.NamedSharding:
+  """The sharding of an array of another shape that lies like `x`, whole along axes that cannot be split as its are."""
+  where = x.sharding
+  assert isinstance(where, jax.sharding.NamedSharding), 'parameters lie on a mesh'
+  names = [*where.spec, *[None] * (x.ndim - len(where.spec))]
+  ways = [size // part for size, part in zip(x.shape, where.shard_shape(x.shape))]
+  kept = (axes if size % n == 0 else None for size, n, axes in zip(shape, ways, names))
+  return jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec(*kept))
+
+
 def start_distributed() -> None:
   """Starts `jax.distributed` where the environment asks for it.
 

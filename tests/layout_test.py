@@ -29,7 +29,7 @@ ROWS = (
     ('step',),
     ('checkpoint',),
     ('loop', 'recipe'),
-    ('streams',),
+    ('score', 'streams'),
     ('evaluate',),
     ('train',),
     ('catalog', 'command'),

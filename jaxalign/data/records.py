@@ -11,7 +11,7 @@ from jaxalign.data import chat
 
 Record = Mapping[str, Any]
 
-COLUMNS = ('messages', 'prompt', 'completion', 'text', 'chosen', 'rejected', 'margin', 'append_eos')
+COLUMNS = ('messages', 'prompt', 'completion', 'completions', 'text', 'chosen', 'rejected', 'margin', 'append_eos')
 
 
 def known(record: Record, columns: Mapping[str, str] | None) -> dict[str, Any]:

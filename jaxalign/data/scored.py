@@ -5,9 +5,12 @@ import dataclasses
 
 import numpy as np
 
+from jaxalign import types
 from jaxalign.data import examples
 from jaxalign.data import records
 from jaxalign.data import tokenizers
+
+PER = ('response', 'token', 'step')
 
 
 def comparison(
@@ -38,7 +41,69 @@ def comparison(
   return dataclasses.replace(pair, sequences=tuple(map(_scored, pair.sequences)))
 
 
+def responses(
+    record: records.Record,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    row_length: int,
+    per: str = 'response',
+    template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> examples.Group:
+  """Responses to be scored: pairs, as `examples.preference` reads them, or others, as `examples.supervised` does.
+
+  Args:
+    record: see there; for 'step' it has `prompt` and `completions`, a list of texts, each a step. A newline follows
+      every step and belongs to it.
+    tokenizer: turns text into ids.
+    row_length: the longest sequence, in slots; here a sequence of n tokens takes n.
+    per: what has a score: the 'response' (where its last token has been read), each 'token' of it, or each 'step'
+      (where its last token has been read).
+    template: see `chat.pick`; for messages only.
+    columns: what the record calls the columns above, where it is something else.
+
+  Raises:
+    Dropped: there is nothing to score.
+    RunError: a column is missing or of the wrong kind, or the chat template fails.
+  """
+  if per == 'step':
+    return _steps(record, tokenizer, row_length, template, columns)
+  is_pair = {'chosen', 'rejected'} <= set(records.known(record, columns))
+  read = examples.preference if is_pair else examples.supervised
+  group = read(record, tokenizer, row_length=row_length - 1, template=template, columns=columns)
+  marked = _scored if per == 'response' else lambda sequence: _marked(sequence.ids, sequence.mask)
+  return dataclasses.replace(group, sequences=tuple(map(marked, group.sequences)))
+
+
+def _steps(record, tokenizer: tokenizers.Tokenizer, row_length: int, template, columns) -> examples.Group:
+  """The prompt and the steps that fit the row behind it."""
+  values = records.known(record, columns)
+  if 'prompt' not in values or 'completions' not in values:
+    raise records.missing(record, columns, ('prompt', 'completions'))
+  steps, prompt = values['completions'], values['prompt']
+  if not isinstance(steps, list | tuple) or not steps or not all(isinstance(step, str) for step in steps):
+    raise types.RunError('column completions: a list of texts is wanted')
+  ids = examples.prompt_ids(tokenizer, prompt if isinstance(prompt, str) else list(prompt), template)
+  prompt_tokens, ends = len(ids), []
+  for step in steps:
+    more = tokenizer.encode(step.rstrip('\n') + '\n', continuation=True)
+    if len(ids) + len(more) > row_length:
+      break
+    ids += more
+    ends.append(len(ids) - 1)
+  if not ends:
+    raise examples.Dropped('the prompt and its first step are longer than a row')
+  mask = np.zeros(len(ids), bool)
+  mask[ends] = True
+  sequence = _marked(np.array(ids, np.int32), mask)
+  return examples.Group((sequence,), {}, truncated=len(ends) < len(steps), prompt_tokens=prompt_tokens)
+
+
 def _scored(sequence: examples.Sequence) -> examples.Sequence:
-  mask = np.zeros(len(sequence.ids) + 1, bool)
-  mask[-1] = True
-  return examples.Sequence(np.append(sequence.ids, sequence.ids[-1]), mask)
+  """The same, with a score where the last token has been read."""
+  return _marked(sequence.ids, np.arange(len(sequence.ids)) == len(sequence.ids) - 1)
+
+
+def _marked(ids: np.ndarray, mask: np.ndarray) -> examples.Sequence:
+  """A sequence with a score where each token of `mask` has been read: one slot later, as targets are."""
+  return examples.Sequence(np.append(ids, ids[-1]), np.append(False, mask))

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxalign import sharding
 from jaxalign import types
 
 KINDS = ('int8', 'nf4')
@@ -46,16 +47,7 @@ def quantise(name: str, x: types.Array, kind: str) -> Any:
 
 def abstract(name: str, x: jax.Array | jax.ShapeDtypeStruct, kind: str) -> Any:
   """Shapes and shardings of what `quantise` returns: scales lie like their weight where they can be split so."""
-  sharding = x.sharding
-  assert isinstance(sharding, jax.sharding.NamedSharding), 'parameters lie on a mesh'
-
-  def place(like):
-    shard = sharding.shard_shape(x.shape)
-    ways = [size // part for size, part in zip(x.shape, shard)]
-    spec = [axes if size % n == 0 else None for size, n, axes in zip(like.shape, ways, _full(sharding.spec, x.ndim))]
-    where = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
-    return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=where)
-
+  place = lambda like: jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding.resized(x, like.shape))
   return jax.tree.map(place, jax.eval_shape(functools.partial(_quantised, name=name, kind=kind), x))
 
 
@@ -75,10 +67,6 @@ def dequantise(x: Any, dtype: jax.typing.DTypeLike) -> types.Array:
   if is_array_of(x):
     x = _qwix().dequantize(x)
   return x.astype(dtype)
-
-
-def _full(spec: jax.sharding.PartitionSpec, ndim: int) -> list:
-  return [*spec, *[None] * (ndim - len(spec))]
 
 
 def _quantised(x, *, name: str, kind: str):

@@ -45,3 +45,56 @@ class TestComparison:
       scored.comparison({'prompt': 'a', 'chosen': 'b', 'rejected': 'b'}, letters, row_length=20)
     with pytest.raises(types.RunError, match='wanted prompt'):
       scored.comparison({'text': 'a'}, letters, row_length=20)
+
+
+class TestResponses:
+
+  def read(self, sequence):
+    """Tokens after which there is a score."""
+    return sequence.ids[:-1][sequence.mask[1:]].tolist()
+
+  def test_are_scored_where_the_last_token_was_read_in_pairs_and_alone(self, letters):
+    pair = scored.responses({'prompt': 'ab', 'chosen': 'a', 'rejected': 'bb'}, letters, row_length=20)
+    assert pair.sequences[1].ids[:-1].tolist() == [0, *letters.encode('abbb'), 1]
+    assert [self.read(s) for s in pair.sequences] == [[1], [1]]
+    alone = scored.responses({'prompt': 'ab', 'completion': 'ba', 'append_eos': False}, letters, row_length=20)
+    assert [self.read(s) for s in alone.sequences] == [letters.encode('a')]
+
+  def test_are_scored_at_each_of_their_tokens(self, letters):
+    group = scored.responses({'prompt': 'ab', 'completion': 'ba'}, letters, row_length=20, per='token')
+    assert self.read(group.sequences[0]) == [*letters.encode('ba'), 1]
+
+  def test_are_scored_at_the_end_of_each_step(self, letters):
+    record = {'prompt': 'ab', 'completions': ['a', 'bb\n', 'ab']}
+    group = scored.responses(record, letters, row_length=20, per='step')
+    (sequence,) = group.sequences
+    assert sequence.ids[:-1].tolist() == [0, *letters.encode('aba\nbb\nab\n')]
+    assert self.read(sequence) == 3 * letters.encode('\n')
+    assert not group.truncated
+
+  def test_leave_out_steps_behind_the_row(self, letters):
+    record = {'prompt': 'ab', 'completions': ['a', 'bb', 'ab']}
+    group = scored.responses(record, letters, row_length=9, per='step')
+    assert len(self.read(group.sequences[0])) == 2
+    assert group.truncated
+    with pytest.raises(examples.Dropped, match='the prompt and its first step are longer than a row'):
+      scored.responses(record, letters, row_length=4, per='step')
+
+  @pytest.mark.parametrize('row_length', [4, 5, 6])
+  @pytest.mark.parametrize('per', ['response', 'token'])
+  def test_fit_the_row(self, letters, row_length, per):
+    group = scored.responses({'prompt': 'ababab', 'completion': 'bb'}, letters, row_length=row_length, per=per)
+    assert len(group.sequences[0].ids) - 1 == row_length
+    assert group.truncated
+
+  @pytest.mark.parametrize(
+      'record,said',
+      [
+          ({'prompt': 'a'}, 'wanted prompt \\+ completions'),
+          ({'prompt': 'a', 'completions': 'b'}, 'column completions: a list of texts is wanted'),
+          ({'prompt': 'a', 'completions': ['b', 3]}, 'column completions: a list of texts is wanted'),
+      ],
+  )
+  def test_refuse_steps_that_are_none(self, letters, record, said):
+    with pytest.raises(types.RunError, match=said):
+      scored.responses(record, letters, row_length=9, per='step')

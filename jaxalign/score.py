@@ -1,0 +1,67 @@
+"""Scores of responses by a reward model: of each response, of each of its tokens, or of each step."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from jaxalign import objectives
+from jaxalign import recipe as recipe_lib
+from jaxalign import sharding
+from jaxalign import types
+from jaxalign.data import loader as loader_lib
+from jaxalign.data import scored
+from jaxalign.data import sources
+
+_LENGTH = 1024
+_ROWS = 8  # at least; more where the mesh splits them
+
+
+def score(job: recipe_lib.Job, *, per: str, row_length: int | None) -> list[dict[str, Any]]:
+  """Scores the responses in `--data` by the reward head of `--model`.
+
+  Args:
+    job: names model, data and mesh.
+    per: 'response', 'token' or 'step', see `data.scored.responses`.
+    row_length: tokens of the longest sequence, longer ones are cut; None for 1024 or the context of the model.
+
+  Returns:
+    One object a record that was kept: `record` says which it is, `scores` has a number per response or, of tokens and
+    steps, a list of numbers.
+
+  Raises:
+    UsageError: the model has no reward head, or the context of the model is shorter than `row_length`.
+    RunError: a file or a record cannot be read.
+  """
+  with jax.set_mesh(job.mesh):
+    loaded = recipe_lib.load(job.model, job.mesh)
+    if not loaded.model.config.reward_head:
+      raise types.UsageError(f'{job.model}: it has no reward head; train one with --algo=rm')
+    context = loaded.model.config.max_length
+    if row_length is not None and row_length > context:
+      raise types.UsageError(f'--row_length={row_length}: the context of the model is {context} tokens')
+    loader = _open(job, loaded.tokenizer, per, row_length or min(_LENGTH, context))
+    run = functools.partial(objectives.token_scores, loaded.params, model=loaded.model)
+    fn = jax.jit(lambda batch: jax.lax.map(run, batch), out_shardings=sharding.named(job.mesh))
+    found: dict[int, dict[int, np.ndarray]] = {}
+    steps = loader.ordered(range(len(loader.dataset)))
+    for plan, batch in tqdm.tqdm(steps, 'scoring', unit='step', disable=None, leave=False):
+      values = np.asarray(fn(batch))
+      for place in loader.places(plan):
+        found.setdefault(place.record, {})[place.slot] = values[place.micro, place.row][place.targets]
+  plain = lambda values: float(values[0]) if per == 'response' else [float(value) for value in values]
+  return [
+      {'record': loader.dataset.where(record), 'scores': [plain(slots[slot]) for slot in sorted(slots)]}
+      for record, slots in sorted(found.items())
+  ]
+
+
+def _open(job: recipe_lib.Job, tokenizer, per: str, row_length: int) -> loader_lib.Loader:
+  example_fn = functools.partial(scored.responses, per=per)
+  rows = sharding.parts(job.mesh, 'batch') * -(-_ROWS // sharding.parts(job.mesh, 'batch'))
+  packing = loader_lib.Packing(rows=rows, row_length=row_length)
+  specs = sources.parse_mixture(job.data)
+  datasets = [recipe_lib.open_source(job, example_fn, tokenizer, spec, row_length) for spec, _ in specs]
+  return loader_lib.Loader(datasets, [weight for _, weight in specs], packing=packing, mesh=job.mesh, seed=0)

@@ -1,0 +1,126 @@
+"""Scores from the command line, against the model read one response at a time."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxalign import main
+from jaxalign import recipe
+from jaxalign import sharding
+from jaxalign.data import tokenizers
+from jaxalign.models import hf
+from jaxalign.models import hf_export
+from jaxalign.models import hf_import
+from jaxalign.models import transformer
+
+STORIES = recipe.asset('stories260K')
+ONE = sharding.make_mesh('', devices=jax.devices()[:1])
+PAIRS = [
+    {'prompt': 'Once upon a time', 'chosen': ' there was a cat.', 'rejected': ' a dog ran'},
+    {'prompt': 'Lily', 'chosen': ' smiled', 'rejected': ' was very sad and cried all day'},
+    {'prompt': 'The sun', 'chosen': ' is warm.', 'rejected': ' fell'},
+]
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+  """A reward model as transformers has it, whose padding is its EOS; and what reads it."""
+  folder = tmp_path_factory.mktemp('reward') / 'model'
+  config = dataclasses.replace(hf.read_config(STORIES), reward_head=True)
+  params = hf_import.read_params(STORIES, hf.read_config(STORIES), ONE)
+  params['reward_head'] = np.random.default_rng(0).standard_normal((64, 1)).astype(np.float32)
+  tokenizer = tokenizers.load(STORIES)
+  hf_export.write(folder, params, config, hf.read_json(STORIES / 'config.json'), 'float32', tokenizer.eos_id)
+  tokenizer.save(folder)
+  (folder / 'tokenizer_config.json').write_text('{"pad_token": "</s>"}')
+  assert tokenizers.load(folder).pad_id == tokenizer.eos_id
+  return folder
+
+
+@pytest.fixture(scope='module')
+def expected(model):
+  """Scores of all tokens behind a prompt of a text that is read alone, its ids given."""
+  config = hf.read_config(model)
+  params = hf_import.read_params(model, config, ONE)
+  module = transformer.build(config, ONE, length=512)
+
+  def scores(ids):
+    ids = np.array([ids])
+    hidden_BTD = module.apply({'params': params}, ids, np.arange(ids.size)[None], np.ones_like(ids))
+    return np.asarray(hidden_BTD[0] @ params['reward_head'])[:, 0]
+
+  return scores
+
+
+def score(capsys, model, records, folder, *flags):
+  path = folder / 'records.jsonl'
+  path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+  args = f'--model={model}', f'--data=jsonl:{path}', f'--cache_dir={folder}', '--row_length=64', *flags
+  capsys.readouterr()
+  assert main.main(['jaxalign', '--mode=score', *args]) == 0
+  return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def ids_of(tokenizer, prompt, response):
+  return [tokenizer.bos_id, *tokenizer.encode(prompt)], tokenizer.encode(response, continuation=True)
+
+
+class TestScore:
+
+  @pytest.mark.parametrize('mesh', ['', 'fsdp:4,tensor:2'])
+  def test_reads_each_response_at_its_last_token_though_padding_is_that_too(
+      self, capsys, model, expected, tmp_path, mesh
+  ):
+    tokenizer = tokenizers.load(STORIES)
+    found = score(capsys, model, PAIRS, tmp_path, f'--mesh={mesh}')
+    assert [one['record'] for one in found] == [f'records.jsonl:{i}' for i in (1, 2, 3)]
+    for one, record in zip(found, PAIRS):
+      for value, side in zip(one['scores'], ('chosen', 'rejected')):
+        prompt, response = ids_of(tokenizer, record['prompt'], record[side])
+        assert value == pytest.approx(expected([*prompt, *response, tokenizer.eos_id])[-1], abs=1e-4)
+
+  def test_reads_every_token(self, capsys, model, expected, tmp_path):
+    tokenizer = tokenizers.load(STORIES)
+    records = [{'prompt': pair['prompt'], 'completion': pair['rejected']} for pair in PAIRS]
+    found = score(capsys, model, records, tmp_path, '--per=token')
+    for one, record in zip(found, records):
+      prompt, response = ids_of(tokenizer, record['prompt'], record['completion'])
+      wanted = expected([*prompt, *response, tokenizer.eos_id])[len(prompt) :]
+      np.testing.assert_allclose(one['scores'], [wanted], atol=1e-4)
+
+  def test_reads_the_end_of_every_step(self, capsys, model, expected, tmp_path):
+    tokenizer = tokenizers.load(STORIES)
+    steps = [' He ran', ' home.', ' It was late']
+    (one,) = score(capsys, model, [{'prompt': 'Tom', 'completions': steps}], tmp_path, '--per=step')
+    ids, ends = [tokenizer.bos_id, *tokenizer.encode('Tom')], []
+    for step in steps:
+      ids += tokenizer.encode(step + '\n', continuation=True)
+      ends.append(len(ids) - 1)
+    np.testing.assert_allclose(one['scores'], [expected(ids)[ends]], atol=1e-4)
+
+
+class TestErrors:
+
+  @pytest.mark.parametrize(
+      'flags,said',
+      [
+          (('--data=jsonl:x.jsonl',), '--mode=score needs --checkpoint=DIR, or --model=DIR'),
+          (('--model={model}',), '--mode=score needs --data=SPEC'),
+          (('--model={model}', '--data=jsonl:x', '--per=word'), '--per=word: it is one of response, token, step'),
+          (('--model={stories}', '--data=jsonl:x'), 'it has no reward head; train one with --algo=rm'),
+          (
+              ('--model={model}', '--data=jsonl:x', '--row_length=999'),
+              '--row_length=999: the context of the model is 512',
+          ),
+          (('--model={model}', '--data=jsonl:x', '--gin=a.b=1'), '--mode=score does not read --gin'),
+          (('--checkpoint=nowhere', '--data=jsonl:x'), '--checkpoint=nowhere: no checkpoint there'),
+      ],
+  )
+  def test_are_one_line(self, capsys, model, flags, said):
+    args = [flag.format(model=model, stories=STORIES) for flag in flags]
+    assert main.main(['jaxalign', '--mode=score', *args]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith('jaxalign: ')]
+    assert said in line
