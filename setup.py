@@ -60,6 +60,6 @@ setuptools.setup(
         'tools': ['protobuf>=5'],
         # Adapters of a base in 8 or 4 bits: --lora=base:nf4.
         'qlora': ['qwix>=0.1.8'],
-        'goldens': ['peft>=0.17', 'torch>=2.6', 'transformers>=5'],
+        'goldens': ['peft>=0.17', 'torch>=2.6', 'transformers>=5', 'trl>=1'],
     },
 )

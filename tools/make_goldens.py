@@ -1,20 +1,22 @@
-"""Writes tests/goldens: tiny random models of every family by transformers, adapters by PEFT, and what they compute.
+"""Writes tests/goldens: tiny models of every family by transformers, adapters by PEFT, conversations, what they become.
 
   pip install -e '.[goldens]'
   python tools/make_goldens.py [--only=gemma2,peft_phi3]
 
 Each folder holds what `save_pretrained` wrote and golden.npz: ids, float32 logits of every position, and, of a model, a
 greedy continuation; of a reward model, scores of whole rows. The same seed gives the same numbers up to rounding, so
-that fixtures change only where the libraries do.
+that fixtures change only where the libraries do. `templates` holds the ids of conversations by templates of TRL's.
 """
 
 import argparse
+import importlib.resources
 import json
 import pathlib
 import shutil
 
 import numpy as np
 import peft
+import tokenizers
 import torch
 import transformers
 
@@ -106,6 +108,64 @@ def make(name: str) -> None:
   np.savez_compressed(folder / 'golden.npz', ids=ids, logits=logits, greedy=greedy[0].numpy())
 
 
+# Case of templates.json: (template of ours, file of TRL's collection of the families' own, BOS, EOS, messages).
+_SYSTEM = {'role': 'system', 'content': 'Be kind & brief.'}
+_TALK = [
+    {'role': 'user', 'content': 'What is 2 + 2?'},
+    {'role': 'assistant', 'content': 'It is 4.\n\nShall I go on?'},
+    {'role': 'user', 'content': 'Yes, please: 3 + 3?'},
+    {'role': 'assistant', 'content': ' 6, caf\u00e9 \u732b '},
+]
+_TOOL = {'role': 'tool', 'content': '{"sum": 4}'}
+TEMPLATES = {
+    'chatml': ('chatml', 'qwen2_5', None, '<|im_end|>', [_SYSTEM, *_TALK]),
+    'llama3': ('llama3', 'llama3', '<|begin_of_text|>', '<|eot_id|>', [_SYSTEM, *_TALK]),
+    'gemma': ('gemma', 'gemma', '<bos>', '<end_of_turn>', _TALK),
+    'gemma_system': ('gemma', 'gemma3', '<bos>', '<end_of_turn>', [_SYSTEM, *_TALK]),
+    'own_spans': (None, 'qwen2_5_training', None, '<|im_end|>', [_SYSTEM, *_TALK]),
+    'own_no_spans': (None, 'qwen3_instruct_2507', None, '<|im_end|>', _TALK),
+    'own_tool': (None, 'qwen3_instruct_2507', None, '<|im_end|>', [*_TALK[:1], _TALK[1], _TOOL, _TALK[3]]),
+}
+_SPECIALS = [
+    '<|im_start|>',
+    '<|im_end|>',
+    '<|endoftext|>',
+    '<|begin_of_text|>',
+    '<|start_header_id|>',
+    '<|end_header_id|>',
+]
+_SPECIALS += ['<|eot_id|>', '<bos>', '<eos>', '<start_of_turn>', '<end_of_turn>']
+
+
+def make_templates(name: str) -> None:
+  """Writes a tokenizer of bytes and some merges, and the ids that transformers makes of conversations with it."""
+  folder = GOLDENS / name
+  shutil.rmtree(folder, ignore_errors=True)
+  folder.mkdir(parents=True)
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+  trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=_SPECIALS)
+  tokenizer.train_from_iterator([message['content'] for message in [_SYSTEM, *_TALK] * 3], trainer)
+  tokenizer.save(str(folder / 'tokenizer.json'), pretty=False)
+  cases = {}
+  for case, (ours, theirs, bos, eos, messages) in TEMPLATES.items():
+    text = importlib.resources.files('trl').joinpath('chat_templates', f'{theirs}.jinja').read_text(encoding='utf-8')
+    special = {'eos_token': eos} | ({'bos_token': bos} if bos else {})
+    loaded = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / 'tokenizer.json'), **special)
+    options = {'chat_template': text, 'return_dict': False}
+    cases[case] = special | {
+        'ours': ours,
+        'messages': messages,
+        'ids': loaded.apply_chat_template(messages, **options),
+        'prompt_ids': loaded.apply_chat_template(messages[:-1], add_generation_prompt=True, **options),
+        'template': None if ours else text,
+    }
+  (folder / 'NOTICE').write_text("The templates in templates.json are Qwen's, in the form of TRL; both: Apache-2.0.\n")
+  (folder / 'templates.json').write_text(json.dumps(cases, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+
+
 def make_adapter(name: str) -> None:
   """Writes the folder of one adapter."""
   base, options = ADAPTERS[name]
@@ -134,9 +194,9 @@ def make_adapter(name: str) -> None:
 def main() -> None:
   """Runs the command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--only', default=','.join([*CASES, *ADAPTERS]), help='folders to write')
+  parser.add_argument('--only', default=','.join([*CASES, *ADAPTERS, 'templates']), help='folders to write')
   for name in parser.parse_args().only.split(','):
-    (make if name in CASES else make_adapter)(name)
+    (make if name in CASES else make_adapter if name in ADAPTERS else make_templates)(name)
     print(name)
 
 

@@ -117,8 +117,7 @@ def supervised(
   """
   values = records.known(record, columns)
   if 'messages' in values:
-    turns = records.messages(values, 'messages')
-    text = _chat_text(tokenizer, turns, template)
+    text = _chat_text(tokenizer, records.messages(values, 'messages'), template)
   elif 'prompt' in values and 'completion' in values:
     text = _prompted_text(tokenizer, values, 'completion', template)
   elif 'text' in values:
@@ -262,6 +261,8 @@ def _chat_text(tokenizer, turns: list[chat.Message], template: str | None, first
   for start, stop in spans:
     body += [(text[end:start], False), (text[start:stop], True)]
     end = stop
+  if body[-1][0].rstrip().endswith(tokenizer.eos_token):  # Some templates count a newline behind it.
+    body[-1] = (body[-1][0].rstrip(), True)
   return _Text(text[: spans[0][0]], body[1:], special=True)
 
 
