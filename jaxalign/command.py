@@ -90,7 +90,12 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
     (flags.DEFINE_multi_string, 'gin', [], "A gin binding, applied last, as 'preference.dpo.beta=0.2'."),
     (flags.DEFINE_string, 'checkpoint', None, 'For --mode=eval, sample and score: a workdir, or one checkpoint in it.'),
     (flags.DEFINE_multi_string, 'prompt', [], 'For --mode=sample: what to continue.'),
-    (flags.DEFINE_bool, 'chat', False, 'For --mode=sample: --prompt is what a user says, in the chat template.'),
+    (
+        flags.DEFINE_bool,
+        'chat',
+        False,
+        'For --mode=sample: --prompt is what a user says; the chat template (or that of HH) writes it.',
+    ),
     (_POSITIVE, 'max_new_tokens', 128, 'For --mode=sample: length of the response. Default: 128.'),
     (
         functools.partial(flags.DEFINE_float, lower_bound=0.0),

@@ -263,7 +263,7 @@ def respond(
 
   Raises:
     UsageError: a prompt is empty, or too long for the model's context, or the model is a reward model.
-    RunError: there is no chat template, or it fails.
+    RunError: the chat template fails.
   """
   with jax.set_mesh(mesh):
     loaded = recipe_lib.load(spec, mesh)

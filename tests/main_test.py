@@ -233,6 +233,17 @@ class TestSample:
   def test_begins_from_nothing_where_the_prompt_is_empty(self, runs, capsys):
     assert len(self.sample(capsys, runs('dpo'), '--prompt=')) > 1
 
+  def test_reads_a_hugging_face_directory_and_writes_what_a_user_says_by_its_template(self, tmp_path, capsys):
+    shutil.copytree(recipe_lib.asset('stories260K'), tmp_path / 'model')
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + ' ' }}{% endfor %}{{ 'assistant:' }}"
+    config = tmp_path / 'model' / 'tokenizer_config.json'
+    config.write_text(json.dumps({'chat_template': template, 'bos_token': '<s>', 'eos_token': '</s>'}))
+    flags = '--mode=sample', f'--model={tmp_path / "model"}', '--temperature=0', '--max_new_tokens=8'
+    assert call(*flags, '--prompt=user: Hi assistant:') == 0
+    plain = capsys.readouterr().out.removeprefix('user: Hi assistant:').strip()
+    assert call(*flags, '--chat', '--prompt=Hi') == 0
+    assert capsys.readouterr().out == f'Hi\n\n{plain}\n\n'
+
 
 class TestReadme:
 
@@ -398,6 +409,7 @@ REFUSED = {
     'eval of training data': (('--mode=eval', '--checkpoint={run}', '--data=x'), 2, ['--data', '--eval_data']),
     'eval on a mesh': (('--mode=eval', '--checkpoint={run}', '--mesh=tensor:8'), 2, ["2 'heads'", 'tensor:8']),
     'sample of nothing': (('--mode=sample', '--prompt=x'), 2, ['--checkpoint=DIR']),
+    'sample of two': (('--mode=sample', '--prompt=x', '--checkpoint={run}', '--model=y'), 2, ['--checkpoint=DIR, or']),
     'no prompt': (('--mode=sample', '--checkpoint={run}'), 2, ['--prompt']),
     'long prompt': (('--mode=sample', '--checkpoint={run}', '--prompt=' + 'a b ' * 999), 2, ['tokens', 'context']),
     'negative temperature': (('--mode=sample', '--checkpoint={run}', '--temperature=-1'), 2, ['--temperature=-1']),

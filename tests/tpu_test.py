@@ -17,6 +17,7 @@ from jaxalign import step as step_lib
 from jaxalign import types
 from jaxalign.losses import preference
 from jaxalign.models import architecture
+from jaxalign.models import lora as lora_lib
 from jaxalign.models import transformer
 
 pytestmark = pytest.mark.tpu
@@ -44,11 +45,12 @@ def topology(name, **options):
     pytest.skip(f'libtpu is not installed: {err}')
 
 
-def compiled(mesh, length, config=CONFIG):
+def compiled(mesh, length, config=CONFIG, lora=None):
   """The train step of `train`, from shapes alone."""
-  model = transformer.build(config, mesh, dtype='bfloat16', remat='full', length=length)
+  model = transformer.build(config, mesh, dtype='bfloat16', remat='full', lora=lora, length=length)
   optimizer = optim.adamw(100, schedule=functools.partial(optim.linear, lr=1e-4))
   params = transformer.abstract_params(model, mesh)
+  params, frozen = lora_lib.split(params) if lora else (params, {})
   state = step_lib.abstract_state(mesh, params, optimizer.tx, 0)
   tokens = lambda dtype: jax.ShapeDtypeStruct((1, ROWS, length), dtype)
   slots = jax.ShapeDtypeStruct((1, ROWS, 4), jnp.int32)
@@ -74,7 +76,7 @@ def compiled(mesh, length, config=CONFIG):
       step_lib.make_step(objective, optimizer), donate_argnums=0, out_shardings=(where, sharding.named(mesh))
   )
   with jax.set_mesh(mesh):
-    return step.lower(state, {}, batch).compile(), state
+    return step.lower(state, frozen, batch).compile(), state
 
 
 @pytest.fixture(scope='module')
@@ -150,6 +152,19 @@ class TestStep:
     assert dict(mesh.shape) == {'data': 2, 'fsdp': 2, 'tensor': 2, 'context': 1, 'expert': 1}
     step, _ = compiled(mesh, 1024)
     assert 'tpu_custom_call' in step.as_text()
+
+  def test_of_adapters_keeps_the_base_once_in_few_bits_and_makes_no_gradient_of_it(self):
+    mesh = sharding.make_mesh('fsdp:4,tensor:4', devices=topology('v5e:4x4'))
+    config = dataclasses.replace(CONFIG, embed_dim=2048, mlp_dim=8192, num_layers=2, vocab_size=1024)
+    step, state = compiled(mesh, 1024, config, lora_lib.Lora(rank=8, base='nf4', dropout=0.1))
+    of_device = lambda tree: sum(
+        np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+    weights = 2 * (2048 * 64 * (8 + 4 + 4 + 8) + 3 * 2048 * 8192) / 16
+    memory = step.memory_analysis()
+    assert memory.argument_size_in_bytes - of_device(state) < 0.7 * weights + 8e6
+    # No array has a layer's whole weight in it but those that were gathered in 16 bits.
+    assert not [line for line in step.as_text().splitlines() if re.search(r'f32\[(2,)?2048,8192\]', line)]
 
   def test_compiles_windows_soft_caps_and_experts(self):
     mesh = sharding.make_mesh('fsdp:4,tensor:4', devices=topology('v5e:4x4'))

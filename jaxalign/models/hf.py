@@ -1,12 +1,16 @@
 """Weights and configuration in Hugging Face layout: which tensors of a directory a parameter is made of."""
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import json
 import pathlib
+import tempfile
 from typing import Any
 from typing import NamedTuple
 
 import numpy as np
+import safetensors
 
 from jaxalign import types
 from jaxalign.models import architecture
@@ -115,6 +119,23 @@ def tensor_map(family: str, config: architecture.Config, name: str) -> TensorMap
   names = np.array([[source.name.format(layer=i, expert=e) for e in experts] for i in layers], object)
   names = names if '{expert}' in source.name else names[:, 0]
   return TensorMap(source, names if part == 'layers' else names[0] if names.ndim > 1 else np.array(names[0], object))
+
+
+@contextlib.contextmanager
+def writing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A scratch folder whose files are moved to `directory` when all are written, or removed where that fails.
+
+  Raises:
+    RunError: a file cannot be written.
+  """
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='.part-', dir=directory) as scratch:
+      yield pathlib.Path(scratch)
+      for file in sorted(pathlib.Path(scratch).iterdir()):
+        file.rename(directory / file.name)
+  except (OSError, safetensors.SafetensorError) as err:
+    raise types.RunError(f'{directory}: cannot be written ({err})') from err
 
 
 def read_config(directory: pathlib.Path) -> architecture.Config:

@@ -139,13 +139,10 @@ def write(
   values = config_json(config, origin, dtype, pad_id)
   if list(directory.glob('*.safetensors')):
     raise types.UsageError(f'{directory}: it holds weights already; choose another directory')
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    parts = _write_parts(directory, tensors(params, config, values['model_type'], dtype))
-    _name_parts(directory, parts)
-    (directory / 'config.json').write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
-  except OSError as err:
-    raise types.RunError(f'{directory}: cannot be written ({err.strerror})') from err
+  with hf.writing(directory) as scratch:
+    parts = _write_parts(scratch, tensors(params, config, values['model_type'], dtype))
+    _name_parts(scratch, parts)
+    (scratch / 'config.json').write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
   return sum(len(names) for names in parts)
 
 

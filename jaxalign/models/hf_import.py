@@ -86,8 +86,9 @@ def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Cal
     file = _open_file(directory / _WEIGHTS, stack)
     files, weight_map = {_WEIGHTS: file}, dict.fromkeys(file.keys(), _WEIGHTS)
   else:
-    others = sorted(path.name for path in directory.glob('*.bin'))
-    hint = f'; there is {others[0]}: save the model with safe_serialization=True' if others else ''
+    others = sorted(path.name for path in (*directory.glob('*.bin'), *directory.glob('*.safetensors')))
+    remedy = f'copy {_INDEX} too' if others and others[0].endswith('.safetensors') else 'save it as safetensors'
+    hint = f'; there is {others[0]}: {remedy}' if others else ''
     raise types.RunError(f'{directory}: no {_WEIGHTS} and no {_INDEX}{hint}')
   held = {name: set(file.keys()) for name, file in files.items()}
   for tensor, name in weight_map.items():

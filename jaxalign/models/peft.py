@@ -215,12 +215,9 @@ def write(directory: pathlib.Path, params: types.PyTree, model: transformer.Tran
     tensors[_HEAD] = np.ascontiguousarray(np.asarray(params['reward_head']).T)
   counts = {tensor.removesuffix('.weight').rpartition('.')[2]: len(parts) for tensor, parts in found.items()}
   values = _config_json(model.lora, counts, model.config.reward_head, base)
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    st.save_file(tensors, directory / _WEIGHTS, metadata={'format': 'pt'})
-    (directory / _CONFIG).write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
-  except OSError as err:
-    raise types.RunError(f'{directory}: cannot be written ({err.strerror})') from err
+  with hf.writing(directory) as scratch:
+    st.save_file(tensors, scratch / _WEIGHTS, metadata={'format': 'pt'})
+    (scratch / _CONFIG).write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
   return len(tensors)
 
 

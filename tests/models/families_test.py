@@ -22,7 +22,7 @@ from jaxalign.models import hf_import
 from jaxalign.models import transformer
 
 GOLDENS = pathlib.Path(__file__).resolve().parents[1] / 'goldens'
-CASES = sorted(path.name for path in GOLDENS.iterdir())
+CASES = sorted(path.parent.name for path in GOLDENS.glob('*/config.json'))
 LENGTH = 72
 
 

@@ -19,7 +19,7 @@ from jaxalign.models import hf_import
 from jaxalign.models import transformer
 
 GOLDENS = pathlib.Path(__file__).resolve().parents[1] / 'goldens'
-CASES = sorted(path.name for path in GOLDENS.iterdir())
+CASES = sorted(path.parent.name for path in GOLDENS.glob('*/config.json'))
 
 
 def read(name, mesh=''):
@@ -99,6 +99,21 @@ class TestWrite:
     with pytest.raises(types.UsageError, match='only be exported where it is a plain Llama'):
       hf_export.write(tmp_path / 'out', {}, config, None, 'float32')
     assert not (tmp_path / 'out').exists()
+
+  def test_leaves_nothing_where_it_fails_half_way(self, tmp_path, monkeypatch):
+    config, params, origin = read('llama')
+    real, calls = hf_export.st.save_file, []
+
+    def save(*args, **kwargs):
+      calls.append(real(*args, **kwargs))
+      if len(calls) == 2:
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(hf_export.st, 'save_file', save)
+    monkeypatch.setattr(hf_export, '_SHARD_BYTES', 4000)
+    with pytest.raises(types.RunError, match='out: cannot be written .*No space left on device'):
+      hf_export.write(tmp_path / 'out', params, config, origin, 'float32')
+    assert list((tmp_path / 'out').iterdir()) == []
 
   def test_refuses_to_mix_with_other_weights(self, tmp_path):
     config, params, origin = read('llama')
