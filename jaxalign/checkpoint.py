@@ -169,6 +169,21 @@ def save_run(directory: pathlib.Path, run: Mapping[str, Any], config: str, token
   (directory / 'run.json').write_text(json.dumps(run, indent=1), encoding='utf-8')
 
 
+def save_imported(
+    directory: pathlib.Path,
+    params: types.PyTree,
+    model: transformer.Transformer,
+    origin: Mapping[str, Any],
+    tokenizer: tokenizers.Tokenizer,
+) -> None:
+  """Writes weights that no run has trained as a checkpoint of step 0; `origin` is the config.json they came with."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(epath.Path(directory.absolute() / '0' / 'params'), params)
+  run: dict[str, Any] = {'model': model.config.to_json(), 'lora': None, 'hf_config': dict(origin), 'bindings': None}
+  run |= {'dtype': str(model.dtype), 'row_length': model.config.max_length, 'model_spec': ''}
+  save_run(directory, run, '', tokenizer)
+
+
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """The content of a JSON file in a workdir; RunError where it is broken."""
   try:

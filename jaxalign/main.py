@@ -263,6 +263,8 @@ def _restored(args: flags.FlagValues) -> tuple[pathlib.Path, dict]:
 
 def _evaluate(args: flags.FlagValues) -> None:
   folder, run = _restored(args)
+  if run['bindings'] is None:
+    raise types.UsageError(f'--checkpoint={args.checkpoint}: it was imported, and no run says how to evaluate it')
   _start(args)
   # What training used, and beneath it what was bound for evaluation alone.
   saved = [run['bindings'], (folder / 'config.gin').read_text(encoding='utf-8')]

@@ -136,8 +136,13 @@ def origin(job: Job, recipe: Recipe) -> dict[str, Any] | None:
   return checkpoint.read_json(checkpoint.find(path)[0] / 'run.json')['hf_config']
 
 
-def load(spec: str, mesh: jax.sharding.Mesh) -> checkpoint.Loaded:
-  """Loads what a `--model` names, weights and tokenizer, onto `mesh`, to compute in the precision that it is kept in.
+def load(spec: str, mesh: jax.sharding.Mesh, dtype: str | None = None) -> checkpoint.Loaded:
+  """Loads what a `--model` names, weights and tokenizer, onto `mesh`.
+
+  Args:
+    spec: a checkpoint or a Hugging Face directory.
+    mesh: where it lies.
+    dtype: of a Hugging Face directory's parameters and computation; None for what it is kept in.
 
   Raises:
     UsageError: there is no such directory, or the mesh does not divide the model.
@@ -147,7 +152,7 @@ def load(spec: str, mesh: jax.sharding.Mesh) -> checkpoint.Loaded:
   if is_checkpoint(path):
     return checkpoint.load(path, mesh)
   config, values = hf.read_config(path), hf.read_json(path / 'config.json')
-  dtype = values.get('dtype') or values.get('torch_dtype') or 'float32'
+  dtype = dtype or values.get('dtype') or values.get('torch_dtype') or 'float32'
   model = transformer.build(config, mesh, dtype=dtype, length=config.max_length)
   params = hf_import.read_params(path, config, mesh, dtype)
   return checkpoint.Loaded(model, params, tokenizers.load(path), {}, 0)

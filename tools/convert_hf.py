@@ -2,12 +2,12 @@
 
   python tools/convert_hf.py --checkpoint=runs/dpo --output=DIR [--dtype=bfloat16]
   python tools/convert_hf.py --checkpoint=runs/dpo --output=DIR --adapter
-  python tools/convert_hf.py --model=DIR
+  python tools/convert_hf.py --model=DIR [--output=DIR]
 
 The first writes config.json, *.safetensors and the tokenizer's files, chat template included, as transformers reads
 them with `AutoModelForCausalLM.from_pretrained`; a reward model becomes a `*ForSequenceClassification`, and adapters
 are merged into the weights. The second writes the adapters alone, as PEFT reads them. The third prints which of our
-parameters is made of which tensors.
+parameters is made of which tensors and, with --output, writes them as a checkpoint, which `--model` takes everywhere.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import sys
 import jax
 
 from jaxalign import checkpoint
+from jaxalign import recipe
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign.models import hf
@@ -50,6 +51,17 @@ def export_adapter(directory: str, output: pathlib.Path) -> None:
   print(f'{output}: {count} tensors of an adapter, of step {loaded.step}')
 
 
+def read(directory: pathlib.Path, output: pathlib.Path) -> None:
+  """Writes a Hugging Face directory as a checkpoint of step 0, in float32."""
+  if output.exists() and any(output.iterdir()):
+    raise types.UsageError(f'--output={output}: it is not empty; choose another directory')
+  loaded = recipe.load(str(directory), sharding.make_mesh(), dtype='float32')
+  checkpoint.save_imported(
+      output, loaded.params, loaded.model, hf.read_json(directory / 'config.json'), loaded.tokenizer
+  )
+  print(f'{output}: a checkpoint of {directory}')
+
+
 def show(directory: pathlib.Path) -> None:
   """Prints where each parameter comes from."""
   config = hf.read_config(directory)
@@ -68,17 +80,21 @@ def main(argv: Sequence[str] | None = None) -> int:
   given = parser.add_mutually_exclusive_group(required=True)
   given.add_argument('--checkpoint', help='a workdir, or one checkpoint in it')
   given.add_argument('--model', type=pathlib.Path, help='a Hugging Face directory')
-  parser.add_argument('--output', type=pathlib.Path, help='the directory to write; goes with --checkpoint')
+  parser.add_argument('--output', type=pathlib.Path, help='the directory to write')
   parser.add_argument('--dtype', choices=sorted(hf_export.DTYPES), help='default: that of the weights trained from')
   parser.add_argument('--adapter', action='store_true', help='write the adapters alone, in the format of PEFT')
   args = parser.parse_args(argv)
-  if bool(args.checkpoint) != bool(args.output):
-    parser.error('--checkpoint and --output go together')
-  if args.adapter and (args.dtype or not args.checkpoint):
-    parser.error('--adapter goes with --checkpoint, and is written in float32')
+  if args.checkpoint and not args.output:
+    parser.error('--checkpoint needs --output')
+  if args.dtype and (args.adapter or args.model):
+    parser.error('--dtype is of exported weights; adapters and checkpoints are float32')
+  if args.adapter and args.model:
+    parser.error('--adapter goes with --checkpoint')
   try:
     if args.model:
       show(args.model)
+      if args.output:
+        read(args.model, args.output)
     elif args.adapter:
       export_adapter(args.checkpoint, args.output)
     else:

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from safetensors import numpy as st
 
 from jaxalign import checkpoint
 from jaxalign import main
@@ -35,6 +36,28 @@ class TestMain:
     jax.tree.map(np.testing.assert_array_equal, again, loaded.params)
     job = recipe.Job('', tmp_path, mesh, 0, str(tmp_path / 'out'), '', '', '', None, tmp_path, False, False)
     assert recipe.open_tokenizer(job).encode('Once upon') == loaded.tokenizer.encode('Once upon')
+
+  def test_reads_a_directory_into_a_checkpoint_that_goes_back_bit_for_bit(self, tmp_path, capsys):
+    model = recipe.asset('stories260K')
+    assert convert_hf.main([f'--model={model}', f'--output={tmp_path / "ours"}']) == 0
+    loaded = checkpoint.load(tmp_path / 'ours', sharding.make_mesh())
+    assert (loaded.step, loaded.model.config) == (0, hf.read_config(model))
+    assert convert_hf.main([f'--checkpoint={tmp_path / "ours"}', f'--output={tmp_path / "back"}']) == 0
+    theirs, back = (st.load_file(folder / 'model.safetensors') for folder in (model, tmp_path / 'back'))
+    assert set(back) == set(theirs)
+    for name, x in theirs.items():
+      np.testing.assert_array_equal(back[name], x)
+    capsys.readouterr()
+    assert (
+        main.main(['jaxalign', '--mode=sample', f'--model={tmp_path / "ours"}', '--prompt=Once', '--temperature=0'])
+        == 0
+    )
+    ours = capsys.readouterr().out
+    assert main.main(['jaxalign', '--mode=sample', f'--model={model}', '--prompt=Once', '--temperature=0']) == 0
+    assert capsys.readouterr().out == ours
+    assert main.main(['jaxalign', '--mode=eval', f'--checkpoint={tmp_path / "ours"}']) == 2
+    assert 'it was imported' in capsys.readouterr().err
+    assert convert_hf.main([f'--model={model}', f'--output={tmp_path / "ours"}']) == 2
 
   def test_shows_what_is_made_of_what(self, capsys):
     assert convert_hf.main([f'--model={recipe.asset("stories260K")}']) == 0
