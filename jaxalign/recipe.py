@@ -46,7 +46,7 @@ class Recipe:
     reward_head: whether the model scores responses.
     reference: 'cached' (log-probabilities computed once per response, kept on disk) or 'live' (a second copy of the
       parameters, a forward pass per step).
-    dtype: of the computation; parameters and optimizer state are float32.
+    dtype: of the computation; what is trained and optimizer state are float32.
     remat: which activations the backward pass computes again, see `models.transformer`; 'dots' (all but products with
       weights) is the fastest on CPUs too, where memory is slow.
     attention: one of `models.attention.KERNELS`; None takes what the platform does best.
@@ -202,8 +202,10 @@ def open_model(job: Job, recipe: Recipe, tokenizer: tokenizers.Tokenizer) -> Ope
 
 def _source(job: Job, recipe: Recipe) -> tuple[architecture.Config, Callable[[transformer.Transformer], types.PyTree]]:
   """The configuration of `--model`, and what gives its parameters in the precision that a model keeps them in."""
+  cast = lambda params, model: jax.tree.map(lambda x: x.astype(model.base_dtype), params)
   if recipe.model is not None:
-    return recipe.model, lambda model: transformer.init_params(model, jax.random.key(job.seed), job.mesh)
+    draw = lambda model: transformer.init_params(model, jax.random.key(job.seed), job.mesh)
+    return recipe.model, lambda model: cast(draw(model), model)
   path = model_directory(job.model)
   if not is_checkpoint(path):
     config = hf.read_config(path)
@@ -211,7 +213,7 @@ def _source(job: Job, recipe: Recipe) -> tuple[architecture.Config, Callable[[tr
     return config, lambda model: hf_import.read_params(path, config, job.mesh, model.base_dtype, kept(model))
   loaded = checkpoint.load(path, job.mesh)
   params = lora_lib.merge(loaded.params, loaded.model.lora) if loaded.model.lora is not None else loaded.params
-  return loaded.model.config, lambda model: jax.tree.map(lambda x: x.astype(model.base_dtype), params)
+  return loaded.model.config, lambda model: cast(params, model)
 
 
 def _open_adapter(job: Job, recipe: Recipe, config: architecture.Config) -> peft.Adapter | None:

@@ -89,6 +89,11 @@ class TestStepZero:
     assert found['eval/rewards/margins'] == pytest.approx(summary(tmp_path / 'w')['eval/rewards/margins'], abs=1e-5)
     assert abs(found['eval/rewards/margins']) > 1e-3
 
+  def test_of_random_weights_in_few_bits(self, folder, tmp_path):
+    args = [*runs.flags(folder, tmp_path / 'w', '--eval_data=', steps=1), '--lora=rank:2,base:nf4']
+    assert main.main(args) == 0
+    assert runs.logged(tmp_path / 'w')[1]['loss'] == pytest.approx(np.log(2), abs=1e-6)
+
 
 def evaluated(capsys, workdir, *more):
   """What --mode=eval prints of a run."""

@@ -234,10 +234,13 @@ def abstract_params(model: Transformer, mesh: jax.sharding.Mesh) -> types.PyTree
 
 
 def init_params(model: Transformer, key: jax.Array, mesh: jax.sharding.Mesh) -> types.PyTree:
-  """Random normal parameters, made where they lie; their deviation is 1/sqrt(fan-in), 0.02 of embedding and head."""
-  abstract = abstract_params(model, mesh)
-  make = lambda key: jax.tree.map(lambda x, like: x.astype(like.dtype), nn.unbox(_init_fn(model)(key)), abstract)
-  return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(key)
+  """Random normal parameters, without adapters, made where they lie; their deviation is 1/sqrt(fan-in).
+
+  That of the embedding and the head is 0.02.
+  """
+  plain = without_adapters(model)
+  where = jax.tree.map(lambda x: x.sharding, abstract_params(plain, mesh))
+  return jax.jit(lambda key: nn.unbox(_init_fn(plain)(key)), out_shardings=where)(key)
 
 
 def init_adapters(model: Transformer, key: jax.Array, frozen: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
