@@ -338,7 +338,7 @@ REFUSED = {
     'no algorithm': ((), 2, ['--algo is needed', 'dpo, rm, sft']),
     'unknown flag': (('--algos=dpo',), 2, ["'algos'", 'Did you mean: algo']),
     'no flag': (('dpo',), 2, ["'dpo'", '--name=value']),
-    'unknown mode': (('--mode=trian',), 2, ['--mode=trian', 'train, eval, sample, show']),
+    'unknown mode': (('--mode=trian',), 2, ['--mode=trian', 'train, eval, sample, score, show']),
     'unknown algorithm': (('--algo=dpoo',), 2, ['--algo=dpoo', 'dpo, rm, sft', 'did you mean dpo']),
     'no steps': (('--algo=dpo', '--steps=0'), 2, ['--steps=0', 'positive']),
     'steps in words': (('--algo=dpo', '--steps=x'), 2, ['--steps=x']),

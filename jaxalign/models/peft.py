@@ -39,7 +39,7 @@ _SILENT = {
     'peft_version',
 }
 _SILENT |= {'revision', 'task_type', 'qalora_group_size', 'layers_pattern', 'ensure_weight_tying', 'corda_config'}
-_SILENT |= {'eva_config', 'lora_ga_config', 'loftq_config', 'runtime_config'}
+_SILENT |= {'eva_config', 'lora_ga_config', 'loftq_config', 'runtime_config', 'unsloth_fixed'}
 # Values, beside empty ones, that change nothing.
 _HARMLESS: dict[str, tuple] = {
     'peft_type': ('LORA',),
@@ -79,6 +79,9 @@ def read(directory: pathlib.Path, config: architecture.Config, family: str, like
   for key, value in values.items():
     if key not in _READ | _SILENT and value not in (None, False, [], {}, *_HARMLESS.get(key, ())):
       raise types.RunError(f'{path}: {key} = {json.dumps(value)} changes the numbers, and is not supported')
+  for key in ('r', 'lora_alpha'):
+    if not isinstance(values.get(key), int | float) or values[key] <= 0:
+      raise types.RunError(f'{path}: {key} = {json.dumps(values.get(key))} should be a positive number')
   tensors = _load(directory / _WEIGHTS)
   ranks = [x.shape[0] for name, x in tensors.items() if name.endswith(_PARTS['a'])]
   if not ranks:

@@ -143,6 +143,12 @@ class TestErrors:
     with pytest.raises(types.RunError, match=f'adapter_config.json: {key} = .*changes the numbers'):
       opened('peft_llama3', folder)
 
+  @pytest.mark.parametrize('key,value', [('r', None), ('lora_alpha', 'large'), ('r', 0)])
+  def test_name_a_number_that_is_none(self, folder, key, value):
+    self.configure(folder, **{key: value})
+    with pytest.raises(types.RunError, match=f'adapter_config.json: {key} = .* should be a positive number'):
+      opened('peft_llama3', folder)
+
   def test_name_the_folder_or_file_that_is_not_whole(self, folder, tmp_path):
     with pytest.raises(types.UsageError, match='nowhere.*: there is no adapter_config.json'):
       opened('peft_llama3', tmp_path / 'nowhere')
