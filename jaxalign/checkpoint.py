@@ -238,7 +238,7 @@ def load(directory: str | pathlib.Path, mesh: jax.sharding.Mesh) -> Loaded:
   folder, step = find(directory)
   run = read_json(folder / 'run.json')
   config = architecture.Config.from_json(run['model'])
-  lora = lora_lib.Lora(**run['lora']) if run['lora'] else None
+  lora = lora_lib.Lora(**run['lora']) if run.get('lora') else None
   built = transformer.build(config, mesh, dtype=run['dtype'], lora=lora, length=run['row_length'])
   model = transformer.without_dropout(built)
   abstract = transformer.abstract_params(model, mesh)
@@ -247,6 +247,12 @@ def load(directory: str | pathlib.Path, mesh: jax.sharding.Mesh) -> Loaded:
   if lora:
     params = lora_lib.join(params, _restored(folder / 'base', frozen))
   return Loaded(model, params, tokenizers.load(folder / 'tokenizer'), run, step)
+
+
+def load_merged(directory: str | pathlib.Path, mesh: jax.sharding.Mesh) -> types.PyTree:
+  """The parameters of a checkpoint as those of a model without adapters; raises as `load` does."""
+  loaded = load(directory, mesh)
+  return lora_lib.merge(loaded.params, loaded.model.lora) if loaded.model.lora is not None else loaded.params
 
 
 def load_reference(directory: str | pathlib.Path, loaded: Loaded, mesh: jax.sharding.Mesh) -> reference.Reference:

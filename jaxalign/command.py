@@ -41,8 +41,8 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         flags.DEFINE_string,
         'data',
         None,
-        f'Training data: {_DATA}; a slice [a:b] may follow; a mixture is A:0.7,B:0.3. Default: the built-in data of the'
-        ' algorithm.',
+        f'Training data (with --mode=score: what is scored): {_DATA}; a slice [a:b] may follow; a mixture is'
+        ' A:0.7,B:0.3. Default: the built-in data of the algorithm.',
     ),
     (flags.DEFINE_string, 'eval_data', None, 'Held-out data, written as --data; empty for none.'),
     (flags.DEFINE_string, 'data_dir', None, 'Where TFDS data sets lie.'),

@@ -24,6 +24,7 @@ from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import streams as streams_lib
 from jaxalign import types
+from jaxalign.data import chat as chat_lib
 from jaxalign.data import examples
 from jaxalign.data import loader
 from jaxalign.data import tokenizers
@@ -280,9 +281,19 @@ def respond(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        stop_ids=(tokenizer.eos_id,),
+        stop_ids=_stop_ids(tokenizer, chat),
     )
   return [tokenizer.decode(one.ids, continuation=not chat) for one in drawn]
+
+
+def _stop_ids(tokenizer: tokenizers.Tokenizer, chat: bool) -> tuple[int, ...]:
+  """EOS and, in a chat, the special token with which the template ends a turn, where that is another."""
+  if not chat:
+    return (tokenizer.eos_id,)
+  template = chat_lib.pick(None, tokenizer.chat_template)
+  text = chat_lib.end_of_turn(template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+  ends = tokenizer.encode(text, continuation=True, special=True)[:1]
+  return tuple({tokenizer.eos_id, *(i for i in ends if i in tokenizer.special_tokens.values())})
 
 
 def _check_context(prompts: list[list[int]], max_new_tokens: int, context: int) -> None:

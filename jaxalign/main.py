@@ -234,6 +234,8 @@ def _finished(job: recipe_lib.Job, bindings: str) -> dict | None:
   if not path.exists():
     return None
   run = checkpoint.read_json(path)
+  if run['bindings'] is None:
+    raise types.UsageError(f'{job.workdir} holds an imported model, start from it by --model; choose another --workdir')
   identity = job.identity().items()
   changed = [f'--{name.removesuffix("_spec")}: {run[name]!r} -> {new!r}' for name, new in identity if run[name] != new]
   changed += config.diff(run['bindings'], bindings, ignore=_RESUMABLE)
@@ -313,7 +315,7 @@ def _score(args: flags.FlagValues) -> None:
 def _model_of(args: flags.FlagValues) -> str:
   """The one of --checkpoint and --model that was given."""
   if bool(args.checkpoint) == bool(args.model):
-    raise types.UsageError(f'--mode={args.mode} needs --checkpoint=DIR, or --model=DIR for one of Hugging Face')
+    raise types.UsageError(f'--mode={args.mode} needs --checkpoint=DIR, or --model=DIR of Hugging Face: one of them')
   if args.checkpoint:
     checkpoint.find(args.checkpoint)
   return args.checkpoint or args.model

@@ -202,18 +202,18 @@ def open_model(job: Job, recipe: Recipe, tokenizer: tokenizers.Tokenizer) -> Ope
 
 def _source(job: Job, recipe: Recipe) -> tuple[architecture.Config, Callable[[transformer.Transformer], types.PyTree]]:
   """The configuration of `--model`, and what gives its parameters in the precision that a model keeps them in."""
-  cast = lambda params, model: jax.tree.map(lambda x: x.astype(model.base_dtype), params)
+  shrunk = lambda params, model: lora_lib.shrunk(params, model.lora, model.base_dtype)
   if recipe.model is not None:
     draw = lambda model: transformer.init_params(model, jax.random.key(job.seed), job.mesh)
-    return recipe.model, lambda model: cast(draw(model), model)
+    return recipe.model, lambda model: shrunk(draw(model), model)
   path = model_directory(job.model)
   if not is_checkpoint(path):
     config = hf.read_config(path)
     kept = lambda model: functools.partial(lora_lib.kept, lora=model.lora)
     return config, lambda model: hf_import.read_params(path, config, job.mesh, model.base_dtype, kept(model))
-  loaded = checkpoint.load(path, job.mesh)
-  params = lora_lib.merge(loaded.params, loaded.model.lora) if loaded.model.lora is not None else loaded.params
-  return loaded.model.config, lambda model: cast(params, model)
+  folder, _ = checkpoint.find(path)
+  config = architecture.Config.from_json(checkpoint.read_json(folder / 'run.json')['model'])
+  return config, lambda model: shrunk(checkpoint.load_merged(path, job.mesh), model)
 
 
 def _open_adapter(job: Job, recipe: Recipe, config: architecture.Config) -> peft.Adapter | None:
@@ -225,11 +225,10 @@ def _open_adapter(job: Job, recipe: Recipe, config: architecture.Config) -> peft
 
 def _divide(model: transformer.Transformer, params: types.PyTree, key: jax.Array, mesh: jax.sharding.Mesh) -> Opened:
   """What is trained and what is frozen of `params`, with first adapters and a reward head where they lack them."""
-  head = {'reward_head': params['reward_head'].astype('float32')} if 'reward_head' in params else {}
-  head = head if model.config.reward_head else {}
+  head = {name: params[name] for name in ('reward_head',) if name in params and model.config.reward_head}
   params = {name: value for name, value in params.items() if name != 'reward_head'}
   if model.lora is not None:
-    frozen = lora_lib.all_kept(lora_lib.split(params)[1], model.lora)
+    frozen = lora_lib.split(params)[1]
     trained = transformer.init_adapters(model, key, frozen, mesh) | head
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     share = 100 * count(trained) / (count(trained) + count(frozen))

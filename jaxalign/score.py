@@ -29,7 +29,7 @@ def score(job: recipe_lib.Job, *, per: str, row_length: int | None) -> list[dict
 
   Returns:
     One object a record that was kept: `record` says which it is, `scores` has a number per response or, of tokens and
-    steps, a list of numbers.
+    steps, a list of numbers; `truncated` says whether a part of the record did not fit the row.
 
   Raises:
     UsageError: the model has no reward head, or the context of the model is shorter than `row_length`.
@@ -43,17 +43,22 @@ def score(job: recipe_lib.Job, *, per: str, row_length: int | None) -> list[dict
     if row_length is not None and row_length > context:
       raise types.UsageError(f'--row_length={row_length}: the context of the model is {context} tokens')
     loader = _open(job, loaded.tokenizer, per, row_length or min(_LENGTH, context))
-    run = functools.partial(objectives.token_scores, loaded.params, model=loaded.model)
-    fn = jax.jit(lambda batch: jax.lax.map(run, batch), out_shardings=sharding.named(job.mesh))
+    of_micro = functools.partial(objectives.token_scores, model=loaded.model)
+    scores = lambda params, batch: jax.lax.map(functools.partial(of_micro, params), batch)
+    fn = jax.jit(scores, out_shardings=sharding.named(job.mesh))
     found: dict[int, dict[int, np.ndarray]] = {}
     steps = loader.ordered(range(len(loader.dataset)))
     for plan, batch in tqdm.tqdm(steps, 'scoring', unit='step', disable=None, leave=False):
-      values = np.asarray(fn(batch))
+      values = np.asarray(fn(loaded.params, batch))
       for place in loader.places(plan):
         found.setdefault(place.record, {})[place.slot] = values[place.micro, place.row][place.targets]
   plain = lambda values: float(values[0]) if per == 'response' else [float(value) for value in values]
   return [
-      {'record': loader.dataset.where(record), 'scores': [plain(slots[slot]) for slot in sorted(slots)]}
+      {
+          'record': loader.dataset.where(record),
+          'scores': [plain(slots[slot]) for slot in sorted(slots)],
+          'truncated': loader.dataset[record].truncated,
+      }
       for record, slots in sorted(found.items())
   ]
 

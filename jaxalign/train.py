@@ -68,7 +68,7 @@ def train(
         clock=metrics.Clock(data_state['num_tokens']),
         epoch_of=streams.epochs,
         constants=lambda: {'compilations': counter.count, **streams.report},
-        flops_per_token=architecture.flops_per_token(model.config, recipe.packing.row_length),
+        flops_per_token=architecture.flops_per_token(model.config, recipe.packing.row_length, frozen=bool(frozen)),
         after_first_step=functools.partial(_save_run, job, recipe, model, tokenizer, base, config),
         debug=job.debug,
     )
@@ -88,10 +88,12 @@ def _keep_base(job, store: checkpoint.Store, ref: reference.Reference) -> str:
   Raises:
     RunError: the run is resumed, and began with something else.
   """
-  checksum = reference.checksum(ref.params)
+  checksum, folder = reference.checksum(ref.params), job.workdir / 'checkpoints'
   if store.latest() is None:
-    checkpoint.save_base(job.workdir / 'checkpoints', ref)
-  elif checkpoint.read_json(job.workdir / 'checkpoints' / 'run.json')['base'] != checksum:
+    checkpoint.save_base(folder, ref)
+    return checksum
+  checkpoint.check_shapes(folder / 'base', ref.fixed or ref.moving)
+  if checkpoint.read_json(folder / 'run.json').get('base', checksum) != checksum:
     raise types.RunError(
         f'--model={job.model}: not the weights that the run in {job.workdir} began with; restore them, or choose'
         ' another --workdir'

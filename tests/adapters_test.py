@@ -10,6 +10,8 @@ import pytest
 from safetensors import numpy as st
 
 from jaxalign import checkpoint
+from jaxalign import command
+from jaxalign import config
 from jaxalign import main
 from jaxalign import recipe
 from jaxalign import sharding
@@ -195,6 +197,15 @@ class TestAlgorithms:
     np.testing.assert_array_equal(tensors['base_model.model.score.weight'][0], loaded.params['reward_head'][:, 0])
     assert np.any(loaded.params['reward_head'])
 
+  def test_go_on_from_a_reward_head_that_keeps_every_bit(self, folder, tmp_path):
+    assert main.main(flags(folder, tmp_path / 'w', '--algo=rm', '--eval_data=', steps=2)) == 0
+    head = checkpoint.load(tmp_path / 'w', ONE).params['reward_head']
+    low = '--algo=rm', '--eval_data=', f'--model={tmp_path / "w"}', "--gin=recipe.Recipe.dtype = 'bfloat16'"
+    low += ('--gin=optim.constant.lr = 0.0',)
+    args = [x for x in flags(folder, tmp_path / 'v', steps=1) if 'model=' not in x and '.lr' not in x]
+    assert main.main([*args, *low]) == 0
+    np.testing.assert_array_equal(checkpoint.load(tmp_path / 'v', ONE).params['reward_head'], head)
+
   def test_say_that_there_are_no_adapters_to_export(self, folder, tmp_path, capsys):
     args = [x for x in flags(folder, tmp_path / 'w', '--eval_data=', steps=1) if 'lora' not in x]
     assert main.main(args) == 0
@@ -221,9 +232,10 @@ class TestFlag:
     assert capsys.readouterr().err.splitlines()[-1].startswith(f'jaxalign: {said}')
     assert not (tmp_path / 'w').exists()
 
-  def test_is_the_same_as_the_gin_file(self, folder, tmp_path):
-    plain = [x for x in flags(folder, tmp_path / 'a', '--eval_data=', steps=1) if 'lora' not in x]
-    assert main.main([*plain, '--lora=rank:16,alpha:32']) == 0
-    other = [x.replace(str(tmp_path / 'a'), str(tmp_path / 'b')) for x in plain]
-    assert main.main([*other, f'--gin_file={runs.ROOT}/gin_configs/options/lora.gin']) == 0
-    runs.assert_same(runs.params_of(tmp_path / 'a'), runs.params_of(tmp_path / 'b'))
+  def test_is_the_same_as_the_gin_file(self):
+    def configured(files, bindings):
+      config.parse('dpo', files=['models/stories260K.gin'], user_files=files, bindings=bindings)
+      return config.get('recipe.Recipe')().lora
+
+    found = configured([f'{runs.ROOT}/gin_configs/options/lora.gin'], [])
+    assert found == configured([], command.lora_bindings('rank:16,alpha:32')) == lora_lib.Lora(16, 32.0)

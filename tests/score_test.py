@@ -101,6 +101,15 @@ class TestScore:
       ends.append(len(ids) - 1)
     np.testing.assert_allclose(one['scores'], [expected(ids)[ends]], atol=1e-4)
 
+  def test_says_what_was_cut_and_leaves_out_what_is_equal(self, capsys, model, tmp_path):
+    equal = {'prompt': 'a', 'chosen': ' b', 'rejected': ' b'}
+    long = {'prompt': 'Lily', 'chosen': ' smiled' * 40, 'rejected': ' cried'}
+    found = score(capsys, model, [PAIRS[0], equal, long], tmp_path)
+    assert [(one['record'], one['truncated']) for one in found] == [
+        ('records.jsonl:1', False),
+        ('records.jsonl:3', True),
+    ]
+
 
 class TestErrors:
 

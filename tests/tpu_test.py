@@ -155,8 +155,8 @@ class TestStep:
 
   def test_of_adapters_keeps_the_base_once_in_few_bits_and_makes_no_gradient_of_it(self):
     mesh = sharding.make_mesh('fsdp:4,tensor:4', devices=topology('v5e:4x4'))
-    config = dataclasses.replace(CONFIG, embed_dim=2048, mlp_dim=8192, num_layers=2, vocab_size=1024)
-    step, state = compiled(mesh, 1024, config, lora_lib.Lora(rank=8, base='nf4', dropout=0.1))
+    config = dataclasses.replace(CONFIG, embed_dim=2048, mlp_dim=8192, vocab_size=1024)
+    step, state = compiled(mesh, 1024, config, lora_lib.Lora(rank=8, base='nf4'))
     of_device = lambda tree: sum(
         np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )

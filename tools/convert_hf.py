@@ -46,15 +46,16 @@ def export_adapter(directory: str, output: pathlib.Path) -> None:
   if loaded.model.lora is None:
     raise types.UsageError(f'--checkpoint={directory}: it holds no adapters; leave --adapter out')
   family = (loaded.run['hf_config'] or {}).get('model_type', 'llama')
-  count = peft.write(output, loaded.params, loaded.model, family, loaded.run['model_spec'])
+  base = recipe.model_directory(loaded.run['model_spec']).absolute()
+  count = peft.write(output, loaded.params, loaded.model, family, str(base))
   loaded.tokenizer.save(output)
   print(f'{output}: {count} tensors of an adapter, of step {loaded.step}')
+  if recipe.is_checkpoint(base):
+    print(f'its base, {base}, is a checkpoint: PEFT wants that exported too')
 
 
 def read(directory: pathlib.Path, output: pathlib.Path) -> None:
   """Writes a Hugging Face directory as a checkpoint of step 0, in float32."""
-  if output.exists() and any(output.iterdir()):
-    raise types.UsageError(f'--output={output}: it is not empty; choose another directory')
   loaded = recipe.load(str(directory), sharding.make_mesh(), dtype='float32')
   checkpoint.save_imported(
       output, loaded.params, loaded.model, hf.read_json(directory / 'config.json'), loaded.tokenizer
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   given = parser.add_mutually_exclusive_group(required=True)
   given.add_argument('--checkpoint', help='a workdir, or one checkpoint in it')
-  given.add_argument('--model', type=pathlib.Path, help='a Hugging Face directory')
+  given.add_argument('--model', help='a Hugging Face directory')
   parser.add_argument('--output', type=pathlib.Path, help='the directory to write')
   parser.add_argument('--dtype', choices=sorted(hf_export.DTYPES), help='default: that of the weights trained from')
   parser.add_argument('--adapter', action='store_true', help='write the adapters alone, in the format of PEFT')
@@ -92,9 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.error('--adapter goes with --checkpoint')
   try:
     if args.model:
-      show(args.model)
+      if args.output and args.output.exists() and (args.output.is_file() or any(args.output.iterdir())):
+        raise types.UsageError(f'--output={args.output}: it is not an empty directory; choose another')
+      directory = recipe.model_directory(args.model)
+      show(directory)
       if args.output:
-        read(args.model, args.output)
+        read(directory, args.output)
     elif args.adapter:
       export_adapter(args.checkpoint, args.output)
     else:
@@ -102,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   except (types.UsageError, types.RunError) as err:
     print(f'convert_hf: {err}', file=sys.stderr)
     return 2 if isinstance(err, types.UsageError) else 1
+  except OSError as err:
+    print(f'convert_hf: {err.filename or args.output}: {err.strerror or err}', file=sys.stderr)
+    return 1
   return 0
 
 

@@ -8,6 +8,7 @@ openings of sentences from stories that the model tells, every prompt is continu
 VADER ranks the continuations. Same seed and same kind of machine, same bytes.
 """
 
+import argparse
 from collections.abc import Sequence
 import gzip
 import json
@@ -17,8 +18,6 @@ import re
 import shutil
 import struct
 
-from absl import app
-from absl import flags
 import jax
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
@@ -31,10 +30,6 @@ from jaxalign.models import hf
 from jaxalign.models import hf_import
 from jaxalign.models import transformer
 from jaxalign.rewards import rules
-
-_SOURCE = flags.DEFINE_string('source', None, 'Folder with tok512.bin and hf/.', required=True)
-_OUTPUT = flags.DEFINE_string('output', 'jaxalign/assets', 'Where the assets go.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Of prompts and samples.')
 
 _STORIES, _STORY_TOKENS = 5200, 96
 _HELD_OUT_PROMPTS, _TEST_PROMPTS, _TRAIN_PROMPTS = 64, 480, 2600
@@ -169,5 +164,15 @@ def make(source: pathlib.Path, output: pathlib.Path, seed: int) -> None:
     print(f'{len(ids)} samples from the {len(held)} held-out prompts: mean sentiment {base:.3f}')
 
 
+def main() -> None:
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--source', type=pathlib.Path, required=True, help='folder with tok512.bin and hf/')
+  parser.add_argument('--output', type=pathlib.Path, default='jaxalign/assets', help='where the assets go')
+  parser.add_argument('--seed', type=int, default=0, help='of prompts and samples')
+  args = parser.parse_args()
+  make(args.source, args.output, args.seed)
+
+
 if __name__ == '__main__':
-  app.run(lambda _: make(pathlib.Path(_SOURCE.value), pathlib.Path(_OUTPUT.value), _SEED.value))
+  main()

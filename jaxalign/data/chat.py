@@ -55,6 +55,13 @@ def pick(template: str | None, default: str | None) -> str:
   return template
 
 
+def end_of_turn(template: str, *, bos_token: str, eos_token: str) -> str:
+  """What a template writes behind what the assistant says; raises as `render` does."""
+  said = 'assistant said'
+  turns = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': said}]
+  return render(turns, template, bos_token=bos_token, eos_token=eos_token)[0].rpartition(said)[2]
+
+
 def render(
     messages: Sequence[Message],
     template: str,

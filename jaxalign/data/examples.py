@@ -216,7 +216,7 @@ _TALK = [{'role': 'user', 'content': 'a b'}, {'role': 'assistant', 'content': 'c
 _PROBES: tuple[records.Record, ...] = (
     {},
     {'messages': [*_TALK, *_TALK]},
-    {'prompt': 'a b ', 'completion': ' c\n'},
+    {'prompt': 'a b ', 'completion': ' c\n', 'completions': ['c', 'd\n']},
     {'text': 'a b c'},
     {'prompt': 'a b', 'chosen': ' c', 'rejected': ' d', 'margin': 0.5, 'append_eos': False},
     {'chosen': _TALK, 'rejected': [_TALK[0], {'role': 'assistant', 'content': ''}]},
@@ -290,7 +290,8 @@ def _group(
   return Group(sequences, labels, truncated=fitted is not tokens, prompt_tokens=prompt_tokens)
 
 
-def _to_ids(tokenizer, text: str, *, continuation: bool, special: bool) -> list[int]:
+def to_ids(tokenizer, text: str, *, continuation: bool, special: bool) -> list[int]:
+  """As `Tokenizer.encode`; raises RunError where the text is no Unicode."""
   try:
     text.encode('utf-8')
   except UnicodeEncodeError as err:
@@ -299,7 +300,7 @@ def _to_ids(tokenizer, text: str, *, continuation: bool, special: bool) -> list[
 
 
 def _prompt_tokens(tokenizer, prompt: str, special: bool) -> list[int]:
-  ids = _to_ids(tokenizer, prompt, continuation=False, special=special)
+  ids = to_ids(tokenizer, prompt, continuation=False, special=special)
   return ids if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
@@ -307,7 +308,7 @@ def _tokens(tokenizer, text: _Text, prompt: list[int], append_eos: bool) -> _Tok
   tokens = _Tokens(prompt, [], [], 0)
   for piece, learned in text.body:
     continuation = bool(tokens.body) or any(i != tokenizer.bos_id for i in prompt)
-    tokens.body += _to_ids(tokenizer, piece, continuation=continuation, special=text.special)
+    tokens.body += to_ids(tokenizer, piece, continuation=continuation, special=text.special)
     tokens.mask += [learned] * (len(tokens.body) - len(tokens.mask))
     tokens.first = tokens.first or len(tokens.body)
   if append_eos and tokens.body[-1:] != [tokenizer.eos_id]:
@@ -336,9 +337,8 @@ def _fit(tokens: list[_Tokens], size: int, keep: int) -> list[_Tokens]:
   room = max(size - max(one.first for one in tokens), keep, 1)
   fitted = []
   for one in tokens:
-    prompt = one.prompt
-    if len(prompt) > room:
-      prompt = prompt[:keep] + prompt[len(prompt) - (room - keep) :]
+    cut = max(0, len(one.prompt) - room)
+    prompt = one.prompt[:keep] + one.prompt[keep + cut :]
     left = size - len(prompt)
     fitted.append(_Tokens(prompt, one.body[:left], one.mask[:left], one.first))
   return fitted

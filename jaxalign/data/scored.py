@@ -72,7 +72,7 @@ def responses(
   read = examples.preference if is_pair else examples.supervised
   group = read(record, tokenizer, row_length=row_length - 1, template=template, columns=columns)
   marked = _scored if per == 'response' else lambda sequence: _marked(sequence.ids, sequence.mask)
-  return dataclasses.replace(group, sequences=tuple(map(marked, group.sequences)))
+  return dataclasses.replace(group, sequences=tuple(map(marked, group.sequences)), labels={})
 
 
 def _steps(record, tokenizer: tokenizers.Tokenizer, row_length: int, template, columns) -> examples.Group:
@@ -83,10 +83,12 @@ def _steps(record, tokenizer: tokenizers.Tokenizer, row_length: int, template, c
   steps, prompt = values['completions'], values['prompt']
   if not isinstance(steps, list | tuple) or not steps or not all(isinstance(step, str) for step in steps):
     raise types.RunError('column completions: a list of texts is wanted')
-  ids = examples.prompt_ids(tokenizer, prompt if isinstance(prompt, str) else list(prompt), template)
+  turns = prompt if isinstance(prompt, str) else records.messages(values, 'prompt')
+  ids = examples.prompt_ids(tokenizer, turns, template)
   prompt_tokens, ends = len(ids), []
   for step in steps:
-    more = tokenizer.encode(step.rstrip('\n') + '\n', continuation=True)
+    continuation = any(i != tokenizer.bos_id for i in ids)
+    more = examples.to_ids(tokenizer, step.rstrip('\n') + '\n', continuation=continuation, special=False)
     if len(ids) + len(more) > row_length:
       break
     ids += more

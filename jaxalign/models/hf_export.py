@@ -136,6 +136,8 @@ def write(
     UsageError: see `config_json`; or the directory holds weights already.
     RunError: a file cannot be written.
   """
+  if dtype not in DTYPES:
+    raise types.UsageError(f'--dtype={dtype}: it is one of {", ".join(DTYPES)}')
   values = config_json(config, origin, dtype, pad_id)
   if list(directory.glob('*.safetensors')):
     raise types.UsageError(f'{directory}: it holds weights already; choose another directory')

@@ -49,7 +49,7 @@ def read_params(
     directory: the folder.
     config: of the model.
     mesh: where they lie.
-    dtype: of the parameters.
+    dtype: of the parameters, but for a reward head, which is float32.
     finish: makes what is kept of the parameter with this path, as 'layers/0/q', before the next is read.
 
   Raises:
@@ -61,7 +61,8 @@ def read_params(
   with contextlib.ExitStack() as stack:
     tensors = _open(directory, stack)
     flat, tree = jax.tree_util.tree_flatten_with_path(abstract)
-    wanted = {jax.tree_util.keystr(path, simple=True, separator='/'): x.update(dtype=dtype) for path, x in flat}
+    wanted = {jax.tree_util.keystr(path, simple=True, separator='/'): x for path, x in flat}
+    wanted = {name: x if name == 'reward_head' else x.update(dtype=dtype) for name, x in wanted.items()}
     family = str(hf.read_json(directory / 'config.json').get('model_type'))
     maps = {name: hf.tensor_map(family, config, name) for name in wanted}
     _check_names(directory, config, maps, tensors)

@@ -113,6 +113,19 @@ def kept(name: str, x: types.Array, lora: Lora | None, quantise: Callable = quan
   return quantise(name, x, lora.base) if lora is not None and few else x
 
 
+def shrunk(params: types.PyTree, lora: Lora | None, dtype: jax.typing.DTypeLike) -> types.PyTree:
+  """Parameters as they are kept, one after the other: what was read in more bits is deleted. Heads stay float32."""
+  flat = dict(traverse_util.flatten_dict(params, sep='/'))
+  for name, x in flat.items():
+    if not _TRAINED.fullmatch(name):
+      cast = x if x.dtype == jnp.dtype(dtype) else x.astype(dtype)
+      flat[name] = kept(name, cast, lora)
+      for old in (x, cast):
+        if old is not flat[name] and not old.is_deleted():
+          old.delete()
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
 def all_kept(frozen: types.PyTree, lora: Lora, quantise: Callable = quant.quantise) -> types.PyTree:
   """A frozen tree as it is kept."""
   flat = traverse_util.flatten_dict(frozen, sep='/')

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from typing import Any
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ _CONFIG, _WEIGHTS, _PREFIX = 'adapter_config.json', 'adapter_model.safetensors',
 _HEAD = f'{_PREFIX}score.weight'
 _PARTS = {'a': '.lora_A.weight', 'b': '.lora_B.weight', 'magnitude': '.lora_magnitude_vector'}
 # Keys that are read here, or that say nothing about the numbers.
-_READ = {'r', 'lora_alpha', 'use_rslora', 'use_dora', 'rank_pattern', 'alpha_pattern', 'lora_dropout', 'target_modules'}
+_READ = {'r', 'lora_alpha', 'use_rslora', 'use_dora', 'rank_pattern', 'alpha_pattern', 'target_modules'}
 _SILENT = {
     'auto_mapping',
     'base_model_name_or_path',
@@ -39,7 +40,7 @@ _SILENT = {
     'peft_version',
 }
 _SILENT |= {'revision', 'task_type', 'qalora_group_size', 'layers_pattern', 'ensure_weight_tying', 'corda_config'}
-_SILENT |= {'eva_config', 'lora_ga_config', 'loftq_config', 'runtime_config', 'unsloth_fixed'}
+_SILENT |= {'lora_dropout', 'eva_config', 'lora_ga_config', 'loftq_config', 'runtime_config', 'unsloth_fixed'}
 # Values, beside empty ones, that change nothing.
 _HARMLESS: dict[str, tuple] = {
     'peft_type': ('LORA',),
@@ -69,7 +70,7 @@ def read(directory: pathlib.Path, config: architecture.Config, family: str, like
     like: says the rest, dropout and the precision of the base.
 
   Raises:
-    UsageError: there is no such folder.
+    UsageError: there is no such folder, or `like` says otherwise than the adapter what it is.
     RunError: it is not whole, or is of a kind that would change the numbers.
   """
   path = directory / _CONFIG
@@ -79,9 +80,7 @@ def read(directory: pathlib.Path, config: architecture.Config, family: str, like
   for key, value in values.items():
     if key not in _READ | _SILENT and value not in (None, False, [], {}, *_HARMLESS.get(key, ())):
       raise types.RunError(f'{path}: {key} = {json.dumps(value)} changes the numbers, and is not supported')
-  for key in ('r', 'lora_alpha'):
-    if not isinstance(values.get(key), int | float) or values[key] <= 0:
-      raise types.RunError(f'{path}: {key} = {json.dumps(values.get(key))} should be a positive number')
+  _check_numbers(path, values)
   tensors = _load(directory / _WEIGHTS)
   ranks = [x.shape[0] for name, x in tensors.items() if name.endswith(_PARTS['a'])]
   if not ranks:
@@ -97,6 +96,10 @@ def read(directory: pathlib.Path, config: architecture.Config, family: str, like
       rslora=rslora,
       dora=bool(values.get('use_dora')),
   )
+  for name in ('rank', 'alpha', 'targets', 'rslora', 'dora'):
+    asked, found = getattr(like, name), getattr(lora, name)
+    if asked not in (found, getattr(lora_lib.Lora(), name)):
+      raise types.UsageError(f'lora.Lora.{name} = {asked!r}: the adapter in {directory} has {found!r}; leave it out')
   return Adapter(directory, family, lora, tensors, values)
 
 
@@ -142,7 +145,7 @@ def _read_part(adapter: Adapter, source: hf.Source, tensor: str, part: str, shap
   found = adapter.tensors.get(name)
   if found is None:
     raise types.RunError(f'{adapter.directory / _WEIGHTS}: it lacks the tensor {name}')
-  rank = adapter.tensors[_stem(tensor) + _PARTS['a']].shape[0]
+  rank = _rank(adapter.values, _stem(tensor))
   size = math.prod(shape) // (adapter.lora.rank if part != 'magnitude' else 1)
   wanted = {'a': (rank, size), 'b': (source.outs or size, rank), 'magnitude': (source.outs or size,)}[part]
   if found.shape != wanted:
@@ -162,12 +165,30 @@ def _read_part(adapter: Adapter, source: hf.Source, tensor: str, part: str, shap
 
 def _scale(values: Mapping[str, Any], module: str) -> float:
   """What PEFT multiplies the product of a module's matrices by."""
-  pick = lambda patterns, default: next(
-      (value for key, value in patterns.items() if module == _PREFIX + key or module.endswith(f'.{key}')), default
-  )
-  rank = pick(values.get('rank_pattern') or {}, values['r'])
-  alpha = pick(values.get('alpha_pattern') or {}, values['lora_alpha'])
+  rank, alpha = _rank(values, module), _picked(values, 'alpha_pattern', module, values['lora_alpha'])
   return alpha / (math.sqrt(rank) if values.get('use_rslora') else rank)
+
+
+def _rank(values: Mapping[str, Any], module: str) -> int:
+  return _picked(values, 'rank_pattern', module, values['r'])
+
+
+def _picked(values: Mapping[str, Any], pattern: str, module: str, default: Any) -> Any:
+  """The value of the first key, a regular expression of the end of a module's name, that fits."""
+  name = module.removeprefix(_PREFIX)
+  keys = values.get(pattern) or {}
+  return next((value for key, value in keys.items() if re.match(rf'(.*\.)?({key})$', name)), default)
+
+
+def _check_numbers(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+  """Raises where rank, alpha or one of their patterns is no number."""
+  for key, pattern in (('r', 'rank_pattern'), ('lora_alpha', 'alpha_pattern')):
+    found = values.get(pattern) or {}
+    if not isinstance(found, dict):
+      raise types.RunError(f'{path}: {pattern} = {json.dumps(found)} should be an object')
+    for name, value in [(key, values.get(key)), *found.items()]:
+      if not isinstance(value, int | float) or value <= 0:
+        raise types.RunError(f'{path}: {name} = {json.dumps(value)} should be a positive number')
 
 
 def _stem(tensor: str) -> str:

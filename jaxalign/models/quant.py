@@ -31,7 +31,9 @@ def is_array_of(x: Any) -> bool:
 
 
 def quantise(name: str, x: types.Array, kind: str) -> Any:
-  """A weight as a qwix array: of 'int8' with a scale per output, of 'nf4' per output and block of 64 inputs.
+  """A weight as a qwix array, with a scale per output (and head): of 'int8' one, of 'nf4' one per block of inputs.
+
+  A block has 64 inputs or, where that does not divide them, the largest power of 2 that does.
 
   Args:
     name: path of the parameter.

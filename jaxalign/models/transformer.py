@@ -41,7 +41,7 @@ def init_cache(config: architecture.Config, rows: int, length: int, dtype: jax.t
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _look_up(dtype, table_VD, ids_BT):
-  """Rows of a float32 table in `dtype`, gathered over the mesh in `dtype`."""
+  """Rows of a table in `dtype`, gathered over the mesh in `dtype`."""
   return jnp.take(sharding.constrain(table_VD.astype(dtype), 'vocab', None), ids_BT, axis=0)
 
 
@@ -77,7 +77,7 @@ class Transformer(nn.Module):
 
   Attributes:
     config: sizes.
-    dtype: of the computation; parameters are float32.
+    dtype: of the computation; parameters are float32, but for a frozen base (`lora.Lora.base`).
     remat: a key of REMAT.
     attention: one of `attention.KERNELS`, for whole sequences; with a cache attention is dense.
     lora: what is adapted, None for nothing; with dropout `apply` takes `rngs={'dropout': key}`.

@@ -93,6 +93,8 @@ class TestResponses:
           ({'prompt': 'a'}, 'wanted prompt \\+ completions'),
           ({'prompt': 'a', 'completions': 'b'}, 'column completions: a list of texts is wanted'),
           ({'prompt': 'a', 'completions': ['b', 3]}, 'column completions: a list of texts is wanted'),
+          ({'prompt': 5, 'completions': ['b']}, 'column prompt: int where text or a list'),
+          ({'prompt': 'a', 'completions': ['\ud800']}, 'half a character'),
       ],
   )
   def test_refuse_steps_that_are_none(self, letters, record, said):

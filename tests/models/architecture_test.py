@@ -63,6 +63,7 @@ class TestFlopsPerToken:
     matrices = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 4096 * 128256
     attention = 32 * 2 * 2 * 4096 * 8192 / 2  # a query reads half of the row: scores, then values
     assert architecture.flops_per_token(llama, 8192) == 3 * (2 * matrices + attention)
+    assert architecture.flops_per_token(llama, 8192, frozen=True) == 2 * 2 * matrices + 3 * attention
 
   def test_counts_the_keys_of_a_window(self):
     whole = architecture.flops_per_token(architecture.Config(*SIZES), 100)

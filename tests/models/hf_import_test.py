@@ -264,19 +264,20 @@ print(peak[0] - before, sum(x.nbytes for x in jax.tree.leaves(params)))
 """
 
 
-class TestMemory:
+@pytest.fixture(scope='module')
+def large(tmp_path_factory):
+  """Three stacks of 16 tensors are nearly all of this model: to hold one beside itself would take 30 % more."""
+  config = CONFIG | {'vocab_size': 64, 'hidden_size': 512, 'intermediate_size': 4096, 'num_hidden_layers': 16}
+  return write(tmp_path_factory.mktemp('large') / 'model', config, shards=4)
 
-  @pytest.fixture(scope='class')
-  def folder(self, tmp_path_factory):
-    """Three stacks of 16 tensors are nearly all of this model: to hold one beside itself would take 30 % more."""
-    config = CONFIG | {'vocab_size': 64, 'hidden_size': 512, 'intermediate_size': 4096, 'num_hidden_layers': 16}
-    return write(tmp_path_factory.mktemp('large') / 'model', config, shards=4)
+
+class TestMemory:
 
   @pytest.mark.skipif(not pathlib.Path('/proc/self/smaps_rollup').exists(), reason='Linux tells')
   @pytest.mark.parametrize('dtype,devices', [('bfloat16', 1), ('float32', 1), ('bfloat16', 8)])
-  def test_is_that_of_the_parameters_and_little_more(self, folder, dtype, devices):
+  def test_is_that_of_the_parameters_and_little_more(self, large, dtype, devices):
     env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)}
-    command = [sys.executable, '-c', _MEASURED, str(folder), dtype]
+    command = [sys.executable, '-c', _MEASURED, str(large), dtype]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False, cwd=runs.ROOT)
     assert done.returncode == 0, done.stderr
     peak, resident = map(int, done.stdout.split()[-2:])

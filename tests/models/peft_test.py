@@ -71,6 +71,19 @@ class TestRead:
     assert lora.scale == pytest.approx(6 / 4**0.5)
     assert opened('peft_gemma2')[0].lora.targets == ('q', 'o', 'down')
 
+  @pytest.mark.parametrize(
+      'key', ['q_proj', r'layers\.[01]\.self_attn\.q_proj', '^model.layers.[01].self_attn.q_proj', 'self_attn.q_proj']
+  )
+  def test_takes_patterns_as_regular_expressions_of_the_end_of_a_name(self, tmp_path, key):
+    folder = tmp_path / 'adapter'
+    shutil.copytree(GOLDENS / 'peft_llama3', folder)
+    path = folder / 'adapter_config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'alpha_pattern': {key: 60}}))
+    plain, found = (opened('peft_llama3', f)[1]['layers']['0'] for f in (None, folder))
+    # The scale of all is alpha / sqrt(r) with alpha = 6; this module's is ten times that.
+    np.testing.assert_allclose(found['q_lora_b'], 10 * plain['q_lora_b'], rtol=1e-6)
+    np.testing.assert_array_equal(found['k_lora_b'], plain['k_lora_b'])
+
 
 class TestWrite:
 
@@ -143,11 +156,29 @@ class TestErrors:
     with pytest.raises(types.RunError, match=f'adapter_config.json: {key} = .*changes the numbers'):
       opened('peft_llama3', folder)
 
-  @pytest.mark.parametrize('key,value', [('r', None), ('lora_alpha', 'large'), ('r', 0)])
-  def test_name_a_number_that_is_none(self, folder, key, value):
+  @pytest.mark.parametrize(
+      'key,value,said',
+      [
+          ('r', None, 'r = null should be a positive number'),
+          ('lora_alpha', 'large', 'lora_alpha = "large" should be a positive number'),
+          ('rank_pattern', {'q_proj': 'x'}, 'q_proj = "x" should be a positive number'),
+          ('alpha_pattern', ['q_proj'], 'alpha_pattern = .* should be an object'),
+      ],
+  )
+  def test_name_a_number_that_is_none(self, folder, key, value, said):
     self.configure(folder, **{key: value})
-    with pytest.raises(types.RunError, match=f'adapter_config.json: {key} = .* should be a positive number'):
+    with pytest.raises(types.RunError, match=f'adapter_config.json: {said}'):
       opened('peft_llama3', folder)
+
+  def test_name_a_tensor_of_another_rank_than_the_configuration_says(self, folder):
+    self.configure(folder, r=8)
+    with pytest.raises(types.RunError, match=r'lora_A.weight is \[4, 24\], of this model it would be \[8, 24\]'):
+      opened('peft_llama3', folder)
+
+  def test_refuse_settings_that_are_not_the_adapters(self, folder):
+    assert opened('peft_llama3', folder, rank=4)[0].lora.rank == 4
+    with pytest.raises(types.UsageError, match='lora.Lora.rank = 64: the adapter in .* has 4; leave it out'):
+      opened('peft_llama3', folder, rank=64)
 
   def test_name_the_folder_or_file_that_is_not_whole(self, folder, tmp_path):
     with pytest.raises(types.UsageError, match='nowhere.*: there is no adapter_config.json'):
