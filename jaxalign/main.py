@@ -22,6 +22,7 @@ import sys
 import threading
 import traceback
 from typing import Any
+import warnings
 
 from absl import flags
 from absl import logging
@@ -87,8 +88,10 @@ def _set_up_logging() -> None:
 def _quiet_failed_saves() -> None:
   """Keeps the traces of a failed save off the terminal: the main thread learns of it, and says it in one line.
 
-  They come from Orbax's threads and, once those have given up, from TensorStore's, which then find no event loop.
+  They come from Orbax's threads and, once those have given up, from TensorStore's, which then find no event loop, and
+  from the coroutines that nobody waits for any more.
   """
+  warnings.filterwarnings('ignore', message='coroutine .* was never awaited', category=RuntimeWarning)
   told, shown = threading.excepthook, sys.unraisablehook
   of_orbax = lambda args: type(args.thread).__module__.startswith('orbax.')
   late = lambda args: isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == 'Event loop is closed'
