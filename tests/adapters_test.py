@@ -37,9 +37,7 @@ def flags(folder, workdir, *more, lora='rank:2', steps=3):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('adapters')
-  runs.write_pairs(folder / 'pairs.jsonl')
-  return folder
+  return runs.folder_with_pairs(tmp_path_factory, 'adapters')
 
 
 @pytest.fixture(scope='module')

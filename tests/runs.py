@@ -27,6 +27,12 @@ def write_pairs(path, count=40):
   path.write_text(''.join(json.dumps(record) + '\n' for record in records))
 
 
+def folder_with_pairs(tmp_path_factory, name):
+  folder = tmp_path_factory.mktemp(name)
+  write_pairs(folder / 'pairs.jsonl')
+  return folder
+
+
 def flags(folder, workdir, *more, steps=12):
   return [
       'jaxalign',
@@ -52,7 +58,7 @@ def spawn(args, devices=2, **env):
   clean = {k: v for k, v in os.environ.items() if not k.startswith(('TPU_', 'XLA_'))}
   env = clean | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices), 'PYTHONPATH': str(ROOT)} | env
   command = [sys.executable, '-m', 'jaxalign.main', *args[1:]]
-  return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+  return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 def spawn_together(args, processes):

@@ -18,9 +18,7 @@ from tests import runs
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('train')
-  runs.write_pairs(folder / 'pairs.jsonl')
-  return folder
+  return runs.folder_with_pairs(tmp_path_factory, 'train')
 
 
 @pytest.fixture(scope='module')

@@ -327,7 +327,7 @@ def _json(content: bytes, where: str) -> dict[str, Any]:
 def _json_tokenizer(spec: dict[str, Any], where: str) -> hf_tokenizers.Tokenizer:
   try:
     tokenizer = hf_tokenizers.Tokenizer.from_str(json.dumps(spec))
-  except Exception as err:  # The library raises Exception itself.
+  except Exception as err:  # tokenizers (Rust) raises Exception itself for bad content; what is narrower passes.
     if type(err) is not Exception:
       raise
     raise types.RunError(f'{where}: not a tokenizer.json ({err})') from err
