@@ -15,6 +15,7 @@ from jaxalign.models import hf
 from jaxalign.models import hf_export
 from jaxalign.models import hf_import
 from jaxalign.models import transformer
+from tests import runs
 
 STORIES = recipe.asset('stories260K')
 ONE = sharding.make_mesh('', devices=jax.devices()[:1])
@@ -100,6 +101,18 @@ class TestScore:
       ids += tokenizer.encode(step + '\n', continuation=True)
       ends.append(len(ids) - 1)
     np.testing.assert_allclose(one['scores'], [expected(ids)[ends]], atol=1e-4)
+
+  def test_is_the_same_in_two_processes(self, capsys, model, tmp_path):
+    alone = score(capsys, model, PAIRS, tmp_path)
+    args = '--mode=score', f'--model={model}', f'--data=jsonl:{tmp_path / "records.jsonl"}', '--row_length=64'
+    processes = runs.spawn_together(['jaxalign', *args, f'--cache_dir={tmp_path}'], 2)
+    said = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    found = [[json.loads(line) for line in out.splitlines() if line.startswith('{')] for out, _ in said]
+    assert found[1] == []
+    for one, other in zip(found[0], alone, strict=True):
+      assert one['record'] == other['record']
+      np.testing.assert_allclose(one['scores'], other['scores'], atol=1e-4)
 
   def test_says_what_was_cut_and_leaves_out_what_is_equal(self, capsys, model, tmp_path):
     equal = {'prompt': 'a', 'chosen': ' b', 'rejected': ' b'}
