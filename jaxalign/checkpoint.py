@@ -249,9 +249,8 @@ def load(directory: str | pathlib.Path, mesh: jax.sharding.Mesh) -> Loaded:
   return Loaded(model, params, tokenizers.load(folder / 'tokenizer'), run, step)
 
 
-def load_merged(directory: str | pathlib.Path, mesh: jax.sharding.Mesh) -> types.PyTree:
-  """The parameters of a checkpoint as those of a model without adapters; raises as `load` does."""
-  loaded = load(directory, mesh)
+def merged(loaded: Loaded) -> types.PyTree:
+  """The parameters of a checkpoint as those of a model without adapters."""
   return lora_lib.merge(loaded.params, loaded.model.lora) if loaded.model.lora is not None else loaded.params
 
 

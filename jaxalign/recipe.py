@@ -213,7 +213,7 @@ def _source(job: Job, recipe: Recipe) -> tuple[architecture.Config, Callable[[tr
     return config, lambda model: hf_import.read_params(path, config, job.mesh, model.base_dtype, kept(model))
   folder, _ = checkpoint.find(path)
   config = architecture.Config.from_json(checkpoint.read_json(folder / 'run.json')['model'])
-  return config, lambda model: shrunk(checkpoint.load_merged(path, job.mesh), model)
+  return config, lambda model: shrunk(checkpoint.merged(checkpoint.load(path, job.mesh)), model)
 
 
 def _open_adapter(job: Job, recipe: Recipe, config: architecture.Config) -> peft.Adapter | None:

@@ -23,7 +23,6 @@ from jaxalign import sharding
 from jaxalign import types
 from jaxalign.models import hf
 from jaxalign.models import hf_export
-from jaxalign.models import lora as lora_lib
 from jaxalign.models import peft
 from jaxalign.models import transformer
 
@@ -33,9 +32,9 @@ def export(directory: str, output: pathlib.Path, dtype: str | None) -> None:
   loaded = checkpoint.load(directory, sharding.make_mesh('', devices=jax.local_devices()[:1]))
   origin = loaded.run['hf_config']
   dtype = dtype or (origin or {}).get('dtype') or (origin or {}).get('torch_dtype') or 'float32'
-  lora = loaded.model.lora
-  params = loaded.params if lora is None else lora_lib.merge(loaded.params, lora)
-  count = hf_export.write(output, params, loaded.model.config, origin, dtype, loaded.tokenizer.pad_id)
+  count = hf_export.write(
+      output, checkpoint.merged(loaded), loaded.model.config, origin, dtype, loaded.tokenizer.pad_id
+  )
   loaded.tokenizer.save(output)
   print(f'{output}: {count} tensors in {dtype}, of step {loaded.step}')
 
