@@ -268,7 +268,7 @@ def respond(
   """
   with jax.set_mesh(mesh):
     loaded = recipe_lib.load(spec, mesh)
-    if loaded.model.config.reward_head:
+    if loaded.model.config.score_outputs:
       raise types.UsageError(f'{spec}: a reward model scores responses and writes none')
     tokenizer = loaded.tokenizer
     said = lambda prompt: [{'role': 'user', 'content': prompt}] if chat else prompt

@@ -84,7 +84,7 @@ def preference(
 def reward(params, frozen, batch, key, loss_state, *, model, loss_fn: LossFn):
   """Objective of losses on the scores of whole responses (`losses.reward`): the weight counts groups.
 
-  The data marks one position per response, where the model has just read its last token; the reward head is read there.
+  The data marks one position per response, where the model has just read its last token; the head is read there.
   """
   policy = types.Stats(rewards_GK=rewards(lora.join(params, frozen), batch, model=model, key=key))
   out = loss_fn(policy, types.Stats(), _labels(batch), state=loss_state)
@@ -92,6 +92,19 @@ def reward(params, frozen, batch, key, loss_state, *, model, loss_fn: LossFn):
   # The position of its last token tells how long a response is, as both follow the same prompt.
   length_GK = masked.to_table(masked.per_response(batch.positions_BT, batch), batch)
   return _finish(out, metrics | _length_metrics(length_GK[:, :1] - length_GK, batch), batch)
+
+
+def process(params, frozen, batch, key, loss_state, *, model, loss_fn: LossFn):
+  """Objective of losses on the scores of steps (`losses.reward.process`): the weight is the number of steps.
+
+  The data marks the position where the model has just read a step's last token; the head is read there.
+  """
+  scores_BTO = scores(lora.join(params, frozen), batch, model=model, key=key)
+  policy = types.Stats(scores_BTO=scores_BTO, mask_BT=batch.mask_BT)
+  out = loss_fn(policy, types.Stats(), _labels(batch), state=loss_state)
+  loss = masked.weighted(out.per_item, batch.mask_BT)
+  metrics = {name: masked.weighted(x, batch.mask_BT) for name, x in out.metrics.items()}
+  return loss.sum, Sums(loss.weight, {'loss': loss, **metrics}, out.state)
 
 
 def hidden_states(params, batch: types.Batch, *, model: transformer.Transformer, key=None) -> types.Array:
@@ -116,15 +129,20 @@ def target_stats(
 
 
 def rewards(params, batch: types.Batch, *, model: transformer.Transformer, key=None) -> jax.Array:
-  """Scores `[G, K]` of the responses by the reward head, float32, read where the mask marks their last token."""
-  scores_BT = token_scores(params, batch, model=model, key=key)
-  return masked.to_table(masked.per_response(scores_BT, batch), batch)
+  """Scores `[G, K]` of the responses, float32: the one output of the head where the mask marks their last token.
+
+  Raises:
+    UsageError: the head has several outputs.
+  """
+  if model.config.score_outputs != 1:
+    raise types.UsageError(f'recipe.Recipe.score_outputs = {model.config.score_outputs}: a reward is one number')
+  scores_BT1 = scores(params, batch, model=model, key=key)
+  return masked.to_table(masked.per_response(scores_BT1[..., 0], batch), batch)
 
 
-def token_scores(params, batch: types.Batch, *, model: transformer.Transformer, key=None) -> jax.Array:
-  """What the reward head makes of every token that was read, `[B, T]` float32: values, or rewards of a process."""
-  hidden_BTD = hidden_states(params, batch, model=model, key=key).astype(jnp.float32)
-  return jnp.einsum('BTD,DO->BT', hidden_BTD, params['reward_head'].astype(jnp.float32))
+def scores(params, batch: types.Batch, *, model: transformer.Transformer, key=None) -> jax.Array:
+  """What the head that scores makes of every token that was read, `[B, T, outputs]` float32."""
+  return transformer.scores(params, hidden_states(params, batch, model=model, key=key))
 
 
 def ref_logps(params, batch: types.Batch, *, model: transformer.Transformer) -> jax.Array:
@@ -148,13 +166,22 @@ class _Recorder:
     return self._fields[field]
 
 
-def needs(loss_fn: LossFn, *, group_size: int, labels: tuple[str, ...]) -> set[str]:
+def needs(
+    loss_fn: LossFn,
+    *,
+    group_size: int,
+    labels: tuple[str, ...],
+    token_labels: tuple[str, ...] = (),
+    outputs: int = 1,
+) -> set[str]:
   """The fields that a loss reads, found by tracing it: 'policy.logps_GK', 'ref.logratios_GK', 'labels.margin', ...
 
   Args:
     loss_fn: the loss.
     group_size: K, responses per group in the data.
-    labels: names of the labels that the data has.
+    labels: names of the labels that the data has of responses.
+    token_labels: names of those that it has of tokens.
+    outputs: of the head that scores.
 
   Raises:
     UsageError: the loss reads a label that the data lacks.
@@ -162,7 +189,9 @@ def needs(loss_fn: LossFn, *, group_size: int, labels: tuple[str, ...]) -> set[s
   found: set[str] = set()
   table = jax.ShapeDtypeStruct((2, group_size), jnp.float32)
   tokens = jax.ShapeDtypeStruct((2, 4), jnp.float32)
-  shapes = {field: table if field.endswith('_GK') else tokens for field in types.Stats.__dataclass_fields__}
+  of = {'GK': table, 'BT': tokens, 'BTO': jax.ShapeDtypeStruct((2, 4, outputs), jnp.float32)}
+  shapes = {field: of[field.rpartition('_')[2]] for field in types.Stats.__dataclass_fields__}
+  given = dict.fromkeys(labels, table) | dict.fromkeys(token_labels, tokens)
 
   def run(policy, ref, given):
     return loss_fn(
@@ -170,14 +199,16 @@ def needs(loss_fn: LossFn, *, group_size: int, labels: tuple[str, ...]) -> set[s
     )
 
   try:
-    jax.eval_shape(run, shapes, shapes, {name: table for name in labels})
+    jax.eval_shape(run, shapes, shapes, given)
   except KeyError as err:
-    raise types.UsageError(f'the loss reads the label {err}, but the data has only {", ".join(labels)}') from err
+    raise types.UsageError(
+        f'the loss reads the label {err}, but the data has only {", ".join(given) or "none"}'
+    ) from err
   return found
 
 
 def _labels(batch: types.Batch) -> dict[str, jax.Array]:
-  return {name: masked.to_table(x_BS, batch) for name, x_BS in batch.labels_BS.items()}
+  return {name: masked.to_table(x_BS, batch) for name, x_BS in batch.labels_BS.items()} | dict(batch.labels_BT)
 
 
 def _response_stats(logps_BT, batch: types.Batch) -> types.Stats:

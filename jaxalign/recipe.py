@@ -17,8 +17,8 @@ from jaxalign import checkpoint
 from jaxalign import objectives
 from jaxalign import types
 from jaxalign.data import dataset
-from jaxalign.data import examples
 from jaxalign.data import loader
+from jaxalign.data import probes
 from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.models import architecture
@@ -43,7 +43,8 @@ class Recipe:
     eval_data: what is held out then.
     packing: rows per micro-batch and their length.
     model: configuration of a randomly initialised model; None where `--model` is a directory.
-    reward_head: whether the model scores responses.
+    score_outputs: numbers that a head of the model makes of each token it reads, 0 for no such head.
+    score_bias: whether that head has a bias, as Hugging Face's classifiers of tokens have.
     reference: 'cached' (log-probabilities computed once per response, kept on disk) or 'live' (a second copy of the
       parameters, a forward pass per step).
     dtype: of the computation; what is trained and optimizer state are float32.
@@ -60,7 +61,8 @@ class Recipe:
   data: str
   eval_data: str = ''
   model: architecture.Config | None = None
-  reward_head: bool = False
+  score_outputs: int = 0
+  score_bias: bool = False
   reference: str = 'cached'
   dtype: str = 'float32'
   remat: str = 'dots'
@@ -175,18 +177,19 @@ class Opened(NamedTuple):
 def open_model(job: Job, recipe: Recipe, tokenizer: tokenizers.Tokenizer) -> Opened:
   """Builds the model and its parameters: imported, restored, or drawn from the seed.
 
-  A reward head that the source does not have starts at zero, so that every response scores 0. Adapters of the source
-  are merged into its parameters.
+  A head that scores starts at zero where the source has none, so that every score is 0. Adapters of the source are
+  merged into its parameters.
 
   Raises:
-    UsageError: the tokenizer has more ids than the model's vocabulary.
+    UsageError: the tokenizer has more ids than the model's vocabulary, or the source another head that scores.
     RunError: a file of the model is missing or corrupt.
   """
   config, read = _source(job, recipe)
   _check_vocabulary(config, tokenizer, job)
+  _check_scores(config, recipe, job)
   adapter = _open_adapter(job, recipe, config)
   model = transformer.build(
-      dataclasses.replace(config, reward_head=recipe.reward_head),
+      dataclasses.replace(config, score_outputs=recipe.score_outputs, score_bias=recipe.score_bias),
       job.mesh,
       dtype=recipe.dtype,
       remat=recipe.remat,
@@ -224,9 +227,9 @@ def _open_adapter(job: Job, recipe: Recipe, config: architecture.Config) -> peft
 
 
 def _divide(model: transformer.Transformer, params: types.PyTree, key: jax.Array, mesh: jax.sharding.Mesh) -> Opened:
-  """What is trained and what is frozen of `params`, with first adapters and a reward head where they lack them."""
-  head = {name: params[name] for name in ('reward_head',) if name in params and model.config.reward_head}
-  params = {name: value for name, value in params.items() if name != 'reward_head'}
+  """What is trained and what is frozen of `params`, with first adapters and a zero head where they lack them."""
+  head = {name: params[name] for name in lora_lib.HEAD if name in params and model.config.score_outputs}
+  params = {name: value for name, value in params.items() if name not in lora_lib.HEAD}
   if model.lora is not None:
     frozen = lora_lib.split(params)[1]
     trained = transformer.init_adapters(model, key, frozen, mesh) | head
@@ -234,9 +237,10 @@ def _divide(model: transformer.Transformer, params: types.PyTree, key: jax.Array
     share = 100 * count(trained) / (count(trained) + count(frozen))
     logging.info('LoRA: %d parameters are trained (%.2f %% of all)', count(trained), share)
     return Opened(model, trained, frozen)
-  if model.config.reward_head and not head:
-    like = transformer.abstract_params(model, mesh)['reward_head']
-    head = {'reward_head': jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)()}
+  if model.config.score_outputs and not head:
+    like = {name: x for name, x in transformer.abstract_params(model, mesh).items() if name in lora_lib.HEAD}
+    where = jax.tree.map(lambda x: x.sharding, like)
+    head = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), out_shardings=where)()
   return Opened(model, params | head, {})
 
 
@@ -245,6 +249,16 @@ def _check_vocabulary(config: architecture.Config, tokenizer: tokenizers.Tokeniz
     raise types.UsageError(
         f'{job.tokenizer or job.model}: the tokenizer has {tokenizer.vocab_size} ids, the model {job.model} a'
         f' vocabulary of {config.vocab_size}; choose the tokenizer that the model was trained with'
+    )
+
+
+def _check_scores(config: architecture.Config, recipe: Recipe, job: Job) -> None:
+  found, wanted = ((x.score_outputs, x.score_bias) for x in (config, recipe))
+  if found[0] and wanted[0] and found != wanted:
+    said = ['{} outputs {} bias'.format(n, 'with a' if bias else 'without') for n, bias in (found, wanted)]
+    raise types.UsageError(
+        f'{job.model}: its head that scores has {said[0]}, --algo={job.algo} trains one of {said[1]}'
+        ' (recipe.Recipe.score_outputs, score_bias)'
     )
 
 
@@ -262,7 +276,7 @@ def open_source(
       spec,
       tokenizer=tokenizer,
       example_fn=lambda record: example_fn(record, tokenizer, row_length=row_length),
-      key_parts=examples.describe(example_fn, tokenizer, row_length=row_length),
+      key_parts=probes.describe(example_fn, tokenizer, row_length=row_length),
       data_dir=job.data_dir,
       cache_dir=str(job.cache_dir),
       skip_bad_records=job.skip_bad_records,

@@ -1,4 +1,4 @@
-"""Scores of responses by a reward model: of each response, of each of its tokens, or of each step."""
+"""Scores by the head of a reward model or another classifier: of responses, of their tokens, or of their steps."""
 
 import functools
 from typing import Any
@@ -20,7 +20,7 @@ _ROWS = 8  # at least; more where the mesh splits them
 
 
 def score(job: recipe_lib.Job, *, per: str, row_length: int | None) -> list[dict[str, Any]]:
-  """Scores the responses in `--data` by the reward head of `--model`.
+  """Scores the responses in `--data` by the head of `--model`.
 
   Args:
     job: names model, data and mesh.
@@ -28,22 +28,23 @@ def score(job: recipe_lib.Job, *, per: str, row_length: int | None) -> list[dict
     row_length: tokens of the longest sequence, longer ones are cut; None for 1024 or the context of the model.
 
   Returns:
-    One object a record that was kept: `record` says which it is, `scores` has a number per response or, of tokens and
-    steps, a list of numbers; `truncated` says whether a part of the record did not fit the row.
+    One object a record that was kept: `record` says which it is, `scores` has a score per response or, of tokens and
+    steps, a list of scores; `truncated` says whether a part of the record did not fit the row. A score is a number, or
+    a list of them where the head has several outputs (of a classifier, before the softmax).
 
   Raises:
-    UsageError: the model has no reward head, or the context of the model is shorter than `row_length`.
+    UsageError: the model has no head that scores, or the context of the model is shorter than `row_length`.
     RunError: a file or a record cannot be read.
   """
   with jax.set_mesh(job.mesh):
     loaded = recipe_lib.load(job.model, job.mesh)
-    if not loaded.model.config.reward_head:
-      raise types.UsageError(f'{job.model}: it has no reward head; train one with --algo=rm')
+    if not loaded.model.config.score_outputs:
+      raise types.UsageError(f'{job.model}: it has no head that scores; train one with --algo=rm')
     context = loaded.model.config.max_length
     if row_length is not None and row_length > context:
       raise types.UsageError(f'--row_length={row_length}: the context of the model is {context} tokens')
     loader = _open(job, loaded.tokenizer, per, row_length or min(_LENGTH, context))
-    of_micro = functools.partial(objectives.token_scores, model=loaded.model)
+    of_micro = functools.partial(objectives.scores, model=loaded.model)
     scores = lambda params, batch: jax.lax.map(functools.partial(of_micro, params), batch)
     fn = jax.jit(scores, out_shardings=sharding.named(job.mesh))
     found: dict[int, dict[int, np.ndarray]] = {}
@@ -52,7 +53,8 @@ def score(job: recipe_lib.Job, *, per: str, row_length: int | None) -> list[dict
       values = np.asarray(fn(loaded.params, batch))
       for place in loader.places(plan):
         found.setdefault(place.record, {})[place.slot] = values[place.micro, place.row][place.targets]
-  plain = lambda values: float(values[0]) if per == 'response' else [float(value) for value in values]
+  number = lambda outputs: float(outputs[0]) if outputs.size == 1 else outputs.tolist()
+  plain = lambda values: number(values[0]) if per == 'response' else [number(outputs) for outputs in values]
   return [
       {
           'record': loader.dataset.where(record),

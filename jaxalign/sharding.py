@@ -36,7 +36,7 @@ RULES: dict[str, tuple[str, ...]] = {
     'hidden': (),
     'rank': (),
     'micro': (),
-    'one': (),
+    'outputs': (),
 }
 
 

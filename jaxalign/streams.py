@@ -102,7 +102,13 @@ def open_streams(
 
 
 def _wants_ref(recipe: recipe_lib.Recipe, data: dataset.Dataset) -> bool:
-  needs = objectives.needs(recipe.loss_fn, group_size=data.group_size, labels=data.label_names)
+  needs = objectives.needs(
+      recipe.loss_fn,
+      group_size=data.group_size,
+      labels=data.label_names,
+      token_labels=data.token_label_names,
+      outputs=recipe.score_outputs,
+  )
   logging.info('the loss reads %s', ', '.join(sorted(needs)))
   return any(need.startswith('ref.') for need in needs)
 

@@ -37,6 +37,7 @@ class Batch:
     group_BS: int32, the group of each response of the row, -1 where unused.
     slot_BS: int32, its place in that group, -1 where unused.
     labels_BS: float32 arrays by name (`margin`, ...), one number per response.
+    labels_BT: float32 arrays by name (`step`, ...), one number per target that counts, 0 elsewhere.
     ref_logps_BT: float32 log-probabilities of the targets under the reference, or None before they are attached.
     num_groups: G, static.
     group_size: K, static.
@@ -51,6 +52,7 @@ class Batch:
   group_BS: Array
   slot_BS: Array
   labels_BS: Mapping[str, Array]
+  labels_BT: Mapping[str, Array] = struct.field(default_factory=dict)
   ref_logps_BT: Array = None
   num_groups: int = struct.field(pytree_node=False, default=1)
   group_size: int = struct.field(pytree_node=False, default=1)
@@ -68,7 +70,8 @@ class Stats:
     logratios_GK: of a reference only: sum over the response of (policy log-prob - its log-prob). Summed token by token,
       because the difference of two sums of hundreds of nats loses what is left of float32. It carries the policy's
       gradient.
-    rewards_GK: scores of a reward head, at the last token of each response.
+    rewards_GK: scores of a head with one output, at the last token of each response.
+    scores_BTO: float32 outputs of a head that scores, for every token that was read.
   """
 
   logps_BT: Array = None
@@ -77,6 +80,7 @@ class Stats:
   tokens_GK: Array = None
   logratios_GK: Array = None
   rewards_GK: Array = None
+  scores_BTO: Array = None
 
 
 @struct.dataclass

@@ -187,22 +187,46 @@ class TestAlgorithms:
     for name, *more in (('merged', '--dtype=float32'), ('adapter', '--adapter')):
       assert convert_hf.main([f'--checkpoint={tmp_path / "w"}', f'--output={tmp_path / name}', *more]) == 0
     config = hf.read_config(tmp_path / 'merged')
-    assert config.reward_head
+    assert config.score_outputs
     merged = hf_import.read_params(tmp_path / 'merged', config, ONE)
     wanted = lora_lib.merge(loaded.params, loaded.model.lora)
     jax.tree.map(np.testing.assert_array_equal, merged, wanted)
     tensors = st.load_file(tmp_path / 'adapter' / 'adapter_model.safetensors')
-    np.testing.assert_array_equal(tensors['base_model.model.score.weight'][0], loaded.params['reward_head'][:, 0])
-    assert np.any(loaded.params['reward_head'])
+    np.testing.assert_array_equal(tensors['base_model.model.score.weight'][0], loaded.params['score'][:, 0])
+    assert np.any(loaded.params['score'])
+
+  def test_train_and_export_a_process_reward_model(self, folder, tmp_path, capsys):
+    data = folder / 'steps.jsonl'
+    record = {'prompt': 'Tom', 'completions': [' He was happy.', ' He cried.'], 'labels': [True, False]}
+    data.write_text(20 * (json.dumps(record) + '\n'))
+    more = '--algo=prm', f'--data=jsonl:{data}', f'--eval_data=jsonl:{data}[:8]'
+    assert main.main(flags(folder, tmp_path / 'w', *more)) == 0
+    found = evaluated(capsys, tmp_path / 'w')
+    assert (found['eval/accuracy'], found['eval/right'], found['eval/n']) == (1, 0.5, 16)
+    loaded = checkpoint.load(tmp_path / 'w', ONE)
+    for name, *more in (('merged',), ('adapter', '--adapter')):
+      assert convert_hf.main([f'--checkpoint={tmp_path / "w"}', f'--output={tmp_path / name}', *more]) == 0
+    assert hf.read_json(tmp_path / 'merged' / 'config.json')['architectures'] == ['LlamaForTokenClassification']
+    assert hf.read_json(tmp_path / 'adapter' / 'adapter_config.json')['task_type'] == 'TOKEN_CLS'
+    tensors = st.load_file(tmp_path / 'adapter' / 'adapter_model.safetensors')
+    np.testing.assert_array_equal(tensors['base_model.model.score.bias'], loaded.params['score_bias'])
+    capsys.readouterr()
+    args = f'--data=jsonl:{data}[:1]', '--per=step', f'--cache_dir={tmp_path}'
+    assert main.main(['jaxalign', '--mode=score', f'--model={tmp_path / "merged"}', *args]) == 0
+    ((right, wrong),) = json.loads(capsys.readouterr().out)['scores']
+    assert right[1] > right[0] and wrong[1] < wrong[0]
+    again = '--algo=rm', f'--model={tmp_path / "merged"}', '--eval_data='
+    assert main.main(flags(folder, tmp_path / 'v', *again)) == 2
+    assert 'its head that scores has 2 outputs with a bias, --algo=rm trains one of 1' in capsys.readouterr().err
 
   def test_go_on_from_a_reward_head_that_keeps_every_bit(self, folder, tmp_path):
     assert main.main(flags(folder, tmp_path / 'w', '--algo=rm', '--eval_data=', steps=2)) == 0
-    head = checkpoint.load(tmp_path / 'w', ONE).params['reward_head']
+    head = checkpoint.load(tmp_path / 'w', ONE).params['score']
     low = '--algo=rm', '--eval_data=', f'--model={tmp_path / "w"}', "--gin=recipe.Recipe.dtype = 'bfloat16'"
     low += ('--gin=optim.constant.lr = 0.0',)
     args = [x for x in flags(folder, tmp_path / 'v', steps=1) if 'model=' not in x and '.lr' not in x]
     assert main.main([*args, *low]) == 0
-    np.testing.assert_array_equal(checkpoint.load(tmp_path / 'v', ONE).params['reward_head'], head)
+    np.testing.assert_array_equal(checkpoint.load(tmp_path / 'v', ONE).params['score'], head)
 
   def test_say_that_there_are_no_adapters_to_export(self, folder, tmp_path, capsys):
     args = [x for x in flags(folder, tmp_path / 'w', '--eval_data=', steps=1) if 'lora' not in x]

@@ -21,7 +21,7 @@ class TestAlgorithms:
 
   def test_of_the_package_have_a_paper(self):
     found = catalog.algorithms()
-    assert {'sft', 'rm', 'dpo'} <= found.keys()
+    assert {'sft', 'rm', 'prm', 'dpo'} <= found.keys()
     assert all('https://' in text for text in found.values())
 
 
@@ -32,7 +32,7 @@ class TestCheckAlgorithm:
 
   @pytest.mark.parametrize(('wrong', 'near'), [('dop', 'dpo'), ('dpo2', 'dpo'), ('stf', 'sft'), ('rmm', 'rm')])
   def test_names_the_choices_and_the_nearest(self, wrong, near):
-    with pytest.raises(types.UsageError, match=f'--algo={wrong}: .*dpo, .*rm, .*sft.*did you mean {near}'):
+    with pytest.raises(types.UsageError, match=f'--algo={wrong}: .*dpo, .*prm, .*rm, .*sft.*did you mean {near}'):
       catalog.check_algorithm(wrong)
 
   def test_suggests_nothing_where_nothing_is_near(self):

@@ -361,7 +361,7 @@ class TestCheckReachable:
     config.check_reachable('train.train', 'recipe.Recipe')
 
   def test_accepts_each_algorithm_as_it_is(self):
-    for algo in ('dpo', 'rm', 'sft'):
+    for algo in ('dpo', 'prm', 'rm', 'sft'):
       parse(algo, bindings=['loop.Options.steps = 3', 'loader.Packing.rows = 8'])
       config.check_reachable('train.train', 'recipe.Recipe')
 

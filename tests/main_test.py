@@ -122,7 +122,7 @@ class TestConfigure:
 
 # The loss before the first update: a new reward head is zero, a policy is its own reference, and logits of random
 # weights are small.
-FIRST_LOSS = {'sft': (math.log(512), 0.2), 'rm': (math.log(2), 1e-6), 'dpo': (math.log(2), 1e-6)}
+FIRST_LOSS = dict.fromkeys(('dpo', 'prm', 'rm'), (math.log(2), 1e-6)) | {'sft': (math.log(512), 0.2)}
 
 
 @pytest.mark.parametrize('algo', catalog.algorithms())
@@ -335,11 +335,11 @@ def files(tmp_path_factory):
 
 # Flags with {files} and {run} (a finished run of dpo), the exit code, and what the line must say.
 REFUSED = {
-    'no algorithm': ((), 2, ['--algo is needed', 'dpo, rm, sft']),
+    'no algorithm': ((), 2, ['--algo is needed', 'dpo, prm, rm, sft']),
     'unknown flag': (('--algos=dpo',), 2, ["'algos'", 'Did you mean: algo']),
     'no flag': (('dpo',), 2, ["'dpo'", '--name=value']),
     'unknown mode': (('--mode=trian',), 2, ['--mode=trian', 'train, eval, sample, score, show']),
-    'unknown algorithm': (('--algo=dpoo',), 2, ['--algo=dpoo', 'dpo, rm, sft', 'did you mean dpo']),
+    'unknown algorithm': (('--algo=dpoo',), 2, ['--algo=dpoo', 'dpo, prm, rm, sft', 'did you mean dpo']),
     'no steps': (('--algo=dpo', '--steps=0'), 2, ['--steps=0', 'positive']),
     'steps in words': (('--algo=dpo', '--steps=x'), 2, ['--steps=x']),
     'negative pause': (('--algo=dpo', '--save_every=-1'), 2, ['--save_every=-1']),

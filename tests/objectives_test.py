@@ -176,10 +176,10 @@ class TestSupervised:
 
 
 class TestReward:
-  MODEL = transformer.build(dataclasses.replace(CONFIG, reward_head=True), MESH, length=32)
+  MODEL = transformer.build(dataclasses.replace(CONFIG, score_outputs=1), MESH, length=32)
 
   def params(self):
-    return PARAMS | {'reward_head': jax.random.normal(jax.random.key(3), (16, 1))}
+    return PARAMS | {'score': jax.random.normal(jax.random.key(3), (16, 1))}
 
   def batch(self):
     """As for log-probabilities, but only the last target of each response counts."""
@@ -196,7 +196,7 @@ class TestReward:
       for response in responses:
         hidden = np.asarray(hidden_of(PARAMS, padded([*prompt, *response])), np.float64)
         read = hidden[len(prompt) + len(response) - 2]  # where the last target is predicted
-        scores.append(float(read @ np.asarray(self.params()['reward_head'])[:, 0]))
+        scores.append(float(read @ np.asarray(self.params()['score'])[:, 0]))
       margins.append(scores[0] - scores[1])
     np.testing.assert_allclose(total, np.log1p(np.exp(-np.array(margins))).sum(), rtol=1e-5)
     np.testing.assert_allclose(sums.metrics['margin'].mean(), np.mean(margins), rtol=1e-4)
@@ -204,6 +204,25 @@ class TestReward:
   def test_has_the_metrics_of_trl(self):
     _, sums = run(objectives.reward, self.batch(), loss_fn=reward.bradley_terry, params=self.params(), model=self.MODEL)
     assert {'loss', 'accuracy', 'margin', 'mean_reward'} <= set(sums.metrics)
+
+
+class TestProcess:
+
+  def test_reads_the_head_where_steps_end_and_weighs_each_alike(self):
+    model = transformer.build(dataclasses.replace(CONFIG, score_outputs=2, score_bias=True), MESH, length=32)
+    params = PARAMS | {'score': jax.random.normal(jax.random.key(3), (16, 2)), 'score_bias': jnp.array([0.5, -0.25])}
+    batch = TestReward().batch()
+    right_BT = np.where(np.arange(batch.mask_BT.shape[1]) % 2, 1.0, 0.0) * batch.mask_BT
+    batch = dataclasses.replace(batch, labels_BT={'step': right_BT.astype(np.float32)})
+    total, sums = run(objectives.process, batch, loss_fn=reward.process, params=params, model=model)
+    losses = []
+    for b, t in zip(*np.nonzero(batch.mask_BT)):
+      first = t - int(batch.positions_BT[b, t])
+      hidden = np.asarray(hidden_of(PARAMS, padded(batch.inputs_BT[b, first : t + 1].tolist())), np.float64)[t - first]
+      outputs = hidden @ np.asarray(params['score'], np.float64) + [0.5, -0.25]
+      losses.append(np.log(np.exp(outputs).sum()) - outputs[int(right_BT[b, t])])
+    np.testing.assert_allclose(total, sum(losses), rtol=1e-5)
+    assert float(sums.weight) == len(losses) == float(sums.metrics['accuracy'].weight)
 
 
 class TestRefLogps:
@@ -223,6 +242,7 @@ class TestNeeds:
     assert find(DPO) == {'policy.logps_GK', 'ref.logratios_GK'}
     assert find(supervised.cross_entropy) == {'policy.logps_BT'}
     assert find(reward.bradley_terry) == {'policy.rewards_GK', 'labels.margin'}
+    assert find(reward.process, token_labels=('step',), outputs=2) == {'policy.scores_BTO', 'labels.step'}
 
   def test_name_the_label_that_the_data_lack(self):
     def loss(policy, ref, labels, *, state):

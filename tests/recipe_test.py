@@ -132,10 +132,10 @@ class TestOpenModel:
   def test_reads_those_of_the_embedded_model_and_adds_a_head_of_zeros(self, make_job):
     model, params, _ = open_model(make_job(), make_recipe(model=None))
     assert sum(x.size for x in jax.tree.leaves(params)) == 260_032
-    scored, with_head, _ = open_model(make_job(), make_recipe(model=None, reward_head=True))
-    assert not model.config.reward_head and scored.config.reward_head
-    assert with_head['reward_head'].shape == (64, 1)
-    assert not np.any(with_head['reward_head'])
+    scored, with_head, _ = open_model(make_job(), make_recipe(model=None, score_outputs=1))
+    assert not model.config.score_outputs and scored.config.score_outputs
+    assert with_head['score'].shape == (64, 1)
+    assert not np.any(with_head['score'])
     np.testing.assert_array_equal(with_head['embed'], params['embed'])
 
   def test_refuses_a_vocabulary_smaller_than_the_tokenizers(self, make_job):

@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors import numpy as st
 
 from jaxalign import main
 from jaxalign import recipe
@@ -24,15 +25,15 @@ PAIRS = [
     {'prompt': 'Lily', 'chosen': ' smiled', 'rejected': ' was very sad and cried all day'},
     {'prompt': 'The sun', 'chosen': ' is warm.', 'rejected': ' fell'},
 ]
+STEPS = [' He ran', ' home.', ' It was late']
+HEAD_OF_TWO = {'score': (64, 2), 'score_bias': (2,)}
 
 
-@pytest.fixture(scope='module')
-def model(tmp_path_factory):
-  """A reward model as transformers has it, whose padding is its EOS; and what reads it."""
-  folder = tmp_path_factory.mktemp('reward') / 'model'
-  config = dataclasses.replace(hf.read_config(STORIES), reward_head=True)
-  params = hf_import.read_params(STORIES, hf.read_config(STORIES), ONE)
-  params['reward_head'] = np.random.default_rng(0).standard_normal((64, 1)).astype(np.float32)
+def write_model(folder, **head):
+  """The stories model with a head of these parameters, as transformers has it, its padding being its EOS."""
+  config = hf.read_config(STORIES)
+  params = hf_import.read_params(STORIES, config, ONE) | head
+  config = dataclasses.replace(config, score_outputs=head['score'].shape[1], score_bias='score_bias' in head)
   tokenizer = tokenizers.load(STORIES)
   hf_export.write(folder, params, config, hf.read_json(STORIES / 'config.json'), 'float32', tokenizer.eos_id)
   tokenizer.save(folder)
@@ -42,18 +43,30 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def expected(model):
-  """Scores of all tokens behind a prompt of a text that is read alone, its ids given."""
-  config = hf.read_config(model)
-  params = hf_import.read_params(model, config, ONE)
+def model(tmp_path_factory):
+  head = np.random.default_rng(0).standard_normal((64, 1)).astype(np.float32)
+  return write_model(tmp_path_factory.mktemp('reward') / 'model', score=head)
+
+
+@pytest.fixture(scope='module')
+def hidden():
+  """What the stories model makes of a text that is read alone, its ids given."""
+  config = hf.read_config(STORIES)
+  params = hf_import.read_params(STORIES, config, ONE)
   module = transformer.build(config, ONE, length=512)
 
-  def scores(ids):
+  def states(ids):
     ids = np.array([ids])
-    hidden_BTD = module.apply({'params': params}, ids, np.arange(ids.size)[None], np.ones_like(ids))
-    return np.asarray(hidden_BTD[0] @ params['reward_head'])[:, 0]
+    return np.asarray(module.apply({'params': params}, ids, np.arange(ids.size)[None], np.ones_like(ids))[0])
 
-  return scores
+  return states
+
+
+@pytest.fixture(scope='module')
+def expected(model, hidden):
+  """Scores of all tokens of a text."""
+  (weight,) = st.load_file(model / 'model.safetensors')['score.weight']
+  return lambda ids: hidden(ids) @ weight
 
 
 def score(capsys, model, records, folder, *flags):
@@ -92,15 +105,26 @@ class TestScore:
       wanted = expected([*prompt, *response, tokenizer.eos_id])[len(prompt) :]
       np.testing.assert_allclose(one['scores'], [wanted], atol=1e-4)
 
-  def test_reads_the_end_of_every_step(self, capsys, model, expected, tmp_path):
+  def ends_of_steps(self, prompt, steps):
     tokenizer = tokenizers.load(STORIES)
-    steps = [' He ran', ' home.', ' It was late']
-    (one,) = score(capsys, model, [{'prompt': 'Tom', 'completions': steps}], tmp_path, '--per=step')
-    ids, ends = [tokenizer.bos_id, *tokenizer.encode('Tom')], []
+    ids, ends = [tokenizer.bos_id, *tokenizer.encode(prompt)], []
     for step in steps:
       ids += tokenizer.encode(step + '\n', continuation=True)
       ends.append(len(ids) - 1)
+    return ids, ends
+
+  def test_reads_the_end_of_every_step(self, capsys, model, expected, tmp_path):
+    (one,) = score(capsys, model, [{'prompt': 'Tom', 'completions': STEPS}], tmp_path, '--per=step')
+    ids, ends = self.ends_of_steps('Tom', STEPS)
     np.testing.assert_allclose(one['scores'], [expected(ids)[ends]], atol=1e-4)
+
+  def test_gives_every_output_of_a_head_of_several(self, capsys, hidden, tmp_path):
+    rng = np.random.default_rng(1)
+    head = {name: rng.standard_normal(shape).astype('float32') for name, shape in HEAD_OF_TWO.items()}
+    folder = write_model(tmp_path / 'steps', **head)
+    (one,) = score(capsys, folder, [{'prompt': 'Tom', 'completions': STEPS}], tmp_path, '--per=step')
+    ids, ends = self.ends_of_steps('Tom', STEPS)
+    np.testing.assert_allclose(one['scores'], [hidden(ids)[ends] @ head['score'] + head['score_bias']], atol=1e-4)
 
   def test_is_the_same_in_two_processes(self, capsys, model, tmp_path):
     alone = score(capsys, model, PAIRS, tmp_path)
@@ -132,7 +156,7 @@ class TestErrors:
           (('--data=jsonl:x.jsonl',), '--mode=score needs --checkpoint=DIR, or --model=DIR'),
           (('--model={model}',), '--mode=score needs --data=SPEC'),
           (('--model={model}', '--data=jsonl:x', '--per=word'), '--per=word: it is one of response, token, step'),
-          (('--model={stories}', '--data=jsonl:x'), 'it has no reward head; train one with --algo=rm'),
+          (('--model={stories}', '--data=jsonl:x'), 'it has no head that scores; train one with --algo=rm'),
           (
               ('--model={model}', '--data=jsonl:x', '--row_length=999'),
               '--row_length=999: the context of the model is 512',

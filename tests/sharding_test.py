@@ -26,7 +26,7 @@ CONFIG = architecture.Config(
     mlp_dim=24,
     max_length=32,
     tie_embeddings=False,
-    reward_head=True,
+    score_outputs=1,
 )
 
 
@@ -213,7 +213,7 @@ class TestBatchShardings:
 SPECS = {
     'embed': P('tensor', 'fsdp'),
     'head': P('fsdp', 'tensor'),
-    'reward_head': P('fsdp', None),
+    'score': P('fsdp', None),
     'final_norm': P(None),
     'layers': {
         '0': {

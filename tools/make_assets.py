@@ -1,11 +1,12 @@
-"""Makes the package's assets from the TinyStories 260K model: tokenizer, prompts, preference pairs and demonstrations.
+"""Makes the package's assets from the TinyStories 260K model: tokenizer, prompts, pairs, demonstrations and steps.
 
     python tools/make_assets.py --source=DIR [--output=jaxalign/assets] [--seed=0]
 
 DIR holds `tok512.bin` (llama2.c's tokenizer) and `hf/` (the weights in Hugging Face layout). The controlled-sentiment
 experiment of the DPO paper (Rafailov et al., 2023, https://arxiv.org/abs/2305.18290, Sec. 6) in miniature: prompts are
-openings of sentences from stories that the model tells, every prompt is continued several times at temperature 1, and
-VADER ranks the continuations. Same seed and same kind of machine, same bytes.
+openings of sentences from stories that the model tells, every prompt is continued several times at temperature 1, VADER
+ranks the continuations and says of each of their sentences, the steps, whether it is cheerful. Same seed and same kind
+of machine, same bytes.
 """
 
 import argparse
@@ -34,6 +35,8 @@ from jaxalign.rewards import rules
 _STORIES, _STORY_TOKENS = 5200, 96
 _HELD_OUT_PROMPTS, _TEST_PROMPTS, _TRAIN_PROMPTS = 64, 480, 2600
 _SAMPLES, _NEW_TOKENS, _LEAST_DIFFERENCE = 4, 64, 0.2
+_LABELLED_PAIRS = 800
+_STEP = re.compile(r'[^.!?]+[.!?"]*')
 _SENTENCE = re.compile(r'[A-Z][^.!?"]*[.!?]')
 
 
@@ -136,6 +139,17 @@ def _pairs_and_demonstrations(texts: list[str], continuations: list[list[str]]) 
   return pairs, demonstrations
 
 
+def steps(pairs: list[dict]) -> list[dict]:
+  """Each response of the pairs in sentences, labelled with whether VADER finds something cheerful in them."""
+  found = []
+  for pair in pairs:
+    for side in ('chosen', 'rejected'):
+      texts = _STEP.findall(' ' + ' '.join(pair[side].split()))
+      labels = [score > 0 for score in rules.vader(texts)]
+      found.append({'prompt': pair['prompt'], 'completions': texts, 'labels': labels})
+  return found
+
+
 def make(source: pathlib.Path, output: pathlib.Path, seed: int) -> None:
   """Makes everything."""
   target = output / 'stories260K'
@@ -158,6 +172,7 @@ def make(source: pathlib.Path, output: pathlib.Path, seed: int) -> None:
       pairs, demonstrations = _pairs_and_demonstrations(part, found)
       _write(output / f'sentiment-{name}.jsonl.gz', pairs)
       _write(output / f'stories-{name}.jsonl.gz', demonstrations)
+      _write(output / f'steps-{name}.jsonl.gz', steps(pairs[:_LABELLED_PAIRS]))
     ids = [examples.prompt_ids(tokenizer, text) for text in held for _ in range(8)]
     drawn = sampling.sample(model, params, ids, max_new_tokens=_NEW_TOKENS, seed=seed + 9)
     base = np.mean(rules.vader([tokenizer.decode(one.ids, continuation=True) for one in drawn]))

@@ -108,6 +108,33 @@ def make(name: str) -> None:
   np.savez_compressed(folder / 'golden.npz', ids=ids, logits=logits, greedy=greedy[0].numpy())
 
 
+# Of each family one case with a head for rewards, and one with a head for steps where transformers has that.
+FAMILIES = 'llama mistral mixtral qwen2 qwen3 qwen3_moe gemma gemma2 gemma3 phi3 olmo2 smollm3'.split()
+_KINDS = {'reward': ('ForSequenceClassification', 1), 'steps': ('ForTokenClassification', 2)}
+HEADS = [f'heads/{family}_{kind}' for family in FAMILIES for kind in _KINDS]
+HEADS = [name for name in HEADS if name not in ('heads/gemma3_steps', 'heads/olmo2_steps')]
+
+
+def make_head(name: str) -> None:
+  """Writes the folder of a small model with a head, and what it makes of rows of 24 and 17 tokens."""
+  family, _, suffix = name.removeprefix('heads/').rpartition('_')
+  kind, changes = CASES[family]
+  head, outputs = _KINDS[suffix]
+  sizes = _SIZES | changes | {'num_hidden_layers': 1, 'vocab_size': 48, 'num_labels': outputs}
+  config = getattr(transformers, kind)(**sizes)
+  torch.manual_seed(0)
+  model = getattr(transformers, kind.removesuffix('Config') + head)(config).eval()
+  _randomise(model, seed=len(name))
+  ids = np.random.default_rng(1).integers(3, config.vocab_size, (2, 24))
+  ids[1, 17:] = config.pad_token_id
+  with torch.no_grad():
+    logits = model(torch.tensor(ids), attention_mask=torch.tensor(ids != config.pad_token_id)).logits.numpy()
+  folder = GOLDENS / name
+  shutil.rmtree(folder, ignore_errors=True)
+  model.save_pretrained(folder)
+  np.savez_compressed(folder / 'golden.npz', ids=ids, logits=logits)
+
+
 # Case of templates.json: (template of ours, file of TRL's collection of the families' own, BOS, EOS, messages).
 _SYSTEM = {'role': 'system', 'content': 'Be kind & brief.'}
 _TALK = [
@@ -194,9 +221,10 @@ def make_adapter(name: str) -> None:
 def main() -> None:
   """Runs the command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--only', default=','.join([*CASES, *ADAPTERS, 'templates']), help='folders to write')
+  parser.add_argument('--only', default=','.join([*CASES, *HEADS, *ADAPTERS, 'templates']), help='folders to write')
   for name in parser.parse_args().only.split(','):
-    (make if name in CASES else make_adapter if name in ADAPTERS else make_templates)(name)
+    makers = {**dict.fromkeys(CASES, make), **dict.fromkeys(HEADS, make_head), **dict.fromkeys(ADAPTERS, make_adapter)}
+    makers.get(name, make_templates)(name)
     print(name)
 
 

@@ -36,7 +36,7 @@ from jaxalign.data import sources
 from jaxalign.data import tokenizers
 
 # Part of the key: raise it when what is written changes.
-_VERSION = '1'
+_VERSION = '2'
 _GROUPS, _INDEX, _META = 'groups.arrayrecord', 'index.npz', 'meta.json'
 
 _COUNTS = ('records', 'kept', 'truncated', 'bad')
@@ -58,6 +58,7 @@ class Dataset:
     keys_NK: uint64, a hash of each sequence's ids and mask, the same wherever the sequence occurs.
     group_size: K.
     label_names: names of the numbers that every group carries.
+    token_label_names: names of those that every token carries that counts.
     report: how many `records` there were and what became of them: `kept`, of these `truncated`, `bad` (unreadable and
       skipped), and `dropped`: {reason: {'count', 'first'}}, with nothing to learn from.
     fingerprint: changes when any group does.
@@ -79,6 +80,7 @@ class Dataset:
       if len(self._groups) != len(self._places):
         raise _Damaged('its files disagree')
       self.label_names: tuple[str, ...] = tuple(meta['label_names'])
+      self.token_label_names: tuple[str, ...] = tuple(meta['token_label_names'])
       self.report: dict[str, Any] = meta['report']
       self._affixes: tuple[str, str] = tuple(meta['affixes'])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile) as err:
@@ -118,7 +120,7 @@ class Joined:
 
   Attributes:
     sizes: records of each.
-    lengths_NK, keys_NK, group_size, label_names: as of a `Dataset`.
+    lengths_NK, keys_NK, group_size, label_names, token_label_names: as of a `Dataset`.
   """
 
   def __init__(self, datasets: Sequence[Dataset]):
@@ -126,14 +128,14 @@ class Joined:
     self._datasets = list(datasets)
     first = self._datasets[0]
     for other in self._datasets[1:]:
-      if (other.group_size, other.label_names) != (first.group_size, first.label_names):
-        raise types.UsageError(
-            f'--data mixes {first.group_size} responses labelled {first.label_names} with {other.group_size} labelled'
-            f' {other.label_names}; all sources must give the same'
-        )
+      shapes = [(d.group_size, d.label_names + d.token_label_names) for d in (first, other)]
+      if shapes[0] != shapes[1]:
+        said = ['{} responses labelled {}'.format(*shape) for shape in shapes]
+        raise types.UsageError(f'--data mixes {said[0]} with {said[1]}; all sources must give the same')
     self.sizes = [len(d) for d in self._datasets]
     self._ends = np.cumsum(self.sizes)
     self.group_size, self.label_names = first.group_size, first.label_names
+    self.token_label_names = first.token_label_names
     self.lengths_NK = np.concatenate([d.lengths_NK for d in self._datasets])
     self.keys_NK = np.concatenate([d.keys_NK for d in self._datasets])
 
@@ -228,14 +230,14 @@ def _write(source: sources.Source, example_fn: ExampleFn, skip_bad_records: bool
   # Flat arrays, since lists of a million groups would take a gigabyte.
   lengths, trained, keys, places = (array.array(code) for code in 'iiQq')
   group_size = 0
-  label_names: tuple[str, ...] = ()
+  label_names: tuple[tuple[str, ...], ...] = ((), ())
   path = os.path.join(scratch, _GROUPS)
   with _writing(path) as write:
     for index in tqdm.trange(len(source), desc=f'tokenising {source.spec}', disable=None, leave=False):
       group = _example(source, index, example_fn, skip_bad_records, report)
       if group is None:
         continue
-      names = tuple(sorted(group.labels))
+      names = tuple(sorted(group.labels)), tuple(sorted(group.sequences[0].labels))
       if places and (label_names != names or group_size != len(group.sequences)):
         raise types.RunError(
             f'{source.where(index)}: {len(group.sequences)} responses labelled {names}; the records before it have'
@@ -263,7 +265,13 @@ def _write(source: sources.Source, example_fn: ExampleFn, skip_bad_records: bool
       places_N=np.array(places, np.int64),
   )
   sizes = {name: os.path.getsize(os.path.join(scratch, name)) for name in (_GROUPS, _INDEX)}
-  meta = {'sizes': sizes, 'label_names': label_names, 'affixes': source.affixes, 'report': report}
+  meta = {
+      'sizes': sizes,
+      'label_names': label_names[0],
+      'token_label_names': label_names[1],
+      'affixes': source.affixes,
+      'report': report,
+  }
   with open(os.path.join(scratch, _META), 'w', encoding='utf-8') as f:
     json.dump(meta, f, indent=2)
 
@@ -318,6 +326,7 @@ def _pack(group: examples.Group) -> bytes:
       {
           'ids': [s.ids.astype(np.int32) for s in group.sequences],
           'mask': [s.mask.astype(np.bool_) for s in group.sequences],
+          'token_labels': [{name: x.astype(np.float32) for name, x in s.labels.items()} for s in group.sequences],
           'labels': {name: float(value) for name, value in group.labels.items()},
           'truncated': bool(group.truncated),
           'prompt_tokens': int(group.prompt_tokens),
@@ -327,5 +336,5 @@ def _pack(group: examples.Group) -> bytes:
 
 def _unpack(data: bytes) -> examples.Group:
   tree = serialization.msgpack_restore(data)
-  sequences = tuple(examples.Sequence(ids, mask) for ids, mask in zip(tree['ids'], tree['mask']))
+  sequences = tuple(map(examples.Sequence, tree['ids'], tree['mask'], tree['token_labels']))
   return examples.Group(sequences, tree['labels'], tree['truncated'], tree['prompt_tokens'])

@@ -8,12 +8,8 @@ Special tokens have one owner, this module: BOS comes first unless the chat temp
 and is learned, even where it is also the padding, unless the template ended the response with it.
 """
 
-from collections.abc import Callable
 from collections.abc import Mapping
 import dataclasses
-import functools
-import hashlib
-import inspect
 from typing import Any
 
 import numpy as np
@@ -31,10 +27,12 @@ class Sequence:
   Attributes:
     ids: int32 [n], n >= 2; BOS first where the tokenizer has one.
     mask: bool [n], True where the token is to be predicted. The first is never True: nothing comes before it.
+    labels: by name, float32, a number for each token that the mask marks.
   """
 
   ids: np.ndarray
   mask: np.ndarray
+  labels: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,39 +186,6 @@ def prompt_ids(
   turns = records.messages({'prompt': prompt}, 'prompt')
   text, _ = _render(tokenizer, turns, template, add_generation_prompt=True, first_turn=len(turns))
   return _prompt_tokens(tokenizer, text, special=True)
-
-
-def describe(example_fn: Callable[..., Group], tokenizer: tokenizers.Tokenizer, *, row_length: int) -> str:
-  """A hash of what an example function does, for the key of a cache of its results.
-
-  It is taken from the function's source and from what it makes of a few records, errors included: options may be bound
-  where nobody can read them, by gin for instance, but they cannot hide from that.
-  """
-  function = example_fn
-  while isinstance(function, functools.partial):
-    function = function.func
-  source = inspect.getsource(inspect.unwrap(function))
-  digest = hashlib.blake2b(f'{row_length} {source}'.encode(), digest_size=12)
-  for record in _PROBES:
-    try:
-      group = example_fn(record, tokenizer, row_length=row_length)
-      made = repr([(s.ids.tolist(), s.mask.tolist()) for s in group.sequences]) + repr(sorted(group.labels.items()))
-    except (Dropped, types.RunError, AttributeError, LookupError, TypeError, ValueError) as err:
-      # The first line: gin adds others, with addresses that differ from process to process.
-      made = f'{type(err).__name__} {str(err).partition(chr(10))[0]}'
-    digest.update(made.encode())
-  return digest.hexdigest()
-
-
-_TALK = [{'role': 'user', 'content': 'a b'}, {'role': 'assistant', 'content': 'c\n\nd'}]
-_PROBES: tuple[records.Record, ...] = (
-    {},
-    {'messages': [*_TALK, *_TALK]},
-    {'prompt': 'a b ', 'completion': ' c\n', 'completions': ['c', 'd\n']},
-    {'text': 'a b c'},
-    {'prompt': 'a b', 'chosen': ' c', 'rejected': ' d', 'margin': 0.5, 'append_eos': False},
-    {'chosen': _TALK, 'rejected': [_TALK[0], {'role': 'assistant', 'content': ''}]},
-)
 
 
 def _shared(a: list[Any], b: list[Any]) -> int:

@@ -325,6 +325,8 @@ def describe(batch: types.Batch, tokenizer: tokenizers.Tokenizer) -> str:
     for rank in range(int(row.segments_BT.max())):
       (slots,) = np.nonzero(row.segments_BT == rank + 1)
       labels = ''.join(f', {name} {values[rank]:g}' for name, values in row.labels_BS.items())
+      counts = slots[row.mask_BT[slots] > 0]
+      labels += ''.join(f', {name} {" ".join(f"{x:g}" for x in v[counts])}' for name, v in row.labels_BT.items())
       lines.append(
           f'  slots {slots[0]}-{slots[-1]}, {int(row.mask_BT[slots].sum())} predicted: response {row.slot_BS[rank]} of'
           f' group {row.group_BS[rank]}{labels}'

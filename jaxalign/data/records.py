@@ -11,7 +11,8 @@ from jaxalign.data import chat
 
 Record = Mapping[str, Any]
 
-COLUMNS = ('messages', 'prompt', 'completion', 'completions', 'text', 'chosen', 'rejected', 'margin', 'append_eos')
+_TEXTS = ('messages', 'prompt', 'completion', 'completions', 'text', 'chosen', 'rejected')
+COLUMNS = (*_TEXTS, 'labels', 'margin', 'append_eos')
 
 
 def known(record: Record, columns: Mapping[str, str] | None) -> dict[str, Any]:
@@ -100,3 +101,19 @@ def margin(values: Mapping[str, Any]) -> float:
   if not isinstance(value, int | float | np.number) or not math.isfinite(value):
     raise types.RunError(f'column margin: {value!r} where a finite number is wanted')
   return float(value)
+
+
+def shares(values: Mapping[str, Any], name: str, count: int) -> np.ndarray:
+  """A column of `count` truth values, or numbers from 0 to 1: `[count]` float32.
+
+  Raises:
+    RunError: it is something else.
+  """
+  found = values[name]
+  if not isinstance(found, list | tuple) or len(found) != count:
+    kind = f'{len(found)} values' if isinstance(found, list | tuple) else type(found).__name__
+    raise types.RunError(f'column {name}: {kind} where a list of {count} is wanted')
+  for i, value in enumerate(found):
+    if not isinstance(value, bool | int | float | np.number | np.bool_) or not 0 <= value <= 1:
+      raise types.RunError(f'column {name}: item {i} is {value!r}; true, false, or a number from 0 to 1 is wanted')
+  return np.array(found, np.float32)

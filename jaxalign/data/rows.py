@@ -37,6 +37,7 @@ def empty(dataset: dataset_lib.Joined, shape: Shape, num_rows: int, with_ref: bo
       group_BS=np.full(responses, -1, np.int32),
       slot_BS=np.full(responses, -1, np.int32),
       labels_BS={name: np.zeros(responses, np.float32) for name in dataset.label_names},
+      labels_BT={name: np.zeros(tokens, np.float32) for name in dataset.token_label_names},
       ref_logps_BT=np.zeros(tokens, np.float32) if with_ref else None,
       num_groups=max(1, shape.rows * shape.max_responses // dataset.group_size),
       group_size=dataset.group_size,
@@ -82,8 +83,10 @@ def assemble(
     batch.slot_BS[(*row, rank)] = slot
     for name in dataset.label_names:
       batch.labels_BS[name][(*row, rank)] = labels[name]
+    targets = start + np.flatnonzero(sequence.mask[1:])
+    for name in dataset.token_label_names:
+      batch.labels_BT[name][(*row, targets)] = sequence.labels[name]
     if extra is not None and batch.ref_logps_BT is not None:
-      targets = start + np.flatnonzero(sequence.mask[1:])
       batch.ref_logps_BT[(*row, targets)] = _extra_of(extra, dataset, record, slot, len(targets))
   return batch
 

@@ -53,8 +53,7 @@ def responses(
   """Responses to be scored: pairs, as `examples.preference` reads them, or others, as `examples.supervised` does.
 
   Args:
-    record: see there; for 'step' it has `prompt` and `completions`, a list of texts, each a step. A newline follows
-      every step and belongs to it.
+    record: see there; for 'step' see `steps`.
     tokenizer: turns text into ids.
     row_length: the longest sequence, in slots; here a sequence of n tokens takes n.
     per: what has a score: the 'response' (where its last token has been read), each 'token' of it, or each 'step'
@@ -67,7 +66,7 @@ def responses(
     RunError: a column is missing or of the wrong kind, or the chat template fails.
   """
   if per == 'step':
-    return _steps(record, tokenizer, row_length, template, columns)
+    return steps(record, tokenizer, row_length=row_length, template=template, columns=columns, labelled=False)
   is_pair = {'chosen', 'rejected'} <= set(records.known(record, columns))
   read = examples.preference if is_pair else examples.supervised
   group = read(record, tokenizer, row_length=row_length - 1, template=template, columns=columns)
@@ -75,18 +74,47 @@ def responses(
   return dataclasses.replace(group, sequences=tuple(map(marked, group.sequences)), labels={})
 
 
-def _steps(record, tokenizer: tokenizers.Tokenizer, row_length: int, template, columns) -> examples.Group:
-  """The prompt and the steps that fit the row behind it."""
+def steps(
+    record: records.Record,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    row_length: int,
+    template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    labelled: bool = True,
+) -> examples.Group:
+  """A response in steps, for a process reward model: one slot counts a step, where its last token has been read.
+
+  The record has `prompt`, `completions` (a list of texts, each a step) and `labels` (for each step true, false, or how
+  probably it is right). A newline follows every step and belongs to it. What does not fit the row is left out.
+
+  Args:
+    record: the columns above.
+    tokenizer: turns text into ids.
+    row_length: the longest sequence, in slots; here a sequence of n tokens takes n.
+    template: see `chat.pick`; for messages only.
+    columns: what the record calls the columns above, where it is something else.
+    labelled: whether the steps are labelled; otherwise `labels` is not read.
+
+  Returns:
+    One sequence, with the label `step` of each token that counts.
+
+  Raises:
+    Dropped: not even the first step fits the row.
+    RunError: a column is missing or of the wrong kind, or the chat template fails.
+  """
   values = records.known(record, columns)
-  if 'prompt' not in values or 'completions' not in values:
-    raise records.missing(record, columns, ('prompt', 'completions'))
-  steps, prompt = values['completions'], values['prompt']
-  if not isinstance(steps, list | tuple) or not steps or not all(isinstance(step, str) for step in steps):
+  wanted = ('prompt', 'completions', *(['labels'] if labelled else []))
+  if not set(wanted) <= set(values):
+    raise records.missing(record, columns, wanted)
+  texts, prompt = values['completions'], values['prompt']
+  if not isinstance(texts, list | tuple) or not texts or not all(isinstance(step, str) for step in texts):
     raise types.RunError('column completions: a list of texts is wanted')
+  labels = records.shares(values, 'labels', len(texts)) if labelled else None
   turns = prompt if isinstance(prompt, str) else records.messages(values, 'prompt')
   ids = examples.prompt_ids(tokenizer, turns, template)
   prompt_tokens, ends = len(ids), []
-  for step in steps:
+  for step in texts:
     continuation = any(i != tokenizer.bos_id for i in ids)
     more = examples.to_ids(tokenizer, step.rstrip('\n') + '\n', continuation=continuation, special=False)
     if len(ids) + len(more) > row_length:
@@ -98,7 +126,9 @@ def _steps(record, tokenizer: tokenizers.Tokenizer, row_length: int, template, c
   mask = np.zeros(len(ids), bool)
   mask[ends] = True
   sequence = _marked(np.array(ids, np.int32), mask)
-  return examples.Group((sequence,), {}, truncated=len(ends) < len(steps), prompt_tokens=prompt_tokens)
+  if labels is not None:
+    sequence = dataclasses.replace(sequence, labels={'step': labels[: len(ends)]})
+  return examples.Group((sequence,), {}, truncated=len(ends) < len(texts), prompt_tokens=prompt_tokens)
 
 
 def _scored(sequence: examples.Sequence) -> examples.Sequence:

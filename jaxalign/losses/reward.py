@@ -1,4 +1,4 @@
-"""Losses that train a scalar reward model."""
+"""Losses that train reward models: of responses, and of the steps of a process."""
 
 from collections.abc import Mapping
 
@@ -49,3 +49,45 @@ def bradley_terry(
       'mean_reward': rewards_GK,
   }
   return types.LossOut(loss_G, metrics, state)
+
+
+def process(
+    policy: types.Stats, ref: types.Stats, labels: Mapping[str, types.Array], *, state: types.PyTree = ()
+) -> types.LossOut:
+  """Process reward model: cross-entropy of whether each step is right.
+
+    loss_t = -y log p - (1 - y) log(1 - p),    p = sigmoid(s)
+
+  at the last token of each step, where s is the score of a head with one output, or the second output less the first
+  of a head with two, whose softmax p then is (label 1 is a right step). A head of zeros has the loss log 2. The step
+  divides the sum by the number of steps, so a response with many steps weighs more.
+
+  Args:
+    policy: reads `scores_BTO`, O = 1 or 2.
+    ref: not read.
+    labels: reads `step` `[B, T]`, y in [0, 1]: 1 for a right step, or the share of roll-outs from it that succeed.
+    state: passed through.
+
+  Returns:
+    `per_item` is `[B, T]`. Metrics: `accuracy` (score and label on the same side of 0 and 1/2), `right` (mean label:
+    what a judge that calls every step right would score) and `mean_score`.
+
+  Raises:
+    UsageError: the head has more outputs.
+
+  References:
+    Wang et al., 2023 (Math-Shepherd), https://arxiv.org/abs/2312.08935, Eq. 2; Lightman et al., 2023,
+    https://arxiv.org/abs/2305.20050, Sec. 2.6.
+  """
+  del ref
+  scores_BTO, right_BT = policy.scores_BTO, labels['step']
+  if scores_BTO.shape[-1] > 2:
+    raise types.UsageError(f'recipe.Recipe.score_outputs = {scores_BTO.shape[-1]}: a step is right or wrong, 1 or 2')
+  score_BT = scores_BTO[..., -1] - (scores_BTO[..., 0] if scores_BTO.shape[-1] == 2 else 0.0)
+  loss_BT = -right_BT * jax.nn.log_sigmoid(score_BT) - (1 - right_BT) * jax.nn.log_sigmoid(-score_BT)
+  metrics = {
+      'accuracy': ((score_BT > 0) == (right_BT > 0.5)).astype(jnp.float32),
+      'right': right_BT,
+      'mean_score': score_BT,
+  }
+  return types.LossOut(loss_BT, metrics, state)

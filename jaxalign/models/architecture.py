@@ -16,7 +16,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     'norms': ('pre', 'post', 'both'),
     'activation': ('silu', 'gelu_tanh', 'gelu'),
 }
-_FROM_ZERO = 'window local_rope_theta query_scale attn_softcap final_softcap num_experts norm_offset'.split()
+_FROM_ZERO = (
+    'window local_rope_theta query_scale attn_softcap final_softcap num_experts norm_offset score_outputs'.split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,9 @@ class Config:
     experts_per_token: how many it takes.
     normalise_experts: whether the weights of those that it takes are made to sum to 1.
     tie_embeddings: whether the output matrix is the transposed embedding.
-    reward_head: whether there is a vector that scores hidden states.
+    score_outputs: numbers that a head makes of each hidden state: 1 for rewards or values, one per label for a
+      classifier; 0 where there is no such head.
+    score_bias: whether that head has a bias, as Hugging Face's heads of tokens have and those of responses have not.
   """
 
   vocab_size: int
@@ -121,7 +125,8 @@ class Config:
   experts_per_token: int = 2
   normalise_experts: bool = True
   tie_embeddings: bool = True
-  reward_head: bool = False
+  score_outputs: int = 0
+  score_bias: bool = False
 
   def __post_init__(self):
     # A list, of gin or JSON, could not be hashed, and a configuration is part of what jit caches by.
@@ -170,7 +175,10 @@ class Config:
 
   @classmethod
   def from_json(cls, values: Mapping[str, Any]) -> 'Config':
-    """Undoes `to_json`."""
+    """Undoes `to_json`; raises RunError where another version wrote it."""
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+    if unknown:
+      raise types.RunError(f'a model with the setting {unknown[0]!r} was saved by another version of jaxalign')
     scaling = values.get('rope_scaling')
     return cls(**{**values, 'rope_scaling': RopeScaling(**scaling) if scaling else None})
 

@@ -23,6 +23,10 @@ _HARMLESS = frozenset(
 )
 
 
+# How architectures with a head that scores are called.
+OF_SEQUENCES, OF_TOKENS = 'ForSequenceClassification', 'ForTokenClassification'
+
+
 class _Keys:
   """The keys of a config.json, of which it remembers which were read."""
 
@@ -80,7 +84,7 @@ def read_config(path: pathlib.Path, values: Mapping[str, Any]) -> architecture.C
   for key in ('quantization_config', 'rope_interleaved', 'is_encoder_decoder', 'add_cross_attention'):
     keys.want(key, False)
   config = {**_common(keys), **FAMILIES[family](keys)}
-  config |= _reward_head(keys)
+  config |= _scores(keys)
   keys.check_all_read()
   try:
     return architecture.Config(**config)
@@ -88,15 +92,16 @@ def read_config(path: pathlib.Path, values: Mapping[str, Any]) -> architecture.C
     raise types.RunError(f'{path}: {err}') from err
 
 
-def _reward_head(keys: _Keys) -> dict[str, Any]:
-  """A sequence classifier with one label is a reward model; its file has no head for tokens."""
-  architectures = keys.get('architectures') or ['']
-  if not architectures[0].endswith('ForSequenceClassification'):
+def _scores(keys: _Keys) -> dict[str, Any]:
+  """The head of a classifier of sequences (a reward model) or of tokens, whose file has none over the vocabulary."""
+  name = (keys.get('architectures') or [''])[0]
+  of_tokens = name.endswith(OF_TOKENS)
+  if not of_tokens and not name.endswith(OF_SEQUENCES):
     return {}
+  if of_tokens and keys.get('token_classification_bias', True) is not True:
+    raise keys.refused('token_classification_bias', False)
   labels = keys.get('id2label') or {'0': '', '1': ''}  # two are what transformers takes where nothing is said
-  if len(labels) != 1:
-    raise keys.refused('id2label', labels)
-  return {'reward_head': True, 'tie_embeddings': True}
+  return {'score_outputs': len(labels), 'score_bias': of_tokens, 'tie_embeddings': True}
 
 
 def _common(keys: _Keys) -> dict[str, Any]:

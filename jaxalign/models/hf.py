@@ -95,7 +95,8 @@ _GLOBAL = {
     'embed': Source('model.embed_tokens.weight', transposed=False),
     'head': Source(HEAD),
     'final_norm': Source('model.norm.weight', transposed=False),
-    'reward_head': Source('score.weight'),
+    'score': Source('score.weight'),
+    'score_bias': Source('score.bias', ins=0),
 }
 
 

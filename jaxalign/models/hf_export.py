@@ -13,10 +13,12 @@ from safetensors import numpy as st
 
 from jaxalign import types
 from jaxalign.models import architecture
+from jaxalign.models import families
 from jaxalign.models import hf
 
 DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16), 'float16': np.dtype(np.float16)}
 _SHARD_BYTES = 4 * 2**30
+_WITHOUT_TOKEN_HEADS = ('gemma3_text', 'olmo2')  # families whose tokens transformers 5 cannot classify
 
 
 def config_json(
@@ -29,20 +31,26 @@ def config_json(
     origin: the config.json that the model was read from, kept but for dtype and head; None for one that was drawn at
       random, which is written as a Llama.
     dtype: a key of DTYPES.
-    pad_id: what pads the batches that a reward model scores, where the origin does not say.
+    pad_id: what pads the batches that a classifier reads, where the origin does not say.
 
   Raises:
-    UsageError: there is no origin, and the model is none that a Llama can be.
+    UsageError: there is no origin, and the model is none that a Llama can be, or transformers has no such head.
   """
   values = dict(origin) if origin else _llama_json(config)
   values.pop('torch_dtype', None)
   values['dtype'] = dtype
-  if config.reward_head:
-    stem = (values.get('architectures') or ['LlamaForCausalLM'])[0].partition('For')[0]
-    values |= {'architectures': [f'{stem}ForSequenceClassification'], 'id2label': {'0': 'reward'}}
-    values |= {'label2id': {'reward': 0}}
-    if values.get('pad_token_id') is None:
-      values['pad_token_id'] = pad_id
+  if not config.score_outputs:
+    return values
+  stem = (values.get('architectures') or ['LlamaForCausalLM'])[0].partition('For')[0]
+  if config.score_bias and values['model_type'] in _WITHOUT_TOKEN_HEADS:
+    raise types.UsageError(f'transformers has no {stem}{families.OF_TOKENS}; train with recipe.Recipe.score_bias=False')
+  if len(values.get('id2label') or {}) != config.score_outputs:
+    labels = ['reward'] if config.score_outputs == 1 else [f'LABEL_{i}' for i in range(config.score_outputs)]
+    values |= {'id2label': {str(i): label for i, label in enumerate(labels)}}
+    values |= {'label2id': {label: i for i, label in enumerate(labels)}}
+  values['architectures'] = [stem + (families.OF_TOKENS if config.score_bias else families.OF_SEQUENCES)]
+  if values.get('pad_token_id') is None:
+    values['pad_token_id'] = pad_id
   return values
 
 
@@ -59,7 +67,8 @@ def _llama_json(config: architecture.Config) -> dict[str, Any]:
       rope_theta=config.rope_theta,
       norm_eps=config.norm_eps,
       tie_embeddings=config.tie_embeddings,
-      reward_head=config.reward_head,
+      score_outputs=config.score_outputs,
+      score_bias=config.score_bias,
   )
   if plain != config:
     raise types.UsageError(
@@ -101,7 +110,7 @@ def tensors(
   left = {name: hf.tensor_map(family, config, name) for name in flat}
   for name, x in flat.items():
     source, names = left.pop(name)
-    if name == 'head' and config.reward_head:
+    if name == 'head' and config.score_outputs:
       continue
     host = np.asarray(x).astype(DTYPES[dtype])
     for place, theirs in np.ndenumerate(names):

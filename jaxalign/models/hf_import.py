@@ -24,6 +24,7 @@ import tqdm
 from jaxalign import types
 from jaxalign.models import architecture
 from jaxalign.models import hf
+from jaxalign.models import lora as lora_lib
 from jaxalign.models import transformer
 
 _INDEX, _WEIGHTS = 'model.safetensors.index.json', 'model.safetensors'
@@ -43,13 +44,13 @@ def read_params(
     dtype: jax.typing.DTypeLike = 'float32',
     finish: Callable[[str, jax.Array], Any] = lambda name, x: x,
 ) -> types.PyTree:
-  """Reads the parameters of `config` in `dtype`, laid out on `mesh`; a reward head only where `config` has one.
+  """Reads the parameters of `config` in `dtype`, laid out on `mesh`; a head that scores only where `config` has one.
 
   Args:
     directory: the folder.
     config: of the model.
     mesh: where they lie.
-    dtype: of the parameters, but for a reward head, which is float32.
+    dtype: of the parameters, but for a head that scores, which is float32.
     finish: makes what is kept of the parameter with this path, as 'layers/0/q', before the next is read.
 
   Raises:
@@ -62,7 +63,7 @@ def read_params(
     tensors = _open(directory, stack)
     flat, tree = jax.tree_util.tree_flatten_with_path(abstract)
     wanted = {jax.tree_util.keystr(path, simple=True, separator='/'): x for path, x in flat}
-    wanted = {name: x if name == 'reward_head' else x.update(dtype=dtype) for name, x in wanted.items()}
+    wanted = {name: x if name in lora_lib.HEAD else x.update(dtype=dtype) for name, x in wanted.items()}
     family = str(hf.read_json(directory / 'config.json').get('model_type'))
     maps = {name: hf.tensor_map(family, config, name) for name in wanted}
     _check_names(directory, config, maps, tensors)

@@ -105,7 +105,7 @@ class Block(nn.Module):
     D, F, E = c.embed_dim, c.mlp_dim, c.num_experts
     act = _ACTIVATIONS[c.activation]
     if E:
-      router = self._weight('router', (D, E), ('embed', 'one'), D)
+      router = self._weight('router', (D, E), ('embed', 'outputs'), D)
       gate = self._weight('gate', (E, D, F), ('experts', 'embed', 'mlp'), D)
       up = self._weight('up', (E, D, F), ('experts', 'embed', 'mlp'), D)
       down = self._weight('down', (E, F, D), ('experts', 'mlp', 'embed'), F)

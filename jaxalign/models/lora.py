@@ -1,8 +1,8 @@
 """Low-rank adapters: what they are, and how a tree of parameters is split into them and their frozen base.
 
 Adapters are parameters beside those that they adapt: `q_lora_a` and `q_lora_b` beside `q`. What is trained is the tree
-of them (and of a reward head) alone, `split` off; a model reads both, put together again by `join`. The base without
-them is the model that training began with.
+of them (and of a head that scores) alone, `split` off; a model reads both, put together again by `join`. The base
+without them is the model that training began with.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,8 @@ from jaxalign.models import quant
 
 _ATTENTION, _MLP = ('q', 'k', 'v', 'o'), ('gate', 'up', 'down')
 TARGETS = _ATTENTION + _MLP
-_TRAINED = re.compile(r'.*_lora_(a|b|magnitude)|reward_head')
+HEAD = ('score', 'score_bias')  # trained too, where a model scores
+_TRAINED = re.compile('|'.join((r'.*_lora_(a|b|magnitude)', *HEAD)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Lora:
 
 
 def split(params: types.PyTree) -> tuple[types.PyTree, types.PyTree]:
-  """What is trained of a model with adapters (those, and a reward head), and what is frozen."""
+  """What is trained of a model with adapters (those, and a head that scores), and what is frozen."""
   flat = traverse_util.flatten_dict(params, sep='/')
   trained = {name: x for name, x in flat.items() if _TRAINED.fullmatch(name)}
   frozen = {name: x for name, x in flat.items() if name not in trained}

@@ -27,7 +27,7 @@ from jaxalign.models import lora as lora_lib
 from jaxalign.models import transformer
 
 _CONFIG, _WEIGHTS, _PREFIX = 'adapter_config.json', 'adapter_model.safetensors', 'base_model.model.'
-_HEAD = f'{_PREFIX}score.weight'
+_HEAD = {name: f'{_PREFIX}{source}' for name, source in (('score', 'score.weight'), ('score_bias', 'score.bias'))}
 _PARTS = {'a': '.lora_A.weight', 'b': '.lora_B.weight', 'magnitude': '.lora_magnitude_vector'}
 # Keys that are read here, or that say nothing about the numbers.
 _READ = {'r', 'lora_alpha', 'use_rslora', 'use_dora', 'rank_pattern', 'alpha_pattern', 'target_modules'}
@@ -113,18 +113,18 @@ def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def read_params(adapter: Adapter, model: transformer.Transformer, mesh: jax.sharding.Mesh) -> types.PyTree:
-  """The adapter's parameters for `model`, float32, sharded; with a reward head where both have one.
+  """The adapter's parameters for `model`, float32, sharded; with a head that scores where both have one.
 
   Raises:
     RunError: tensors are missing, of other shapes, or more than the model has a place for.
   """
   abstract = traverse_util.flatten_dict(lora_lib.split(transformer.abstract_params(model, mesh))[0], sep='/')
   whole: dict[str, np.ndarray] = {}
-  used = {_HEAD}
+  used = set(_HEAD.values())
   for name, x in abstract.items():
-    if name == 'reward_head':
-      if _HEAD in adapter.tensors:
-        whole[name] = np.asarray(adapter.tensors[_HEAD], np.float32).T
+    if name in _HEAD:
+      if _HEAD[name] in adapter.tensors:
+        whole[name] = _read_head(adapter, _HEAD[name], x.shape[::-1])
       continue
     whole[name] = np.zeros(x.shape, np.float32)
     path, _, part = name.rpartition('_lora_')
@@ -137,6 +137,15 @@ def read_params(adapter: Adapter, model: transformer.Transformer, mesh: jax.shar
     raise types.RunError(f'{adapter.directory / _WEIGHTS}: the model has no place for the tensor {extra[0]}')
   put = lambda x, value: jax.make_array_from_callback(x.shape, x.sharding, lambda at: value[at])
   return traverse_util.unflatten_dict({name: put(abstract[name], x) for name, x in whole.items()}, sep='/')
+
+
+def _read_head(adapter: Adapter, name: str, shape: tuple[int, ...]) -> np.ndarray:
+  found = adapter.tensors[name]
+  if found.shape != shape:
+    raise types.RunError(
+        f'{adapter.directory / _WEIGHTS}: the tensor {name} is {list(found.shape)}, the algorithm wants {list(shape)}'
+    )
+  return np.asarray(found, np.float32).T
 
 
 def _read_part(adapter: Adapter, source: hf.Source, tensor: str, part: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -208,7 +217,7 @@ def _names(family: str, config: architecture.Config, name: str) -> Iterator[str]
 
 
 def write(directory: pathlib.Path, params: types.PyTree, model: transformer.Transformer, family: str, base: str) -> int:
-  """Writes the adapters of `params` (base and adapters) and a reward head; returns the number of tensors.
+  """Writes the adapters of `params` (base and adapters) and a head that scores; returns the number of tensors.
 
   Args:
     directory: where; it holds no adapter yet.
@@ -235,10 +244,11 @@ def write(directory: pathlib.Path, params: types.PyTree, model: transformer.Tran
       for tensor, parts in found.items()
       for part, x in _side_by_side(tensor, parts, model.lora.rank).items()
   }
-  if model.config.reward_head:
-    tensors[_HEAD] = np.ascontiguousarray(np.asarray(params['reward_head']).T)
+  tensors |= {
+      theirs: np.ascontiguousarray(np.asarray(params[name]).T) for name, theirs in _HEAD.items() if name in params
+  }
   counts = {tensor.removesuffix('.weight').rpartition('.')[2]: len(parts) for tensor, parts in found.items()}
-  values = _config_json(model.lora, counts, model.config.reward_head, base)
+  values = _config_json(model.lora, counts, model.config, base)
   with hf.writing(directory) as scratch:
     st.save_file(tensors, scratch / _WEIGHTS, metadata={'format': 'pt'})
     (scratch / _CONFIG).write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
@@ -273,12 +283,15 @@ def _side_by_side(tensor: str, parts: list[_Part], rank: int) -> dict[str, np.nd
   return found | {'magnitude': magnitude}
 
 
-def _config_json(lora: lora_lib.Lora, counts: Mapping[str, int], reward_head: bool, base: str) -> dict[str, Any]:
+def _config_json(
+    lora: lora_lib.Lora, counts: Mapping[str, int], config: architecture.Config, base: str
+) -> dict[str, Any]:
   """The content of adapter_config.json; `counts` says how many of our weights each module holds."""
+  task = 'CAUSAL_LM' if not config.score_outputs else 'TOKEN_CLS' if config.score_bias else 'SEQ_CLS'
   several = {module: count for module, count in counts.items() if count > 1}
   return {
       'peft_type': 'LORA',
-      'task_type': 'SEQ_CLS' if reward_head else 'CAUSAL_LM',
+      'task_type': task,
       'base_model_name_or_path': base,
       'r': lora.rank,
       'lora_alpha': lora.alpha,
@@ -287,7 +300,7 @@ def _config_json(lora: lora_lib.Lora, counts: Mapping[str, int], reward_head: bo
       'use_rslora': lora.rslora,
       'use_dora': lora.dora,
       'bias': 'none',
-      'modules_to_save': ['score'] if reward_head else None,
+      'modules_to_save': ['score'] if config.score_outputs else None,
       'rank_pattern': {module: count * lora.rank for module, count in several.items()},
       'alpha_pattern': {
           module: lora.alpha * (math.sqrt(count) if lora.rslora else count) for module, count in several.items()

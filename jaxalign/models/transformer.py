@@ -115,8 +115,10 @@ class Transformer(nn.Module):
     embed_VD = linear.param(self, 'embed', normal, (c.padded_vocab, c.embed_dim), ('vocab', 'embed'))
     if not c.tie_embeddings:
       linear.param(self, 'head', normal, (c.embed_dim, c.padded_vocab), ('embed', 'vocab'))
-    if c.reward_head:
-      linear.param(self, 'reward_head', nn.initializers.zeros, (c.embed_dim, 1), ('embed', 'one'))
+    if c.score_outputs:
+      linear.param(self, 'score', nn.initializers.zeros, (c.embed_dim, c.score_outputs), ('embed', 'outputs'))
+      if c.score_bias:
+        linear.param(self, 'score_bias', nn.initializers.zeros, (c.score_outputs,), ('outputs',))
     x_BTD = sharding.constrain(_look_up(self.dtype, embed_VD, inputs_BT), 'batch', 'length', 'hidden')
     if c.scale_embeddings:
       x_BTD = x_BTD * jnp.asarray(c.embed_dim**0.5, self.dtype)
@@ -155,6 +157,12 @@ class Transformer(nn.Module):
 def output_matrix(params: types.PyTree) -> types.Array:
   """The matrix `[D, V]` from hidden states to logits: the head, or the transposed embedding."""
   return params['head'] if 'head' in params else params['embed'].T
+
+
+def scores(params: types.PyTree, hidden_BTD: types.Array) -> types.Array:
+  """What the head that scores makes of hidden states, `[B, T, outputs]` float32."""
+  found_BTO = jnp.einsum('BTD,DO->BTO', hidden_BTD.astype(jnp.float32), params['score'].astype(jnp.float32))
+  return found_BTO + params['score_bias'][None, None, :] if 'score_bias' in params else found_BTO
 
 
 def build(
@@ -244,7 +252,7 @@ def init_params(model: Transformer, key: jax.Array, mesh: jax.sharding.Mesh) -> 
 
 
 def init_adapters(model: Transformer, key: jax.Array, frozen: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
-  """The first adapters of a frozen base, which change nothing, and a zero reward head where the model has one."""
+  """The first adapters of a frozen base, which change nothing, and a zero head that scores where the model has one."""
   where = jax.tree.map(lambda x: x.sharding, lora_lib.split(abstract_params(model, mesh))[0])
   plain = without_dropout(dataclasses.replace(model, attention='xla'))
 

@@ -16,13 +16,18 @@ TOKENIZER = pytypes.SimpleNamespace(fingerprint='token ids')
 
 
 def example_of(record):
-  """Makes a group of {'ids': [[...], ...], 'prompt': tokens of the prompt, ...labels}."""
+  """Makes a group of {'ids': [[...], ...], 'prompt': its tokens, 'tokens': {label: [[...], ...]}, ...labels}."""
   if record.get('drop'):
     raise examples.Dropped(record['drop'])
   sequences = tuple(
-      examples.Sequence(np.array(ids, np.int32), np.arange(len(ids)) >= record['prompt']) for ids in record['ids']
+      examples.Sequence(
+          np.array(ids, np.int32),
+          np.arange(len(ids)) >= record['prompt'],
+          {name: np.array(values[slot], np.float32) for name, values in record.get('tokens', {}).items()},
+      )
+      for slot, ids in enumerate(record['ids'])
   )
-  labels = {name: value for name, value in record.items() if name not in ('ids', 'prompt', 'truncated')}
+  labels = {name: value for name, value in record.items() if name not in ('ids', 'prompt', 'truncated', 'tokens')}
   return examples.Group(sequences, labels, truncated=record.get('truncated', False), prompt_tokens=record['prompt'])
 
 

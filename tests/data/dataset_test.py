@@ -67,6 +67,11 @@ class TestBuild:
     assert (len(data), data.group_size, data.label_names) == (3, 2, ('margin',))
     _assert_same_groups(data, _RECORDS, _example_of)
 
+  def test_keeps_the_labels_of_tokens(self, token_dataset):
+    data = token_dataset([_RECORDS[0] | {'tokens': {'step': [[1, 0], [0, 1, 0.5]]}}])
+    assert data.token_label_names == ('step',)
+    assert [s.labels['step'].tolist() for s in data[0].sequences] == [[1, 0], [0, 1, 0.5]]
+
   def test_indexes_slots_and_trained_tokens(self, token_dataset):
     data = token_dataset(_RECORDS)
     np.testing.assert_array_equal(data.lengths_NK, [[3, 4], [2, 1], [3, 3]])

@@ -1,7 +1,5 @@
 """Examples: the tokens of prompts and responses, their masks, truncation, and what is dropped."""
 
-import functools
-
 import hypothesis
 from hypothesis import strategies as st
 import numpy as np
@@ -356,40 +354,3 @@ class TestPromptIds:
     ids = examples.prompt_ids(letters, [{'role': 'user', 'content': '<s></s>', 'name': ['</s>']}], _LLAMA)
     assert ids == [0, *letters.encode('[INST] <s></s> [/INST]')]
     assert examples.prompt_ids(letters, '<s>') == [0, *letters.encode('<s>')]
-
-
-class TestDescribe:
-
-  def test_differs_by_function_and_by_bound_options(self, letters):
-    functions = [
-        examples.supervised,
-        examples.preference,
-        functools.partial(examples.supervised, completion_only=False),
-        functools.partial(examples.supervised, template=_MARKED),
-        functools.partial(examples.supervised, columns={'text': 'body'}),
-        functools.partial(examples.preference, columns={'margin': 'gap'}),
-    ]
-    keys = [examples.describe(fn, letters, row_length=64) for fn in functions]
-    assert len(set(keys)) == len(functions)
-    assert examples.describe(examples.supervised, letters, row_length=64) == keys[0]
-
-  def test_sees_options_that_are_bound_out_of_sight(self, letters):
-    def wrap(**options):
-      wrapped = lambda *args, **kwargs: examples.supervised(*args, **kwargs, **options)
-      return functools.update_wrapper(wrapped, examples.supervised)
-
-    keys = [examples.describe(wrap(**options), letters, row_length=64) for options in ({}, {'completion_only': False})]
-    assert keys[0] != keys[1]
-
-  def test_ignores_what_a_wrapper_adds_to_errors(self, letters):
-    def wrap(note):
-      def wrapped(*args, **kwargs):
-        try:
-          return examples.supervised(*args, **kwargs)
-        except types.RunError as err:
-          raise types.RunError(f'{err}\n  In call to {note}') from err
-
-      return functools.update_wrapper(wrapped, examples.supervised)
-
-    keys = {examples.describe(wrap(note), letters, row_length=64) for note in ('<at 0x1>', '<at 0x2>')}
-    assert len(keys) == 1

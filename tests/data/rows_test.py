@@ -45,6 +45,15 @@ class TestAssemble:
     np.testing.assert_array_equal(batch.slot_BS[1], [[0, -1, -1], [1, -1, -1]])
     assert (batch.num_groups, batch.group_size, batch.ref_logps_BT) == (3, 2, None)
 
+  def test_puts_a_label_of_tokens_at_each_target_that_counts(self, token_dataset):
+    tokens = [{'step': [[0.1, 0.2], [0.3, 0.4, 0.5]]}, {'step': [[0.6, 0.7], [0.8]]}]
+    records = [record | {'tokens': values} for record, values in zip(_RECORDS, tokens)]
+    batch = rows.assemble(dataset.Joined([token_dataset(records)]), _PLACED, shape=_SHAPE, rows=np.arange(2))
+    found_BT = batch.labels_BT['step']
+    np.testing.assert_allclose(found_BT[0], [[0] * 8, [0, 0.1, 0.2, 0, 0.3, 0.4, 0.5, 0]])
+    np.testing.assert_allclose(found_BT[1], [[0.6, 0.7, *[0] * 6], [0.8, *[0] * 7]])
+    assert found_BT.dtype == np.float32
+
   def test_types_are_those_of_the_layout(self, token_dataset):
     batch = rows.assemble(
         dataset.Joined([token_dataset(_RECORDS)]),
@@ -115,7 +124,7 @@ class _Spy:
 
   def __init__(self, joined, read):
     self._joined, self._read = joined, read
-    self.group_size, self.label_names = joined.group_size, joined.label_names
+    self.group_size, self.label_names, self.token_label_names = joined.group_size, joined.label_names, ()
 
   def __getitem__(self, index):
     self._read.append(index)

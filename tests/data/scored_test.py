@@ -100,3 +100,37 @@ class TestResponses:
   def test_refuse_steps_that_are_none(self, letters, record, said):
     with pytest.raises(types.RunError, match=said):
       scored.responses(record, letters, row_length=9, per='step')
+
+
+class TestSteps:
+
+  def test_carry_a_label_where_each_has_been_read(self, letters):
+    record = {'prompt': 'ab', 'completions': ['a', 'bb\n', 'ab'], 'labels': [True, 0.25, False]}
+    group = scored.steps(record, letters, row_length=20)
+    (sequence,) = group.sequences
+    unlabelled = scored.responses(record, letters, row_length=20, per='step').sequences[0]
+    np.testing.assert_array_equal(sequence.ids, unlabelled.ids)
+    np.testing.assert_array_equal(sequence.mask, unlabelled.mask)
+    assert sequence.labels['step'].tolist() == [1, 0.25, 0]
+    assert unlabelled.labels == group.labels == {}
+
+  def test_lose_the_labels_of_those_that_do_not_fit(self, letters):
+    record = {'prompt': 'ab', 'completions': ['a', 'bb', 'ab'], 'labels': [True, False, True]}
+    group = scored.steps(record, letters, row_length=9)
+    assert group.sequences[0].labels['step'].tolist() == [1, 0]
+    assert group.truncated
+
+  @pytest.mark.parametrize(
+      'labels,said',
+      [
+          (None, 'wanted prompt \\+ completions \\+ labels'),
+          ([True], 'column labels: 1 values where a list of 2 is wanted'),
+          ('yes', 'column labels: str where a list of 2 is wanted'),
+          ([True, 'no'], "column labels: item 1 is 'no'; true, false, or a number from 0 to 1"),
+          ([True, 2], 'column labels: item 1 is 2; true, false, or a number'),
+          ([float('nan'), 1], 'column labels: item 0 is nan'),
+      ],
+  )
+  def test_refuse_labels_that_are_none(self, letters, labels, said):
+    with pytest.raises(types.RunError, match=said):
+      scored.steps({'prompt': 'a', 'completions': ['b', 'a'], 'labels': labels}, letters, row_length=20)

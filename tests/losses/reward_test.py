@@ -90,3 +90,43 @@ class TestBradleyTerry:
 
   def test_passes_the_loss_state_through(self):
     assert _bradley_terry(*_rewards(), state={'mean': 3}).state == {'mean': 3}
+
+
+class TestProcess:
+
+  def process(self, scores_BTO, right_BT):
+    stats = types.Stats(scores_BTO=jnp.asarray(scores_BTO, jnp.float32))
+    return reward.process(stats, types.Stats(), {'step': jnp.asarray(right_BT, jnp.float32)})
+
+  def test_is_the_cross_entropy_of_a_softmax_over_two_outputs(self):
+    rng = np.random.default_rng(0)
+    scores_BTO, right_BT = rng.normal(0, 3, (3, 5, 2)), rng.choice([0.0, 0.25, 1.0], (3, 5))
+    p_BTO = np.exp(scores_BTO) / np.exp(scores_BTO).sum(-1, keepdims=True)
+    gold_BT = -(right_BT * np.log(p_BTO[..., 1]) + (1 - right_BT) * np.log(p_BTO[..., 0]))
+    np.testing.assert_allclose(self.process(scores_BTO, right_BT).per_item, gold_BT, rtol=2e-5)
+
+  def test_of_one_output_is_that_of_two_whose_difference_it_is(self):
+    scores_BTO = np.random.default_rng(1).normal(0, 3, (2, 4, 2))
+    right_BT = np.array([[0, 1, 0.5, 1], [1, 1, 0, 0]])
+    one = self.process(scores_BTO[..., 1:] - scores_BTO[..., :1], right_BT)
+    np.testing.assert_allclose(one.per_item, self.process(scores_BTO, right_BT).per_item, rtol=1e-5)
+
+  @pytest.mark.parametrize('outputs', [1, 2])
+  def test_is_log_2_of_a_head_of_zeros(self, outputs):
+    out = self.process(np.zeros((2, 3, outputs)), [[0, 1, 1], [0.5, 0, 1]])
+    np.testing.assert_allclose(out.per_item, np.full((2, 3), np.log(2)), rtol=1e-6)
+
+  def test_counts_a_score_on_the_side_of_its_label_as_accurate(self):
+    out = self.process([[[2.0], [-1.0], [3.0], [-4.0], [0.0]]], [[1, 0, 0, 0.75, 1]])
+    assert out.metrics['accuracy'].tolist() == [[1, 1, 0, 0, 0]]
+    assert out.metrics['right'].tolist() == [[1, 0, 0, 0.75, 1]]
+
+  def test_is_finite_for_extreme_scores_and_pulls_towards_the_label(self):
+    loss = lambda scores: jnp.sum(self.process(scores, [[1.0, 0.0, 1.0]]).per_item)
+    grads = jax.grad(loss)(jnp.array([[[-1e4], [1e4], [1e4]]]))
+    np.testing.assert_allclose(grads[..., 0], [[-1, 1, 0]], atol=1e-6)
+    assert float(loss(jnp.array([[[-1e4], [1e4], [1e4]]]))) == 2e4
+
+  def test_refuses_a_head_of_three_outputs(self):
+    with pytest.raises(types.UsageError, match='score_outputs = 3: a step is right or wrong, 1 or 2'):
+      self.process(np.zeros((1, 1, 3)), [[1]])

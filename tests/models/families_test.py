@@ -120,7 +120,11 @@ class TestReadConfig:
           ('qwen3_moe', {'mlp_only_layers': [0]}, 'mlp_only_layers = [0]'),
           ('gemma2', {'layer_types': ['linear_attention'] * 2}, 'layer_types = ["linear_attention"'),
           ('gemma', {'attention_bias': True}, 'attention_bias = true'),
-          ('llama', {'architectures': ['LlamaForSequenceClassification']}, 'id2label = {'),
+          (
+              'llama',
+              {'architectures': ['LlamaForTokenClassification'], 'token_classification_bias': False},
+              'token_classification_bias = false',
+          ),
           ('olmo2', {'num_key_value_heads': 3}, 'num_heads = 4: it must be a multiple of num_kv_heads = 3'),
       ],
   )

@@ -65,8 +65,8 @@ class TestWrite:
 
   def test_of_a_reward_model_is_a_sequence_classifier_without_a_head_for_tokens(self, tmp_path):
     config, params, origin = read('llama')
-    config = dataclasses.replace(config, reward_head=True)
-    params = params | {'reward_head': np.arange(16, dtype=np.float32)[:, None]}
+    config = dataclasses.replace(config, score_outputs=1)
+    params = params | {'score': np.arange(16, dtype=np.float32)[:, None]}
     hf_export.write(tmp_path / 'out', params, config, origin, 'bfloat16')
     found = st.load_file(tmp_path / 'out' / 'model.safetensors')
     np.testing.assert_array_equal(found['score.weight'], np.arange(16)[None].astype(ml_dtypes.bfloat16))
@@ -77,11 +77,11 @@ class TestWrite:
     again = hf.read_config(tmp_path / 'out')
     assert again == dataclasses.replace(config, tie_embeddings=True)
     back = hf_import.read_params(tmp_path / 'out', again, sharding.make_mesh('fsdp:8'))
-    np.testing.assert_array_equal(back['reward_head'], params['reward_head'])
+    np.testing.assert_array_equal(back['score'], params['score'])
 
   def test_names_what_pads_a_reward_model(self, tmp_path):
     config, _, origin = read('llama')
-    config, origin = dataclasses.replace(config, reward_head=True), origin | {'pad_token_id': None}
+    config, origin = dataclasses.replace(config, score_outputs=1), origin | {'pad_token_id': None}
     assert hf_export.config_json(config, origin, 'float32', 7)['pad_token_id'] == 7
 
   def test_writes_a_random_model_as_a_llama(self, tmp_path):

@@ -138,18 +138,18 @@ class TestFirstAdapters:
     assert block['down_lora_a'].sharding == sharding.named(mesh, 'layers', 'mlp', 'rank')
 
   def test_of_a_reward_model_have_a_head_of_zeros(self):
-    config = dataclasses.replace(CONFIG, reward_head=True)
+    config = dataclasses.replace(CONFIG, score_outputs=1)
     adapters = first(build(config=config))
-    assert adapters['reward_head'].shape == (16, 1)
-    assert not np.any(adapters['reward_head'])
+    assert adapters['score'].shape == (16, 1)
+    assert not np.any(adapters['score'])
 
 
 class TestSplit:
 
   def test_is_undone_by_join(self):
-    params = with_adapters(build(dora=True)) | {'reward_head': np.ones((16, 1))}
+    params = with_adapters(build(dora=True)) | {'score': np.ones((16, 1))}
     trained, frozen = lora_lib.split(params)
-    assert set(trained) == {'layers', 'rest', 'reward_head'}
+    assert set(trained) == {'layers', 'rest', 'score'}
     jax.tree.map(np.testing.assert_array_equal, frozen, base_of())
     jax.tree.map(np.testing.assert_array_equal, lora_lib.join(trained, frozen), params)
     assert lora_lib.join(trained, {}) is trained

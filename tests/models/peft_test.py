@@ -30,7 +30,7 @@ def opened(name, folder=None, mesh=ONE, **options):
   family = hf.read_json(base / 'config.json')['model_type']
   folder = folder or GOLDENS / name
   adapter = peft.read(folder, config, family, lora_lib.Lora(adapter=str(folder), **options))
-  config = dataclasses.replace(config, reward_head=name == 'peft_reward')
+  config = dataclasses.replace(config, score_outputs=int(name == 'peft_reward'))
   model = transformer.build(config, mesh, lora=adapter.lora, length=64)
   frozen = hf_import.read_params(base, hf.read_config(base), mesh)
   return model, peft.read_params(adapter, model, mesh), frozen, family
@@ -40,8 +40,8 @@ def logits(model, params, ids):
   """Logits of every position, or the scores of whole rows."""
   positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
   hidden_BTD = jax.jit(model.apply)({'params': params}, ids, positions, np.ones_like(ids))
-  if model.config.reward_head:
-    return hidden_BTD[:, -1] @ params['reward_head']
+  if model.config.score_outputs:
+    return hidden_BTD[:, -1] @ params['score']
   out = hidden_BTD @ transformer.output_matrix(params)[:, : model.config.vocab_size]
   cap = model.config.final_softcap
   return cap * np.tanh(out / cap) if cap else out

@@ -184,7 +184,8 @@ class TestParams:
     )
     assert shapes()['head'].shape == (16, 128)
     assert 'head' not in shapes(tie_embeddings=True)
-    assert shapes(reward_head=True)['reward_head'].shape == (16, 1)
+    assert shapes(score_outputs=1)['score'].shape == (16, 1)
+    assert shapes(score_outputs=2, score_bias=True)['score_bias'].shape == (2,)
 
   def test_pad_the_vocabulary_to_a_multiple_that_tensor_axes_divide(self):
     assert TINY.padded_vocab == 128

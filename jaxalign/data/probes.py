@@ -1,0 +1,44 @@
+"""What an example function does, for the key of a cache of its results."""
+
+from collections.abc import Callable
+import functools
+import hashlib
+import inspect
+
+from jaxalign import types
+from jaxalign.data import examples
+from jaxalign.data import records
+from jaxalign.data import tokenizers
+
+
+def describe(example_fn: Callable[..., examples.Group], tokenizer: tokenizers.Tokenizer, *, row_length: int) -> str:
+  """A hash of what an example function does, for the key of a cache of its results.
+
+  It is taken from the function's source and from what it makes of a few records, errors included: options may be bound
+  where nobody can read them, by gin for instance, but they cannot hide from that.
+  """
+  function = example_fn
+  while isinstance(function, functools.partial):
+    function = function.func
+  source = inspect.getsource(inspect.unwrap(function))
+  digest = hashlib.blake2b(f'{row_length} {source}'.encode(), digest_size=12)
+  for record in _PROBES:
+    try:
+      group = example_fn(record, tokenizer, row_length=row_length)
+      made = repr([(s.ids.tolist(), s.mask.tolist(), s.labels) for s in group.sequences] + sorted(group.labels.items()))
+    except (examples.Dropped, types.RunError, AttributeError, LookupError, TypeError, ValueError) as err:
+      # The first line: gin adds others, with addresses that differ from process to process.
+      made = f'{type(err).__name__} {str(err).partition(chr(10))[0]}'
+    digest.update(made.encode())
+  return digest.hexdigest()
+
+
+_TALK = [{'role': 'user', 'content': 'a b'}, {'role': 'assistant', 'content': 'c\n\nd'}]
+_PROBES: tuple[records.Record, ...] = (
+    {},
+    {'messages': [*_TALK, *_TALK]},
+    {'prompt': 'a b ', 'completion': ' c\n', 'completions': ['c', 'd\n'], 'labels': [1, 0]},
+    {'text': 'a b c'},
+    {'prompt': 'a b', 'chosen': ' c', 'rejected': ' d', 'margin': 0.5, 'append_eos': False},
+    {'chosen': _TALK, 'rejected': [_TALK[0], {'role': 'assistant', 'content': ''}]},
+)

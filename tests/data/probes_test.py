@@ -1,0 +1,56 @@
+"""Keys of example functions: equal only for those that do the same."""
+
+import functools
+
+import pytest
+
+from jaxalign import types
+from jaxalign.data import examples
+from jaxalign.data import probes
+from jaxalign.data import scored
+from jaxalign.data import tokenizers
+
+
+@pytest.fixture
+def letters(write_json_tokenizer):
+  """A tokenizer without merges, BOS 0 and EOS 1: a character of ASCII is a token."""
+  return tokenizers.load(write_json_tokenizer(merges=()))
+
+
+class TestDescribe:
+
+  def test_differs_by_function_and_by_bound_options(self, letters):
+    functions = [
+        examples.supervised,
+        examples.preference,
+        functools.partial(examples.supervised, completion_only=False),
+        functools.partial(examples.supervised, template="{{ messages[0]['content'] }}"),
+        functools.partial(examples.supervised, columns={'text': 'body'}),
+        functools.partial(examples.preference, columns={'margin': 'gap'}),
+        scored.steps,
+        functools.partial(scored.steps, columns={'labels': 'right'}),
+    ]
+    keys = [probes.describe(fn, letters, row_length=64) for fn in functions]
+    assert len(set(keys)) == len(functions)
+    assert probes.describe(examples.supervised, letters, row_length=64) == keys[0]
+
+  def test_sees_options_that_are_bound_out_of_sight(self, letters):
+    def wrap(**options):
+      wrapped = lambda *args, **kwargs: examples.supervised(*args, **kwargs, **options)
+      return functools.update_wrapper(wrapped, examples.supervised)
+
+    keys = [probes.describe(wrap(**options), letters, row_length=64) for options in ({}, {'completion_only': False})]
+    assert keys[0] != keys[1]
+
+  def test_ignores_what_a_wrapper_adds_to_errors(self, letters):
+    def wrap(note):
+      def wrapped(*args, **kwargs):
+        try:
+          return examples.supervised(*args, **kwargs)
+        except types.RunError as err:
+          raise types.RunError(f'{err}\n  In call to {note}') from err
+
+      return functools.update_wrapper(wrapped, examples.supervised)
+
+    keys = {probes.describe(wrap(note), letters, row_length=64) for note in ('<at 0x1>', '<at 0x2>')}
+    assert len(keys) == 1
