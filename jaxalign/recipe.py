@@ -235,7 +235,10 @@ def _divide(model: transformer.Transformer, params: types.PyTree, key: jax.Array
     trained = transformer.init_adapters(model, key, frozen, mesh) | head
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     share = 100 * count(trained) / (count(trained) + count(frozen))
-    logging.info('LoRA: %d parameters are trained (%.2f %% of all)', count(trained), share)
+    megabytes = sum(x.nbytes for x in jax.tree.leaves(frozen)) / 1e6
+    logging.info(
+        'LoRA: %d parameters are trained, %.2f %% of all; the others take %.1f MB', count(trained), share, megabytes
+    )
     return Opened(model, trained, frozen)
   if model.config.score_outputs and not head:
     like = {name: x for name, x in transformer.abstract_params(model, mesh).items() if name in lora_lib.HEAD}

@@ -224,34 +224,6 @@ class TestReadParams:
       hf_import.read_params(folder, hf.read_config(folder), sharding.make_mesh())
 
 
-_MEASURED = """
-import pathlib, sys, threading, time
-import jax
-from jaxalign import sharding
-from jaxalign.models import hf, hf_import
-
-def anonymous():
-  lines = pathlib.Path('/proc/self/smaps_rollup').read_text().splitlines()
-  return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('Anonymous'))
-
-folder, mesh = pathlib.Path(sys.argv[1]), sharding.make_mesh()
-jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())
-config, before, peak, over = hf.read_config(folder), anonymous(), [0], []
-
-def watch():
-  while not over:
-    peak[0] = max(peak[0], anonymous())
-    time.sleep(0.002)
-
-thread = threading.Thread(target=watch)
-thread.start()
-params = jax.block_until_ready(hf_import.read_params(folder, config, mesh, sys.argv[2]))
-over.append(True)
-thread.join()
-print(peak[0] - before, sum(x.nbytes for x in jax.tree.leaves(params)))
-"""
-
-
 @pytest.fixture(scope='module')
 def large(tmp_path_factory):
   """Three stacks of 16 tensors are nearly all of this model: to hold one beside itself would take 30 % more."""
@@ -265,10 +237,16 @@ class TestMemory:
   @pytest.mark.parametrize('dtype,devices', [('bfloat16', 1), ('float32', 1), ('bfloat16', 8)])
   def test_is_that_of_the_parameters_and_little_more(self, large, dtype, devices):
     env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)}
-    command = [sys.executable, '-c', _MEASURED, str(large), dtype]
+    command = [
+        sys.executable,
+        'tools/measure.py',
+        'import',
+        f'--model={large}',
+        f'--dtype={dtype}',
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False, cwd=runs.ROOT)
     assert done.returncode == 0, done.stderr
-    peak, resident = map(int, done.stdout.split()[-2:])
-    assert resident > 200e6
+    found = json.loads(done.stdout)
+    assert found['resident'] > 200e6
     # A tensor of 8 MB, its copies, and what compiling takes.
-    assert peak < 1.05 * resident + 80e6
+    assert found['peak'] < 1.05 * found['resident'] + 80e6
