@@ -52,6 +52,7 @@ setuptools.setup(
             'mypy>=1.15',
             'pyink>=25.1',
             'pytest>=8.3',
+            'pytest-xdist>=3.6',
             'ruff>=0.12',
             'setuptools>=77',
             # Its libtpu compiles for TPUs ahead of time, without one; jax names the release that fits.
