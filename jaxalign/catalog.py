@@ -43,7 +43,8 @@ def table() -> str:
     link = re.search(r'https?://\S+', text)
     what = re.sub(r'[\s,]*https?://\S+', '', text)
     loss = re.search(r'loss_fn = @(\w+)\.', (ROOT / f'{name}.gin').read_text(encoding='utf-8'))
-    test = f'tests/losses/{loss[1]}_test.py' if loss else ''
+    own = loss is not None and loss[1] in ('supervised', 'reward')
+    test = f'tests/losses/{loss[1] if loss and own else "methods"}_test.py'
     rows.append(f'| `{name}` | {what} | {link[0] if link else ""} | `gin_configs/{name}.gin` | `{test}` |')
   return '\n'.join(rows) + '\n'
 

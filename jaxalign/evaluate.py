@@ -197,7 +197,7 @@ class Evaluator:
       frozen: types.PyTree,
   ):
     model = transformer.without_dropout(model)
-    evaluate_step = counter.counted(step_lib.make_eval_step(recipe_lib.bind(recipe, model)))
+    evaluate_step = counter.counted(step_lib.make_eval_step(recipe_lib.bind(recipe, model, streams.needs)))
     self._step = jax.jit(evaluate_step, out_shardings=sharding.named(job.mesh))
     self._model, self._tokenizer, self._streams, self._seed = model, tokenizer, streams, job.seed
     self._samples, self._frozen = samples, frozen

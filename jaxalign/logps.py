@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxalign import sharding
 
 # Statistics beside the log-probability that `token_stats` can be asked for; only entropy carries a gradient.
-DENSE = ('correct', 'mean_logit', 'entropy')
+DENSE = ('correct', 'mean_logit', 'sharpness', 'entropy')
 _MASKED_LOGIT = -1e30  # finite, so that 0 * logit is 0
 
 
@@ -57,8 +57,8 @@ def token_stats(
     mask_BT: where it is 0 every result is 0, nothing is computed and no gradient flows.
     vocab_size: number of real columns.
     chunk: targets per chunk and device.
-    dense: any of 'entropy' (nats), 'correct' (1 where the target has the highest logit) and 'mean_logit' (over the
-      vocabulary). Entropy is differentiable, the others are not.
+    dense: any of 'entropy' (nats), 'correct' (1 where the target has the highest logit), 'mean_logit' (over the
+      vocabulary) and 'sharpness' (log sum_v p_v^2). Entropy is differentiable, the others are not.
     softcap: c of c tanh(logit / c); 0 for none.
 
   Returns:
@@ -185,6 +185,8 @@ def _forward_local(static, axes, hidden, head, targets, mask):
       new.append((chosen >= 0).astype(jnp.float32))
     if 'mean_logit' in static.dense:
       new.append(total(jnp.where(logits > _MASKED_LOGIT, logits, 0.0)) / static.vocab_size)
+    if 'sharpness' in static.dense:
+      new.append(jnp.log(total(exp * exp)) - 2 * log_sum)
     if 'entropy' in static.dense:
       new.append(log_sum - total(exp * shifted) / sum_exp)
     return tuple(o.at[rows].set(x, mode='drop') for o, x in zip(out, new))

@@ -1,7 +1,9 @@
 """Sums and means under a mask, and the way between rows of tokens and the table of groups."""
 
+import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jaxalign import types
@@ -24,7 +26,7 @@ def weighted(x: types.Array, weight: types.Array) -> Weighted:
   return Weighted(jnp.sum(jnp.where(weight > 0, x * weight, 0.0)), jnp.sum(weight))
 
 
-def per_response(x_BT: types.Array, batch: types.Batch) -> types.Array:
+def per_response(x_BT: types.Array, batch: types.Batch | types.Rows) -> types.Array:
   """Sums `x_BT` over the counted targets of each response of each row: `[B, S]`, 0 where a response slot is unused."""
   slots = jnp.arange(batch.group_BS.shape[-1])
   belongs_BTS = batch.responses_BT[..., None] == slots[None, None, :]
@@ -33,7 +35,7 @@ def per_response(x_BT: types.Array, batch: types.Batch) -> types.Array:
   return jnp.sum(jnp.where(belongs_BTS, counted_BT[..., None], 0.0), axis=1)
 
 
-def to_table(x_BS: types.Array, batch: types.Batch) -> types.Array:
+def to_table(x_BS: types.Array, batch: types.Batch | types.Rows) -> types.Array:
   """Scatters one value per response into the table of groups: `[G, K]`, 0 where the table is empty."""
   # Negative indices would wrap round; G is out of bounds and dropped.
   group_BS = jnp.where(batch.group_BS < 0, batch.num_groups, batch.group_BS)
@@ -41,6 +43,47 @@ def to_table(x_BS: types.Array, batch: types.Batch) -> types.Array:
   return table_GK.at[group_BS, batch.slot_BS].add(x_BS, mode='drop')
 
 
-def valid_groups(batch: types.Batch) -> types.Array:
-  """`[G]` float32: 1 where all K responses of the group are in the micro-batch, 0 where the table is empty."""
-  return jnp.min(to_table(jnp.ones(batch.group_BS.shape, jnp.float32), batch), axis=1)
+def totals(x_BT: types.Array, batch: types.Batch | types.Rows) -> types.Array:
+  """Sums `x_BT` over the counted targets of each response, into the table of groups: `[G, K]`."""
+  return to_table(per_response(x_BT, batch), batch)
+
+
+def valid(batch: types.Batch | types.Rows) -> types.Array:
+  """1 where the group has such a response, 0 where the table is empty: `[G, K]` float32."""
+  return to_table(jnp.ones(batch.group_BS.shape, jnp.float32), batch)
+
+
+def valid_groups(batch: types.Batch | types.Rows) -> types.Array:
+  """1 for a group, which is never divided between micro-batches, 0 where the table is empty: `[G]` float32."""
+  return jnp.max(valid(batch), axis=1)
+
+
+def to_tokens(x_GK: types.Array, batch: types.Batch | types.Rows) -> types.Array:
+  """The value of its response for each target `[B, T]`, 0 for prompts and padding."""
+  x_BS = jnp.where(batch.group_BS >= 0, x_GK[batch.group_BS, batch.slot_BS], 0.0)
+  belongs_BTS = batch.responses_BT[..., None] == jnp.arange(x_BS.shape[-1])[None, None, :]
+  return jnp.sum(jnp.where(belongs_BTS, x_BS[:, None, :], 0.0), axis=2)
+
+
+def order(batch: types.Batch | types.Rows) -> types.Array:
+  """The number of counted targets that come before each one in its response, `[B, T]` float32."""
+  before_BT = jnp.cumsum(batch.mask_BT, axis=1) - batch.mask_BT
+  belongs_BTS = batch.responses_BT[..., None] == jnp.arange(batch.group_BS.shape[-1])[None, None, :]
+  first_BS = jnp.min(jnp.where(belongs_BTS, before_BT[..., None], jnp.inf), axis=1)
+  return before_BT - jnp.sum(jnp.where(belongs_BTS, first_BS[:, None, :], 0.0), axis=2)
+
+
+def merged(batch: types.Batch) -> types.Batch:
+  """A stack of micro-batches `[A, B, ...]` as one `[A B, ...]`, whose table holds the groups of all."""
+  count = batch.inputs_BT.shape[0]
+  first_A = batch.num_groups * jnp.arange(count)
+  group_ABS = jnp.where(batch.group_BS < 0, -1, batch.group_BS + first_A[:, None, None])
+  flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), dataclasses.replace(batch, group_BS=group_ABS))
+  return dataclasses.replace(flat, num_groups=batch.num_groups * count)
+
+
+def rows(batch: types.Batch) -> types.Rows:
+  """The part of a batch that says which response each token belongs to."""
+  return types.Rows(
+      batch.mask_BT, batch.responses_BT, batch.group_BS, batch.slot_BS, batch.num_groups, batch.group_size
+  )

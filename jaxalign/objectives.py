@@ -1,14 +1,14 @@
 """From a batch to the sum of a loss: forward pass, log-probabilities or scores, the loss, sums and weights.
 
-An objective has the contract of `Objective`. It is built once per run with `functools.partial(objective, model=model)`
-and never reduces to a mean: the step divides one global sum by one global weight.
+An objective is made once per run, of a model and a loss, and never reduces to a mean: the step divides one global sum
+by one global weight.
 """
 
 from collections.abc import Callable
 from collections.abc import Mapping
 import dataclasses
+from typing import Any
 from typing import NamedTuple
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,80 +31,137 @@ class Sums(NamedTuple):
   loss_state: types.PyTree
 
 
-class Objective(Protocol):
-  """What the step differentiates."""
+class Needs(NamedTuple):
+  """What a loss was found to need, by tracing it.
 
-  def __call__(
-      self, params: types.PyTree, frozen: types.PyTree, batch: types.Batch, key: jax.Array, loss_state: types.PyTree
-  ) -> tuple[jax.Array, Sums]:
-    """Sums the loss of a micro-batch.
+  Attributes:
+    fields: that it reads: 'policy.logps_GK', 'ref.logratios_GK', 'labels.margin', ...
+    state: its first state, zeros; `()` for most losses.
+  """
 
-    Args:
-      params: what is trained.
-      frozen: the rest of the model's weights, which get no gradient: `lora.join` puts both together; `{}` for none.
-      batch: one micro-batch.
-      key: for randomness in the forward pass.
-      loss_state: of the loss.
-    """
+  fields: frozenset[str] = frozenset()
+  state: types.PyTree = ()
+
+  @property
+  def reference(self) -> bool:
+    """Whether it compares with a reference."""
+    return any(field.startswith('ref.') for field in self.fields)
+
+  @property
+  def whole_step(self) -> bool:
+    """Whether what it makes of a group depends on the others of the step."""
+    return 'policy.valid_G' in self.fields or bool(jax.tree.leaves(self.state))
 
 
-def supervised(params, frozen, batch, key, loss_state, *, model, loss_fn: LossFn, dense=('entropy', 'correct')):
+class Objective(NamedTuple):
+  """What the step differentiates, in two halves.
+
+  Attributes:
+    stats: (params, frozen, batch, key) -> what the model makes of a micro-batch's tokens, arrays `[B, T, ...]` by name.
+      `params` is what is trained, `frozen` the rest of the model's weights (`lora.join` puts both together, `{}` is
+      none), `key` for randomness in the forward pass.
+    loss: (stats, batch, loss_state) -> the summed loss and its `Sums`.
+    whole_step: whether `loss` is to see all micro-batches of a step at once.
+  """
+
+  stats: Callable[[types.PyTree, types.PyTree, types.Batch, jax.Array], dict[str, jax.Array]]
+  loss: Callable[[Mapping[str, jax.Array], types.Batch, types.PyTree], tuple[jax.Array, Sums]]
+  whole_step: bool = False
+
+  def of_micro(self, params, frozen, batch, key, loss_state) -> tuple[jax.Array, Sums]:
+    """Both halves, of one micro-batch."""
+    return self.loss(self.stats(params, frozen, batch, key), batch, loss_state)
+
+
+def supervised(
+    *, model: transformer.Transformer, loss_fn: LossFn, needs: Needs, dense=('entropy', 'correct')
+) -> Objective:
   """Objective of losses per token (`losses.supervised`): the weight is the number of counted targets."""
-  stats = target_stats(lora.join(params, frozen), batch, model=model, dense=dense, key=key)
-  out = loss_fn(
-      types.Stats(logps_BT=stats['logps'], mask_BT=batch.mask_BT), types.Stats(), _labels(batch), state=loss_state
-  )
-  loss = masked.weighted(out.per_item, batch.mask_BT)
-  metrics = {name: masked.weighted(x, batch.mask_BT) for name, x in out.metrics.items()}
-  return loss.sum, Sums(loss.weight, {'loss': loss, **metrics, **_token_metrics(stats, batch)}, out.state)
+
+  def loss(stats, batch, loss_state):
+    policy = types.Stats(logps_BT=stats['logps'], mask_BT=batch.mask_BT)
+    return _per_token(loss_fn(policy, types.Stats(), _labels(batch), state=loss_state), stats, batch)
+
+  return Objective(_stats_fn(model, dense), loss, needs.whole_step)
 
 
 def preference(
-    params, frozen, batch, key, loss_state, *, model, loss_fn: LossFn, dense=('entropy', 'correct', 'mean_logit')
-):
+    *, model: transformer.Transformer, loss_fn: LossFn, needs: Needs, dense=('entropy', 'correct', 'mean_logit')
+) -> Objective:
   """Objective of losses on the log-probabilities of whole responses (`losses.preference`): the weight counts groups.
 
   The batch carries `ref_logps_BT` where the loss reads the reference.
   """
-  stats = target_stats(lora.join(params, frozen), batch, model=model, dense=dense, key=key)
-  policy = _response_stats(stats['logps'], batch)
-  ref = types.Stats()
-  if batch.ref_logps_BT is not None:
-    ratios_GK = masked.to_table(masked.per_response(stats['logps'] - batch.ref_logps_BT, batch), batch)
-    ref = dataclasses.replace(_response_stats(batch.ref_logps_BT, batch), logratios_GK=ratios_GK)
-  out = loss_fn(policy, ref, _labels(batch), state=loss_state)
-  metrics = _group_metrics(out, batch) | _token_metrics(stats, batch)
-  if 'mean_logit' in stats:
-    metrics |= _per_side(masked.per_response(stats['mean_logit'], batch), policy.tokens_GK, batch, 'logits')
-  longer = policy.tokens_GK[:, :1] - policy.tokens_GK
-  metrics |= _length_metrics(longer, batch)
-  return _finish(out, metrics, batch)
+  wanted = {*dense, *(name for name, field in _DENSE.items() if field in needs.fields)}
+
+  def loss(stats, batch, loss_state):
+    policy = _response_stats(stats['logps'], batch)
+    sharpness_GK = masked.totals(stats['sharpness'], batch) if 'sharpness' in stats else None
+    policy = dataclasses.replace(
+        policy,
+        rows=masked.rows(batch),
+        valid_GK=masked.valid(batch),
+        valid_G=masked.valid_groups(batch),
+        sharpness_GK=sharpness_GK,
+    )
+    ref = types.Stats()
+    if batch.ref_logps_BT is not None:
+      ratios_GK = masked.totals(stats['logps'] - batch.ref_logps_BT, batch)
+      ref = dataclasses.replace(_response_stats(batch.ref_logps_BT, batch), logratios_GK=ratios_GK)
+    out = loss_fn(policy, ref, _labels(batch), state=loss_state)
+    metrics = _group_metrics(out, batch) | _token_metrics(stats, batch)
+    if 'mean_logit' in stats:
+      metrics |= _per_side(masked.per_response(stats['mean_logit'], batch), policy.tokens_GK, batch, 'logits')
+    longer = policy.tokens_GK[:, :1] - policy.tokens_GK
+    return _finish(out, metrics | _length_metrics(longer, batch), batch)
+
+  return Objective(_stats_fn(model, tuple(wanted)), loss, needs.whole_step)
 
 
-def reward(params, frozen, batch, key, loss_state, *, model, loss_fn: LossFn):
+# Dense statistics that are computed only for a loss that reads them.
+_DENSE = {'sharpness': 'policy.sharpness_GK'}
+
+
+def reward(*, model: transformer.Transformer, loss_fn: LossFn, needs: Needs) -> Objective:
   """Objective of losses on the scores of whole responses (`losses.reward`): the weight counts groups.
 
   The data marks one position per response, where the model has just read its last token; the head is read there.
   """
-  policy = types.Stats(rewards_GK=rewards(lora.join(params, frozen), batch, model=model, key=key))
-  out = loss_fn(policy, types.Stats(), _labels(batch), state=loss_state)
-  metrics = _group_metrics(out, batch)
-  # The position of its last token tells how long a response is, as both follow the same prompt.
-  length_GK = masked.to_table(masked.per_response(batch.positions_BT, batch), batch)
-  return _finish(out, metrics | _length_metrics(length_GK[:, :1] - length_GK, batch), batch)
+
+  def loss(stats, batch, loss_state):
+    policy = types.Stats(
+        rewards_GK=_rewards(stats['scores'], batch), valid_GK=masked.valid(batch), valid_G=masked.valid_groups(batch)
+    )
+    out = loss_fn(policy, types.Stats(), _labels(batch), state=loss_state)
+    # The position of its last token tells how long a response is, as both follow the same prompt.
+    length_GK = masked.totals(batch.positions_BT, batch)
+    metrics = _group_metrics(out, batch) | _length_metrics(length_GK[:, :1] - length_GK, batch)
+    return _finish(out, metrics, batch)
+
+  return Objective(_scores_fn(model), loss, needs.whole_step)
 
 
-def process(params, frozen, batch, key, loss_state, *, model, loss_fn: LossFn):
+def process(*, model: transformer.Transformer, loss_fn: LossFn, needs: Needs) -> Objective:
   """Objective of losses on the scores of steps (`losses.reward.process`): the weight is the number of steps.
 
   The data marks the position where the model has just read a step's last token; the head is read there.
   """
-  scores_BTO = scores(lora.join(params, frozen), batch, model=model, key=key)
-  policy = types.Stats(scores_BTO=scores_BTO, mask_BT=batch.mask_BT)
-  out = loss_fn(policy, types.Stats(), _labels(batch), state=loss_state)
-  loss = masked.weighted(out.per_item, batch.mask_BT)
-  metrics = {name: masked.weighted(x, batch.mask_BT) for name, x in out.metrics.items()}
-  return loss.sum, Sums(loss.weight, {'loss': loss, **metrics}, out.state)
+
+  def loss(stats, batch, loss_state):
+    policy = types.Stats(scores_BTO=stats['scores'], mask_BT=batch.mask_BT)
+    return _per_token(loss_fn(policy, types.Stats(), _labels(batch), state=loss_state), {}, batch)
+
+  return Objective(_scores_fn(model), loss, needs.whole_step)
+
+
+def _stats_fn(model: transformer.Transformer, dense):
+  return lambda params, frozen, batch, key: target_stats(
+      lora.join(params, frozen), batch, model=model, dense=dense, key=key
+  )
+
+
+def _scores_fn(model: transformer.Transformer):
+  return lambda params, frozen, batch, key: {'scores': scores(lora.join(params, frozen), batch, model=model, key=key)}
 
 
 def hidden_states(params, batch: types.Batch, *, model: transformer.Transformer, key=None) -> types.Array:
@@ -134,10 +191,13 @@ def rewards(params, batch: types.Batch, *, model: transformer.Transformer, key=N
   Raises:
     UsageError: the head has several outputs.
   """
-  if model.config.score_outputs != 1:
-    raise types.UsageError(f'recipe.Recipe.score_outputs = {model.config.score_outputs}: a reward is one number')
-  scores_BT1 = scores(params, batch, model=model, key=key)
-  return masked.to_table(masked.per_response(scores_BT1[..., 0], batch), batch)
+  return _rewards(scores(params, batch, model=model, key=key), batch)
+
+
+def _rewards(scores_BTO, batch: types.Batch) -> jax.Array:
+  if scores_BTO.shape[-1] != 1:
+    raise types.UsageError(f'recipe.Recipe.score_outputs = {scores_BTO.shape[-1]}: a reward is one number')
+  return masked.totals(scores_BTO[..., 0], batch)
 
 
 def scores(params, batch: types.Batch, *, model: transformer.Transformer, key=None) -> jax.Array:
@@ -166,45 +226,48 @@ class _Recorder:
     return self._fields[field]
 
 
-def needs(
+def trace(
     loss_fn: LossFn,
     *,
     group_size: int,
     labels: tuple[str, ...],
     token_labels: tuple[str, ...] = (),
     outputs: int = 1,
-) -> set[str]:
-  """The fields that a loss reads, found by tracing it: 'policy.logps_GK', 'ref.logratios_GK', 'labels.margin', ...
+) -> Needs:
+  """What a loss needs, found by tracing it on shapes.
 
   Args:
-    loss_fn: the loss.
+    loss_fn: the loss; given no state it begins with zeros of the shapes that it then returns.
     group_size: K, responses per group in the data.
     labels: names of the labels that the data has of responses.
     token_labels: names of those that it has of tokens.
     outputs: of the head that scores.
 
   Raises:
-    UsageError: the loss reads a label that the data lacks.
+    UsageError: the loss reads a label or a response that the data lacks.
   """
   found: set[str] = set()
-  table = jax.ShapeDtypeStruct((2, group_size), jnp.float32)
-  tokens = jax.ShapeDtypeStruct((2, 4), jnp.float32)
-  of = {'GK': table, 'BT': tokens, 'BTO': jax.ShapeDtypeStruct((2, 4, outputs), jnp.float32)}
-  shapes = {field: of[field.rpartition('_')[2]] for field in types.Stats.__dataclass_fields__}
+  number = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  index = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+  table, tokens = number(2, group_size), number(2, 4)
+  of = {'GK': table, 'BT': tokens, 'BTO': number(2, 4, outputs), 'G': number(2)}
+  shapes: dict[str, Any] = {field: of.get(field.rpartition('_')[2]) for field in types.Stats.__dataclass_fields__}
+  shapes['rows'] = types.Rows(tokens, index(2, 4), index(2, 2), index(2, 2), 2, group_size)
   given = dict.fromkeys(labels, table) | dict.fromkeys(token_labels, tokens)
 
   def run(policy, ref, given):
-    return loss_fn(
-        _Recorder('policy', policy, found), _Recorder('ref', ref, found), _Recorder('labels', given, found), state=()
-    )
+    recorders = (_Recorder(*one, found) for one in (('policy', policy), ('ref', ref), ('labels', given)))
+    return loss_fn(*recorders, state=()).state
 
   try:
-    jax.eval_shape(run, shapes, shapes, given)
+    state = jax.eval_shape(run, shapes, shapes, given)
   except KeyError as err:
     raise types.UsageError(
         f'the loss reads the label {err}, but the data has only {", ".join(given) or "none"}'
     ) from err
-  return found
+  except IndexError as err:
+    raise types.UsageError(f'the loss reads more responses to a prompt than the {group_size} of the data') from err
+  return Needs(frozenset(found), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state))
 
 
 def _labels(batch: types.Batch) -> dict[str, jax.Array]:
@@ -215,8 +278,8 @@ def _response_stats(logps_BT, batch: types.Batch) -> types.Stats:
   return types.Stats(
       logps_BT=logps_BT,
       mask_BT=batch.mask_BT,
-      logps_GK=masked.to_table(masked.per_response(logps_BT, batch), batch),
-      tokens_GK=masked.to_table(masked.per_response(jnp.ones_like(logps_BT), batch), batch),
+      logps_GK=masked.totals(logps_BT, batch),
+      tokens_GK=masked.totals(jnp.ones_like(logps_BT), batch),
   )
 
 
@@ -225,9 +288,15 @@ def _token_metrics(stats, batch: types.Batch) -> dict[str, masked.Weighted]:
   return {name: masked.weighted(stats[key], batch.mask_BT) for key, name in names.items() if key in stats}
 
 
+def _per_token(out: types.LossOut, stats, batch: types.Batch) -> tuple[jax.Array, Sums]:
+  loss = masked.weighted(out.per_item, batch.mask_BT)
+  metrics = {name: masked.weighted(x, batch.mask_BT) for name, x in out.metrics.items()}
+  return loss.sum, Sums(loss.weight, {'loss': loss, **metrics, **_token_metrics(stats, batch)}, out.state)
+
+
 def _group_metrics(out: types.LossOut, batch: types.Batch) -> dict[str, masked.Weighted]:
-  valid_G = masked.valid_groups(batch)
-  weigh = lambda x: masked.weighted(x, valid_G if x.ndim == 1 else valid_G[:, None])
+  valid_G, valid_GK = masked.valid_groups(batch), masked.valid(batch)
+  weigh = lambda x: masked.weighted(x, valid_G if x.ndim == 1 else valid_GK)
   return {'loss': weigh(out.per_item)} | {name: weigh(x) for name, x in out.metrics.items()}
 
 

@@ -20,6 +20,7 @@ from jaxalign.data import dataset
 from jaxalign.data import loader
 from jaxalign.data import probes
 from jaxalign.data import sources
+from jaxalign.data import token_cache
 from jaxalign.data import tokenizers
 from jaxalign.models import architecture
 from jaxalign.models import hf
@@ -39,6 +40,7 @@ class Recipe:
     objective: from `objectives`; what it needs of the batch is what the examples provide.
     loss_fn: from `losses`, or a function of the user's own.
     example_fn: from `data.examples`: a record to a group of sequences.
+    mismatched: whether each record is given another one, see `data.feedback.mismatched`.
     data: what is trained on where there is no `--data`.
     eval_data: what is held out then.
     packing: rows per micro-batch and their length.
@@ -60,6 +62,7 @@ class Recipe:
   packing: loader.Packing
   data: str
   eval_data: str = ''
+  mismatched: bool = False
   model: architecture.Config | None = None
   score_outputs: int = 0
   score_bias: bool = False
@@ -268,14 +271,20 @@ def _check_scores(config: architecture.Config, recipe: Recipe, job: Job) -> None
 def open_data(job: Job, recipe: Recipe, tokenizer: tokenizers.Tokenizer, specs: str) -> list[dataset.Dataset]:
   """Tokenises the sources of a mixture, or finds them in the cache."""
   row_length = recipe.packing.row_length
-  return [open_source(job, recipe.example_fn, tokenizer, spec, row_length) for spec, _ in sources.parse_mixture(specs)]
+  open_one = lambda spec: open_source(job, recipe.example_fn, tokenizer, spec, row_length, recipe.mismatched)
+  return [open_one(spec) for spec, _ in sources.parse_mixture(specs)]
 
 
 def open_source(
-    job: Job, example_fn: Callable, tokenizer: tokenizers.Tokenizer, spec: str, row_length: int
+    job: Job,
+    example_fn: Callable,
+    tokenizer: tokenizers.Tokenizer,
+    spec: str,
+    row_length: int,
+    mismatched: bool = False,
 ) -> dataset.Dataset:
   """Tokenises one source by `example_fn`, or finds it in the cache."""
-  return dataset.build(
+  return token_cache.build(
       spec,
       tokenizer=tokenizer,
       example_fn=lambda record: example_fn(record, tokenizer, row_length=row_length),
@@ -283,6 +292,7 @@ def open_source(
       data_dir=job.data_dir,
       cache_dir=str(job.cache_dir),
       skip_bad_records=job.skip_bad_records,
+      mismatched=mismatched,
   )
 
 
@@ -294,9 +304,9 @@ def open_loader(
   return loader.Loader(datasets, weights, packing=recipe.packing, mesh=job.mesh, seed=job.seed, extra=extra)
 
 
-def bind(recipe: Recipe, model: transformer.Transformer) -> objectives.Objective:
+def bind(recipe: Recipe, model: transformer.Transformer, needs: objectives.Needs) -> objectives.Objective:
   """The recipe's objective for `model`, as the step takes it."""
-  return functools.partial(recipe.objective, model=model, loss_fn=recipe.loss_fn)
+  return recipe.objective(model=model, loss_fn=recipe.loss_fn, needs=needs)
 
 
 def digest(*parts: str) -> str:

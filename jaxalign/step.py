@@ -1,6 +1,8 @@
 """The one training step: gradient, accumulation, guard, update, metrics."""
 
 from collections.abc import Callable
+import functools
+import operator
 from typing import NamedTuple
 
 from flax import struct
@@ -45,14 +47,16 @@ class StepMetrics(NamedTuple):
   gauges: dict[str, types.Array]
 
 
-def init_state(params: types.PyTree, tx: optax.GradientTransformation, seed: int) -> TrainState:
-  """The state before the first step; call it under jit with the shardings of `state_shardings`."""
+def init_state(
+    params: types.PyTree, tx: optax.GradientTransformation, seed: int, loss_state: types.PyTree = ()
+) -> TrainState:
+  """The state before the first step; call it under jit with the shardings of `abstract_state`."""
   zero = jnp.zeros((), jnp.int32)
-  return TrainState(zero, params, tx.init(params), (), jax.random.key_data(jax.random.key(seed)), zero, zero)
+  return TrainState(zero, params, tx.init(params), loss_state, jax.random.key_data(jax.random.key(seed)), zero, zero)
 
 
 def abstract_state(
-    mesh: jax.sharding.Mesh, params: types.PyTree, tx: optax.GradientTransformation, seed: int
+    mesh: jax.sharding.Mesh, params: types.PyTree, tx: optax.GradientTransformation, seed: int, loss_state=()
 ) -> TrainState:
   """Shapes and shardings of a state: optimizer moments lie like their parameters, everything else is replicated.
 
@@ -61,8 +65,9 @@ def abstract_state(
     params: arrays or shapes, with shardings.
     tx: of the run.
     seed: of the run.
+    loss_state: of the loss, arrays.
   """
-  shapes = jax.eval_shape(lambda p: init_state(p, tx, seed), params)
+  shapes = jax.eval_shape(lambda p: init_state(p, tx, seed, loss_state), params)
   placed = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
   replicated = lambda x: placed(x, sharding.named(mesh))
   moments = optax.tree_map_params(
@@ -81,33 +86,13 @@ def make_step(
   total weight follows, so the result does not depend on A or on the number of devices. Where the loss or the gradient's
   norm is not finite, parameters, optimizer and loss state stay as they were and the step is counted as skipped.
   """
-
-  def gradients(state, frozen, batch):
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    grad_fn = jax.value_and_grad(objective, has_aux=True)
-
-    def one(loss_state, index_and_micro):
-      index, micro = index_and_micro
-      (_, sums), grads = grad_fn(state.params, frozen, micro, jax.random.fold_in(key, index), loss_state)
-      return sums.loss_state, (grads, sums.weight, sums.metrics)
-
-    count = batch.inputs_BT.shape[0]
-    first = jax.tree.map(lambda x: x[0], batch)
-    loss_state, total = one(state.loss_state, (0, first))
-    if count > 1:
-
-      def add(carry, index_and_micro):
-        loss_state, total = carry
-        loss_state, new = one(loss_state, index_and_micro)
-        return (loss_state, jax.tree.map(jnp.add, total, new)), None
-
-      rest = jnp.arange(1, count), jax.tree.map(lambda x: x[1:], batch)
-      (loss_state, total), _ = jax.lax.scan(add, (loss_state, total), rest)
-    return loss_state, *total
+  gradients = _of_whole_step(objective) if objective.whole_step else _of_micro_batches(objective)
 
   def step(state, frozen, batch):
     good_steps = state.step - state.skipped
-    loss_state, grads, weight, metrics = gradients(state, frozen, batch)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch.inputs_BT.shape[0]))
+    grads, (weight, metrics, loss_state) = gradients(state, frozen, batch, keys)
     grads = jax.tree.map(lambda g: g / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny), grads)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics['loss'].sum)
@@ -130,6 +115,69 @@ def make_step(
   return step
 
 
+def _of_micro_batches(objective: objectives.Objective) -> Callable:
+  """Gradient and `Sums` of a step, added over its micro-batches, each seen by the loss alone."""
+  grad_fn = jax.value_and_grad(objective.of_micro, has_aux=True)
+
+  def gradients(state, frozen, batch, keys):
+    def one(loss_state, key_and_micro):
+      key, micro = key_and_micro
+      (_, sums), grads = grad_fn(state.params, frozen, micro, key, loss_state)
+      return sums.loss_state, (grads, sums.weight, sums.metrics)
+
+    pick = lambda which: jax.tree.map(operator.itemgetter(which), (keys, batch))
+    loss_state, total = one(state.loss_state, pick(0))
+    if len(keys) > 1:
+
+      def add(carry, key_and_micro):
+        loss_state, total = carry
+        loss_state, new = one(loss_state, key_and_micro)
+        return (loss_state, jax.tree.map(jnp.add, total, new)), None
+
+      (loss_state, total), _ = jax.lax.scan(add, (loss_state, total), pick(slice(1, None)))
+    grads, weight, metrics = total
+    return grads, objectives.Sums(weight, metrics, loss_state)
+
+  return gradients
+
+
+def _of_whole_step(objective: objectives.Objective) -> Callable:
+  """The same for a loss that sees all micro-batches at once, in two passes.
+
+  The first computes what the loss reads of every token, and the loss's derivative with respect to that. The second
+  takes these derivatives back through the model, a micro-batch at a time. It is exact, for one more forward pass; a
+  step of one micro-batch needs a single pass.
+  """
+
+  def gradients(state, frozen, batch, keys):
+    def single(params):
+      micro = jax.tree.map(operator.itemgetter(0), batch)
+      return objective.of_micro(params, frozen, micro, keys[0], state.loss_state)
+
+    if len(keys) == 1:
+      grads, sums = jax.grad(single, has_aux=True)(state.params)
+      return grads, sums
+    stats_of = lambda key, micro: lambda params: objective.stats(params, frozen, micro, key)
+    stats = jax.lax.map(lambda one: stats_of(*one)(state.params), (keys, batch))
+    on_whole = lambda stats: objective.loss(_flat(stats), masked.merged(batch), state.loss_state)
+    slopes, sums = jax.grad(on_whole, has_aux=True)(stats)
+
+    def add(total, one):
+      key, micro, slope = one
+      (new,) = jax.vjp(stats_of(key, micro), state.params)[1](slope)
+      return jax.tree.map(jnp.add, total, new), None
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    return jax.lax.scan(add, zeros, (keys, batch, slopes))[0], sums
+
+  return gradients
+
+
+def _flat(stats):
+  """Statistics of micro-batches one behind the other, as `masked.merged` puts their rows."""
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stats)
+
+
 def make_eval_step(
     objective: objectives.Objective,
 ) -> Callable[[types.PyTree, types.PyTree, types.Batch, types.PyTree], dict[str, masked.Weighted]]:
@@ -137,7 +185,10 @@ def make_eval_step(
 
   def evaluate(params, frozen, batch, loss_state):
     key = jax.random.key(0)
-    micro = lambda one: dict(objective(params, frozen, one, key, loss_state)[1].metrics)
-    return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(micro, batch))
+    if objective.whole_step:
+      stats = jax.lax.map(lambda micro: objective.stats(params, frozen, micro, key), batch)
+      return dict(objective.loss(_flat(stats), masked.merged(batch), loss_state)[1].metrics)
+    of_one = lambda micro: dict(objective.of_micro(params, frozen, micro, key, loss_state)[1].metrics)
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(of_one, batch))
 
   return evaluate

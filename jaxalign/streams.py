@@ -9,6 +9,7 @@ import functools
 from absl import logging
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign import metrics
 from jaxalign import objectives
@@ -30,14 +31,14 @@ class Streams:
     train: loader of the training data; None where only evaluation was asked for.
     held: loader of the held-out data; None where there is none.
     attach: adds what is computed live to a batch.
-    wants_ref: whether the loss reads a reference.
+    needs: what the loss reads, found by tracing it.
     report: counts of records, truncated and dropped, by name.
   """
 
   train: loader_lib.Loader | None
   held: loader_lib.Loader | None
   attach: Callable[[types.Batch], types.Batch]
-  wants_ref: bool
+  needs: objectives.Needs
   report: dict[str, int]
 
   def epochs(self, place: tuple[int, int]) -> float:
@@ -82,7 +83,8 @@ def open_streams(
   """
   train_sets = recipe_lib.open_data(job, recipe, tokenizer, job.data) if steps else []
   held_sets = recipe_lib.open_data(job, recipe, tokenizer, job.eval_data) if job.eval_data else []
-  ref = open_ref() if _wants_ref(recipe, (train_sets or held_sets)[0]) else None
+  needs = _needs(recipe, (train_sets or held_sets)[0])
+  ref = open_ref() if needs.reference else None
   ref_fn = counter.counted(functools.partial(objectives.ref_logps, model=ref.model)) if ref is not None else None
   attach = lambda batch: batch
   extra_of = lambda loader, records, specs: None
@@ -98,19 +100,23 @@ def open_streams(
 
   train = open_one(train_sets, job.data, lambda loader: loader.records_of(steps)) if steps else None
   held = open_one(held_sets, job.eval_data, lambda loader: range(len(loader.dataset))) if held_sets else None
-  return Streams(train, held, attach, ref is not None, _report(train_sets, held_sets))
+  return Streams(train, held, attach, needs, _report(train_sets, held_sets))
 
 
-def _wants_ref(recipe: recipe_lib.Recipe, data: dataset.Dataset) -> bool:
-  needs = objectives.needs(
+def _needs(recipe: recipe_lib.Recipe, data: dataset.Dataset) -> objectives.Needs:
+  needs = objectives.trace(
       recipe.loss_fn,
       group_size=data.group_size,
       labels=data.label_names,
       token_labels=data.token_label_names,
       outputs=recipe.score_outputs,
   )
-  logging.info('the loss reads %s', ', '.join(sorted(needs)))
-  return any(need.startswith('ref.') for need in needs)
+  logging.info('the loss reads %s', ', '.join(sorted(needs.fields)))
+  if np.any(data.lengths_NK == 0) and 'policy.valid_GK' not in needs.fields:
+    raise types.UsageError(
+        f'the loss reads {data.group_size} responses to every prompt, but some have fewer; choose a loss on lists'
+    )
+  return needs
 
 
 def _cached(job, recipe, ref: reference.Reference, ref_fn) -> Callable:

@@ -55,13 +55,13 @@ def train(
     ref = reference.Reference.of(model, trained, frozen)
     streams = streams_lib.open_streams(job, recipe, tokenizer, lambda: ref, steps=options.steps, counter=counter)
     store = checkpoint.Store(job.workdir / 'checkpoints', checkpoints)
-    base = _keep_base(job, store, ref) if streams.wants_ref or frozen else ''
+    base = _keep_base(job, store, ref) if streams.needs.reference or frozen else ''
     opt = optimizer(options.steps)
-    state, data_state = _start(job, store, trained, opt)
+    state, data_state = _start(job, store, trained, opt, streams.needs.state)
     evaluator = evaluate.Evaluator(job, recipe, model, tokenizer, streams, samples, counter, frozen)
     before = _before(job, evaluator, state)
     tools = loop.Tools(
-        step_fn=_jit_step(job, recipe_lib.bind(recipe, model), opt, state, frozen, counter),
+        step_fn=_jit_step(job, recipe_lib.bind(recipe, model, streams.needs), opt, state, frozen, counter),
         evaluate=lambda now: evaluator.held_out(now.params, now.loss_state),
         store=store,
         writer=metrics.Writer(job.workdir, int(state.step)),
@@ -101,14 +101,16 @@ def _keep_base(job, store: checkpoint.Store, ref: reference.Reference) -> str:
   return checksum
 
 
-def _start(job, store: checkpoint.Store, params, opt: optim.Optimizer) -> tuple[step_lib.TrainState, dict[str, int]]:
+def _start(
+    job, store: checkpoint.Store, params, opt: optim.Optimizer, loss_state: types.PyTree
+) -> tuple[step_lib.TrainState, dict[str, int]]:
   """The newest checkpoint's state, or a fresh one that takes `params` over; and the place in the data."""
-  abstract = step_lib.abstract_state(job.mesh, params, opt.tx, job.seed)
+  abstract = step_lib.abstract_state(job.mesh, params, opt.tx, job.seed, loss_state)
   step = store.latest()
   if step is not None:
     logging.info('resuming at step %d from %s', step, job.workdir)
     return store.restore(step, abstract)
-  init = lambda fresh: step_lib.init_state(fresh, opt.tx, job.seed)
+  init = lambda fresh: step_lib.init_state(fresh, opt.tx, job.seed, loss_state)
   state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract), donate_argnums=0)(params)
   return state, {'epoch': 0, 'step': 0, 'num_tokens': 0}
 

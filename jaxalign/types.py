@@ -59,6 +59,18 @@ class Batch:
 
 
 @struct.dataclass
+class Rows:
+  """Which response the tokens of packed rows belong to: a part of `Batch`, by the same names."""
+
+  mask_BT: Array
+  responses_BT: Array
+  group_BS: Array
+  slot_BS: Array
+  num_groups: int = struct.field(pytree_node=False, default=1)
+  group_size: int = struct.field(pytree_node=False, default=1)
+
+
+@struct.dataclass
 class Stats:
   """What a loss may ask of the responses under one model; a field that was not computed is None.
 
@@ -72,6 +84,12 @@ class Stats:
       gradient.
     rewards_GK: scores of a head with one output, at the last token of each response.
     scores_BTO: float32 outputs of a head that scores, for every token that was read.
+    sharpness_GK: of the policy: sum over the response of log sum_v p_v^2 of each target, without gradient.
+    kl_GK: of the policy: sum over the response of the exact KL(reference || policy) of each target's distribution.
+    rows: of the policy: where the responses' tokens are, for losses that weigh tokens (`masked.totals`).
+    valid_GK: of the policy: 1 where the group has such a response, 0 where its list is shorter than others.
+    valid_G: of the policy: 1 for a group, 0 where the table of the batch is empty. A loss that reads it is given all
+      micro-batches of a step at once: what it does to one group may then depend on the others.
   """
 
   logps_BT: Array = None
@@ -81,6 +99,11 @@ class Stats:
   logratios_GK: Array = None
   rewards_GK: Array = None
   scores_BTO: Array = None
+  sharpness_GK: Array = None
+  kl_GK: Array = None
+  rows: Any = None
+  valid_GK: Array = None
+  valid_G: Array = None
 
 
 @struct.dataclass

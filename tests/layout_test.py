@@ -114,7 +114,9 @@ def gin_stays_outside(module: Module) -> Iterator[str]:
 def losses_are_pure(module: Module) -> Iterator[str]:
   if module.part == 'losses':
     for line, name in imported(module):
-      allowed = name.startswith(('jaxalign.losses', 'jaxalign.types', 'jaxalign.masked', 'collections', 'typing'))
+      allowed = name.startswith(
+          ('jaxalign.losses', 'jaxalign.types', 'jaxalign.masked', 'collections', 'dataclasses', 'typing')
+      )
       if not allowed and name.split('.')[0] not in ('jax', 'numpy', 'functools', 'math', 'optax'):
         yield f'{line}: a loss may not see {name}'
     for node in module.nodes(ast.Attribute):

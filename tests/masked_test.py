@@ -7,6 +7,7 @@ import pytest
 
 from jaxalign import masked
 from jaxalign import types
+from tests import packed
 
 
 def _batch(group_BS, slot_BS, responses_BT, mask_BT, num_groups, group_size):
@@ -121,13 +122,42 @@ class TestToTable:
 class TestValidGroups:
 
   @pytest.mark.parametrize('seed', range(3))
-  def test_is_one_where_all_responses_of_the_group_are_there(self, seed):
+  def test_is_one_where_a_response_of_the_group_is_there(self, seed):
     batch = _random_batch(seed)
     found = set(zip(batch.group_BS[batch.group_BS >= 0].tolist(), batch.slot_BS[batch.group_BS >= 0].tolist()))
-    gold_G = [float(all((g, k) in found for k in range(3))) for g in range(6)]
-    assert 0 < sum(gold_G) < 6
-    assert masked.valid_groups(batch).tolist() == gold_G
+    gold_GK = [[float((g, k) in found) for k in range(3)] for g in range(6)]
+    assert masked.valid(batch).tolist() == gold_GK
+    assert masked.valid_groups(batch).tolist() == [max(row) for row in gold_GK]
+    assert 0 < np.sum(gold_GK) < 18
 
-  def test_a_pair_over_two_rows_is_valid_and_half_a_pair_is_not(self):
+  def test_of_a_pair_over_two_rows_and_of_a_short_list(self):
     batch = _batch([[0, 1], [0, -1]], [[0, 1], [1, -1]], [[-1], [-1]], [[0], [0]], 3, 2)
-    assert masked.valid_groups(batch).tolist() == [1, 0, 0]
+    assert masked.valid(batch).tolist() == [[1, 1], [0, 1], [0, 0]]
+    assert masked.valid_groups(batch).tolist() == [1, 1, 0]
+
+
+class TestTokens:
+
+  @pytest.mark.parametrize('seed', range(3))
+  def test_get_the_value_of_their_response_and_count_from_its_first(self, seed):
+    batch = _random_batch(seed)
+    table_GK = np.random.default_rng(seed).normal(size=(6, 3)).astype(np.float32)
+    found_BT, order_BT = masked.to_tokens(table_GK, batch), masked.order(batch)
+    for b, t in np.ndindex(batch.mask_BT.shape):
+      rank = batch.responses_BT[b, t]
+      used = rank >= 0 and batch.group_BS[b, rank] >= 0
+      assert found_BT[b, t] == (table_GK[batch.group_BS[b, rank], batch.slot_BS[b, rank]] if used else 0)
+      if rank >= 0 and batch.mask_BT[b, t]:
+        assert order_BT[b, t] == np.sum(batch.mask_BT[b, :t] * (batch.responses_BT[b, :t] == rank))
+
+
+class TestMerged:
+
+  def test_has_the_tables_of_all_micro_batches_one_behind_the_other(self):
+    micros = [_random_batch(seed) for seed in range(3)]
+    whole = masked.merged(packed.stack(*micros))
+    x_ABT = np.random.default_rng(0).normal(size=(3, *micros[0].mask_BT.shape)).astype(np.float32)
+    found = masked.totals(x_ABT.reshape(-1, x_ABT.shape[-1]), whole)
+    wanted = np.concatenate([masked.totals(x_BT, micro) for x_BT, micro in zip(x_ABT, micros)])
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    assert whole.num_groups == 3 * micros[0].num_groups

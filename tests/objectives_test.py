@@ -57,8 +57,8 @@ def with_ref(batch, params=OTHER, model=MODEL):
 
 
 def run(objective, batch, *, loss_fn, params=PARAMS, model=MODEL):
-  fn = jax.jit(functools.partial(objective, model=model, loss_fn=loss_fn))
-  return fn(params, {}, batch, KEY, ())
+  made = objective(model=model, loss_fn=loss_fn, needs=objectives.Needs())
+  return jax.jit(made.of_micro)(params, {}, batch, KEY, ())
 
 
 @jax.jit
@@ -238,7 +238,7 @@ class TestRefLogps:
 class TestNeeds:
 
   def test_are_the_fields_that_a_loss_reads(self):
-    find = functools.partial(objectives.needs, group_size=2, labels=('margin',))
+    find = lambda loss, **more: set(objectives.trace(loss, group_size=2, labels=('margin',), **more).fields)
     assert find(DPO) == {'policy.logps_GK', 'ref.logratios_GK'}
     assert find(supervised.cross_entropy) == {'policy.logps_BT'}
     assert find(reward.bradley_terry) == {'policy.rewards_GK', 'labels.margin'}
@@ -249,4 +249,4 @@ class TestNeeds:
       return types.LossOut(policy.logps_GK[:, 0] * labels['stars'][:, 0], {}, state)
 
     with pytest.raises(types.UsageError, match="reads the label 'stars', but the data has only margin"):
-      objectives.needs(loss, group_size=2, labels=('margin',))
+      objectives.trace(loss, group_size=2, labels=('margin',))

@@ -25,8 +25,9 @@ MODEL = transformer.build(CONFIG, MESH, length=16)
 PARAMS = transformer.init_params(MODEL, jax.random.key(0), MESH)
 OTHER = transformer.init_params(MODEL, jax.random.key(1), MESH)
 OPTIMIZER = optim.adamw(10, schedule=functools.partial(optim.constant, lr=1e-2), weight_decay=0.1)
-SFT = functools.partial(objectives.supervised, model=MODEL, loss_fn=supervised.cross_entropy)
-DPO = functools.partial(objectives.preference, model=MODEL, loss_fn=functools.partial(preference.dpo, beta=0.5))
+NEEDS = objectives.Needs()
+SFT = objectives.supervised(model=MODEL, loss_fn=supervised.cross_entropy, needs=NEEDS)
+DPO = objectives.preference(model=MODEL, loss_fn=functools.partial(preference.dpo, beta=0.5), needs=NEEDS)
 STEPS = {
     name: jax.jit(step_lib.make_step(objective, OPTIMIZER)) for name, objective in {'sft': SFT, 'dpo': DPO}.items()
 }
@@ -66,7 +67,9 @@ class TestMakeStep:
 
   def test_divides_the_sum_by_the_weight_of_the_whole_step(self):
     _, measured = STEPS['sft'](fresh(), {}, split(4))
-    sums = [SFT(PARAMS, {}, jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), split(4)), None, ()) for i in range(4)]
+    sums = [
+        SFT.of_micro(PARAMS, {}, jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), split(4)), None, ()) for i in range(4)
+    ]
     weights = [float(s.weight) for _, s in sums]
     assert len(set(weights)) > 1  # a mean of means would differ
     wanted = sum(float(total) for total, _ in sums) / sum(weights)
@@ -75,7 +78,7 @@ class TestMakeStep:
   def test_is_adamw_on_the_gradient_of_the_mean(self):
     batch = split(1)
     mean = lambda p: (lambda out: out[0] / out[1].weight)(
-        SFT(p, {}, jax.tree.map(lambda x: jnp.asarray(x[0]), batch), None, ())
+        SFT.of_micro(p, {}, jax.tree.map(lambda x: jnp.asarray(x[0]), batch), None, ())
     )
     grads = jax.grad(mean)(PARAMS)
     norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in jax.tree.leaves(grads)))
@@ -90,7 +93,7 @@ class TestMakeStep:
   def test_keeps_small_updates_in_float32(self):
     optimizer = optim.adamw(10, schedule=functools.partial(optim.constant, lr=1e-7))
     model = transformer.build(CONFIG, MESH, length=16, dtype='bfloat16')
-    objective = functools.partial(objectives.supervised, model=model, loss_fn=supervised.cross_entropy)
+    objective = objectives.supervised(model=model, loss_fn=supervised.cross_entropy, needs=NEEDS)
     state, _ = jax.jit(step_lib.make_step(objective, optimizer))(fresh(optimizer=optimizer), {}, split(1))
     moved = np.abs(np.asarray(state.params['layers']['0']['q']) - np.asarray(PARAMS['layers']['0']['q']))
     # About 1e-7 each; in bfloat16 weights of this size no step below 1e-4 is seen.
@@ -140,7 +143,7 @@ class TestMakeStep:
     def counting(policy, ref, labels, *, state):
       return types.LossOut(policy.logps_GK[:, 0] + ref.logps_GK[:, 0], {}, state + 1)
 
-    objective = functools.partial(objectives.preference, model=MODEL, loss_fn=counting)
+    objective = objectives.preference(model=MODEL, loss_fn=counting, needs=NEEDS)
     step = jax.jit(step_lib.make_step(objective, OPTIMIZER))
     good = split(1)
     start = dataclasses.replace(fresh(), loss_state=jnp.zeros(()))

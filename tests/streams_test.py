@@ -90,7 +90,7 @@ class TestOpenStreams:
 
   def test_gives_the_same_reference_cached_or_live(self, job, tiny):
     cached, live = (open_streams(job, dataclasses.replace(DPO, reference=r), *tiny) for r in ('cached', 'live'))
-    assert cached.wants_ref and live.wants_ref
+    assert cached.needs.reference and live.needs.reference
     for pull in (lambda s: next(s.training_batches(0, 0))[1], lambda s: next(s.held_batches())):
       one, other = pull(cached), pull(live)
       mask = np.asarray(one.mask_BT) > 0
@@ -110,7 +110,7 @@ class TestOpenStreams:
   def test_computes_no_reference_for_a_loss_that_reads_none(self, job, tiny):
     data = write(job.workdir.parent / 'texts.jsonl', [{'prompt': 'Once', 'completion': ' a cat'}] * 3)
     streams = open_streams(dataclasses.replace(job, data=data, eval_data=''), SFT, *tiny)
-    assert not streams.wants_ref
+    assert not streams.needs.reference
     assert next(streams.training_batches(0, 0))[1].ref_logps_BT is None
     assert not list(job.cache_dir.glob('ref-*'))
 

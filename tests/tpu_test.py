@@ -70,7 +70,8 @@ def compiled(mesh, length, config=CONFIG, lora=None):
   )
   placed = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
   batch = jax.tree.map(placed, batch, sharding.batch_shardings(mesh, batch, stacked=True))
-  objective = functools.partial(objectives.preference, model=model, loss_fn=functools.partial(preference.dpo, beta=0.1))
+  loss_fn = functools.partial(preference.dpo, beta=0.1)
+  objective = objectives.preference(model=model, loss_fn=loss_fn, needs=objectives.Needs())
   where = jax.tree.map(lambda x: x.sharding, state)
   step = jax.jit(
       step_lib.make_step(objective, optimizer), donate_argnums=0, out_shardings=(where, sharding.named(mesh))

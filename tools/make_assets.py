@@ -1,4 +1,4 @@
-"""Makes the package's assets from the TinyStories 260K model: tokenizer, prompts, pairs, demonstrations and steps.
+"""Makes the package's assets from the TinyStories 260K model: tokenizer, prompts and data of every shape.
 
     python tools/make_assets.py --source=DIR [--output=jaxalign/assets] [--seed=0]
 
@@ -35,7 +35,7 @@ from jaxalign.rewards import rules
 _STORIES, _STORY_TOKENS = 5200, 96
 _HELD_OUT_PROMPTS, _TEST_PROMPTS, _TRAIN_PROMPTS = 64, 480, 2600
 _SAMPLES, _NEW_TOKENS, _LEAST_DIFFERENCE = 4, 64, 0.2
-_LABELLED_PAIRS = 800
+_LABELLED_PAIRS, _LISTS = 800, 400
 _STEP = re.compile(r'[^.!?]+[.!?"]*')
 _SENTENCE = re.compile(r'[A-Z][^.!?"]*[.!?]')
 
@@ -150,6 +150,16 @@ def steps(pairs: list[dict]) -> list[dict]:
   return found
 
 
+def lists(texts: list[str], continuations: list[list[str]]) -> list[dict]:
+  """The continuations of each text with their scores, where there are three or more."""
+  found = []
+  for text, candidates in zip(texts, continuations):
+    if len(candidates) > 2:
+      scores = rules.vader(candidates)
+      found.append({'prompt': text, 'completions': candidates, 'scores': scores, 'append_eos': False})
+  return found
+
+
 def make(source: pathlib.Path, output: pathlib.Path, seed: int) -> None:
   """Makes everything."""
   target = output / 'stories260K'
@@ -173,6 +183,7 @@ def make(source: pathlib.Path, output: pathlib.Path, seed: int) -> None:
       _write(output / f'sentiment-{name}.jsonl.gz', pairs)
       _write(output / f'stories-{name}.jsonl.gz', demonstrations)
       _write(output / f'steps-{name}.jsonl.gz', steps(pairs[:_LABELLED_PAIRS]))
+      _write(output / f'lists-{name}.jsonl.gz', lists(part, found)[:_LISTS])
     ids = [examples.prompt_ids(tokenizer, text) for text in held for _ in range(8)]
     drawn = sampling.sample(model, params, ids, max_new_tokens=_NEW_TOKENS, seed=seed + 9)
     base = np.mean(rules.vader([tokenizer.decode(one.ids, continuation=True) for one in drawn]))

@@ -15,4 +15,4 @@ stage ruff check --quiet
 stage pyink --check --quiet --pyink-indentation=2 --pyink-use-majority-quotes --line-length=120 setup.py jaxalign tests tools
 stage mypy --no-error-summary
 echo '== pytest' >&2
-JAX_PLATFORMS=cpu exec "$PY" -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile "$@"
+JAX_PLATFORMS=cpu exec "$PY" -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal "$@"

@@ -41,13 +41,13 @@ class Group:
 
   Attributes:
     sequences: K of them, chosen first in a pair.
-    labels: numbers that belong to the group, such as `margin`.
+    labels: numbers that belong to the group, such as `margin`, or lists of one for each response, such as `score`.
     truncated: whether tokens were cut to fit the row.
     prompt_tokens: length of the prompt that the sequences share, BOS included, after any cut.
   """
 
   sequences: tuple[Sequence, ...]
-  labels: Mapping[str, float]
+  labels: Mapping[str, float | list[float]]
   truncated: bool = False
   prompt_tokens: int = 0
 
@@ -134,12 +134,14 @@ def preference(
     template: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Group:
-  """A pair, K = 2 with chosen first, labelled with `margin`.
+  """A pair, K = 2 with chosen first, labelled with `margin` and what else the record says of it.
 
   The record has `chosen` and `rejected` with a `prompt`: strings, taken as they are, or lists of messages. Without a
   prompt they are whole conversations: lists of messages, or dialogues as `chat.parse_transcript` reads them. The turns
-  that both share are then the prompt, and what the assistant says after them is learned. Optional columns are `margin`
-  (default 0) and `append_eos` (see `supervised`). Both sides of a pair are cut alike to fit the row.
+  that both share are then the prompt, and what the assistant says after them is learned. Optional columns: `margin`
+  (default 0), `append_eos` (see `supervised`), `probability` (that the chosen response is better), `group` (the number
+  of a domain), and `chosen_score` with `rejected_score`, which become the label `score`. Both sides of a pair are cut
+  alike to fit the row.
 
   Args:
     record: the columns above.
@@ -164,11 +166,22 @@ def preference(
     chosen, rejected = (records.messages(values, name) for name in names)
     shared = min(_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     texts = [_chat_text(tokenizer, turns, template, first_turn=shared) for turns in (chosen, rejected)]
-  labels = {'margin': records.margin(values)}
-  group = _group(texts, tokenizer, row_length, labels=labels, append_eos=records.append_eos(values))
+  group = _group(texts, tokenizer, row_length, labels=_pair_labels(values), append_eos=records.append_eos(values))
   if np.array_equal(group.sequences[0].ids, group.sequences[1].ids):
     raise Dropped('equal responses' + (' after truncation' if group.truncated else ''))
   return group
+
+
+def _pair_labels(values: Mapping[str, Any]) -> dict[str, float | list[float]]:
+  labels: dict[str, float | list[float]] = {'margin': records.number({'margin': 0.0, **values}, 'margin')}
+  if 'probability' in values:
+    labels['probability'] = records.number(values, 'probability', 0.0, 1.0)
+  if 'group' in values:
+    labels['group'] = records.number(values, 'group')
+  scores = [name for name in ('chosen_score', 'rejected_score') if name in values]
+  if len(scores) == 2:
+    labels['score'] = [records.number(values, name) for name in scores]
+  return labels
 
 
 def prompt_ids(

@@ -181,7 +181,10 @@ class Loader:
     for record, slot, micro, row, start in zip(
         placements.records_P, placements.slots_P, placements.micro_P, placements.rows_P, placements.starts_P
     ):
-      mask = self.dataset[record].sequences[slot].mask
+      sequences = self.dataset[record].sequences
+      if slot >= len(sequences):
+        continue  # The list is shorter than K.
+      mask = sequences[slot].mask
       yield Place(int(record), int(slot), int(micro), int(row), int(start) + np.flatnonzero(mask[1:]))
 
   def pack(self, records: np.ndarray) -> packing_lib.Plan:

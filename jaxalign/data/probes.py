@@ -11,7 +11,12 @@ from jaxalign.data import records
 from jaxalign.data import tokenizers
 
 
-def describe(example_fn: Callable[..., examples.Group], tokenizer: tokenizers.Tokenizer, *, row_length: int) -> str:
+def describe(
+    example_fn: Callable[..., examples.Group | list[examples.Group]],
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    row_length: int,
+) -> str:
   """A hash of what an example function does, for the key of a cache of its results.
 
   It is taken from the function's source and from what it makes of a few records, errors included: options may be bound
@@ -24,8 +29,10 @@ def describe(example_fn: Callable[..., examples.Group], tokenizer: tokenizers.To
   digest = hashlib.blake2b(f'{row_length} {source}'.encode(), digest_size=12)
   for record in _PROBES:
     try:
-      group = example_fn(record, tokenizer, row_length=row_length)
-      made = repr([(s.ids.tolist(), s.mask.tolist(), s.labels) for s in group.sequences] + sorted(group.labels.items()))
+      found = example_fn(record, tokenizer, row_length=row_length)
+      groups = found if isinstance(found, list) else [found]
+      made = repr([(s.ids.tolist(), s.mask.tolist(), s.labels) for group in groups for s in group.sequences])
+      made += repr([sorted(group.labels.items()) for group in groups])
     except (examples.Dropped, types.RunError, AttributeError, LookupError, TypeError, ValueError) as err:
       # The first line: gin adds others, with addresses that differ from process to process.
       made = f'{type(err).__name__} {str(err).partition(chr(10))[0]}'
@@ -41,4 +48,6 @@ _PROBES: tuple[records.Record, ...] = (
     {'text': 'a b c'},
     {'prompt': 'a b', 'chosen': ' c', 'rejected': ' d', 'margin': 0.5, 'append_eos': False},
     {'chosen': _TALK, 'rejected': [_TALK[0], {'role': 'assistant', 'content': ''}]},
+    {'prompt': 'a', 'completions': ['b', 'c d', 'e'], 'scores': [0.5, 2, -1]},
+    {'prompt': 'a', 'completion': 'b', 'label': True},
 )

@@ -11,8 +11,9 @@ from jaxalign.data import chat
 
 Record = Mapping[str, Any]
 
-_TEXTS = ('messages', 'prompt', 'completion', 'completions', 'text', 'chosen', 'rejected')
-COLUMNS = (*_TEXTS, 'labels', 'margin', 'append_eos')
+_TEXTS = ('messages', 'prompt', 'completion', 'completions', 'text', 'chosen', 'rejected', 'gold')
+_OF_PAIRS = ('margin', 'chosen_score', 'rejected_score', 'probability', 'group')
+COLUMNS = (*_TEXTS, *_OF_PAIRS, 'label', 'labels', 'scores', 'ranks', 'append_eos')
 
 
 def known(record: Record, columns: Mapping[str, str] | None) -> dict[str, Any]:
@@ -91,16 +92,42 @@ def append_eos(values: Mapping[str, Any]) -> bool:
   return bool(value)
 
 
-def margin(values: Mapping[str, Any]) -> float:
-  """The column `margin`, by default 0.
+def number(values: Mapping[str, Any], name: str, low: float = -math.inf, high: float = math.inf) -> float:
+  """A column of a number.
 
   Raises:
-    RunError: it is not a finite number.
+    RunError: it is not a finite number, or not within [low, high].
   """
-  value = values.get('margin', 0.0)
-  if not isinstance(value, int | float | np.number) or not math.isfinite(value):
-    raise types.RunError(f'column margin: {value!r} where a finite number is wanted')
+  value = values[name]
+  if not isinstance(value, int | float | np.number) or not math.isfinite(value) or not low <= value <= high:
+    bounds = f' from {low:g} to {high:g}' if math.isfinite(low) and math.isfinite(high) else ''
+    raise types.RunError(f'column {name}: {value!r} where a finite number{bounds} is wanted')
   return float(value)
+
+
+def truth(values: Mapping[str, Any], name: str) -> float:
+  """A column of true or false, or 1 or 0, as 1.0 or 0.0.
+
+  Raises:
+    RunError: it is something else.
+  """
+  value = values[name]
+  if not isinstance(value, bool | int | float | np.number | np.bool_) or value not in (0, 1):
+    raise types.RunError(f'column {name}: {value!r} where true or false is wanted')
+  return float(value)
+
+
+def numbers(values: Mapping[str, Any], name: str, count: int) -> np.ndarray:
+  """A column of `count` finite numbers: `[count]` float64.
+
+  Raises:
+    RunError: it is something else.
+  """
+  found = values[name]
+  if not isinstance(found, list | tuple) or len(found) != count:
+    kind = f'{len(found)} values' if isinstance(found, list | tuple) else type(found).__name__
+    raise types.RunError(f'column {name}: {kind} where a list of {count} is wanted')
+  return np.array([number({name: value}, name) for value in found], np.float64)
 
 
 def shares(values: Mapping[str, Any], name: str, count: int) -> np.ndarray:

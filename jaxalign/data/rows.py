@@ -75,6 +75,8 @@ def assemble(
     record, slot = int(placements.records_P[p]), int(placements.slots_P[p])
     if group is None or group[0] != record:
       group = record, dataset[record]
+    if slot >= len(group[1].sequences):
+      continue  # The list is shorter than K.
     sequence, labels = group[1].sequences[slot], group[1].labels
     row = int(placements.micro_P[p]), int(index_of[placements.rows_P[p]])
     start, rank = int(placements.starts_P[p]), int(placements.ranks_P[p])
@@ -82,7 +84,8 @@ def assemble(
     batch.group_BS[(*row, rank)] = placements.groups_P[p]
     batch.slot_BS[(*row, rank)] = slot
     for name in dataset.label_names:
-      batch.labels_BS[name][(*row, rank)] = labels[name]
+      value = labels[name]
+      batch.labels_BS[name][(*row, rank)] = value[slot] if isinstance(value, list) else value
     targets = start + np.flatnonzero(sequence.mask[1:])
     for name in dataset.token_label_names:
       batch.labels_BT[name][(*row, targets)] = sequence.labels[name]

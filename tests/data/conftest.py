@@ -8,8 +8,8 @@ import pytest
 import sentencepiece
 from tokenizers import pre_tokenizers
 
-from jaxalign.data import dataset
 from jaxalign.data import examples
+from jaxalign.data import token_cache
 
 # All that the token cache asks of a tokenizer is what it is.
 TOKENIZER = pytypes.SimpleNamespace(fingerprint='token ids')
@@ -45,11 +45,11 @@ def write_jsonl(tmp_path):
 
 @pytest.fixture
 def build(tmp_path):
-  """`dataset.build` of token ids, with a cache of the test's own."""
+  """`token_cache.build` of token ids, with a cache of the test's own."""
 
   def run(spec, **options):
     defaults = {'tokenizer': TOKENIZER, 'example_fn': example_of, 'key_parts': 'ids', 'cache_dir': tmp_path / 'cache'}
-    return dataset.build(spec, **(defaults | options))
+    return token_cache.build(spec, **(defaults | options))
 
   return run
 

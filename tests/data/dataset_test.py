@@ -248,12 +248,33 @@ class TestBuild:
     with pytest.raises(types.RunError, match="jsonl': it holds no records$"):
       build(write_jsonl([]))
 
-  @pytest.mark.parametrize(
-      'other', [{'ids': [[1, 2]], 'prompt': 1, 'margin': 0.0}, {'ids': [[1, 2], [1, 3]], 'prompt': 1, 'weight': 0.0}]
-  )
-  def test_groups_of_several_kinds_are_refused(self, build, write_jsonl, other):
-    with pytest.raises(types.RunError, match=r'data\.jsonl:2: . responses labelled .* 2 labelled'):
+  def test_groups_of_several_labels_are_refused(self, build, write_jsonl):
+    other = {'ids': [[1, 2], [1, 3]], 'prompt': 1, 'weight': 0.0}
+    with pytest.raises(types.RunError, match=r'data\.jsonl:2: responses labelled .*weight.*before it have .*margin'):
       build(write_jsonl([_RECORDS[0], other]))
+
+  def test_shorter_lists_leave_places_empty(self, build, write_jsonl):
+    short = {'ids': [[1, 2, 3]], 'prompt': 1, 'margin': 0.0}
+    data = build(write_jsonl([_RECORDS[0], short]))
+    np.testing.assert_array_equal(data.lengths_NK, [[3, 4], [2, 0]])
+    np.testing.assert_array_equal(data.trained_NK, [[2, 3], [2, 0]])
+    assert len(data[1].sequences) == 1
+
+  def test_several_groups_of_a_record_are_as_many(self, build, write_jsonl):
+    both = lambda record: [_example_of(record), _example_of(record | {'margin': 9.0})]
+    data = build(write_jsonl(_RECORDS[:2]), example_fn=both)
+    assert [group.labels['margin'] for group in (data[i] for i in range(4))] == [0.5, 9.0, 1.5, 9.0]
+    assert [data.where(i) for i in range(4)] == [f'data.jsonl:{i}' for i in (1, 1, 2, 2)]
+
+  def test_labels_of_each_response_come_back_as_a_list(self, token_dataset):
+    data = token_dataset([_RECORDS[0] | {'score': [0.5, -1.0]}])
+    assert data[0].labels == {'margin': 0.5, 'score': [0.5, -1.0]}
+
+  def test_each_record_meets_another_where_that_is_asked_for(self, build, write_jsonl):
+    seen = []
+    example_fn = lambda record: seen.append(record) or _example_of(record)
+    build(write_jsonl(_RECORDS), example_fn=example_fn, mismatched=True)
+    assert [record['other_record']['margin'] for record in seen] == [1.5, 0.0, 0.5]
 
 
 class TestDataset:

@@ -370,11 +370,11 @@ jax.config.update('jax_num_cpu_devices', 4)
 jax.distributed.initialize('127.0.0.1:' + port, 2, int(index))
 
 from jaxalign import sharding
-from jaxalign.data import dataset
+from jaxalign.data import token_cache
 from jaxalign.data import loader
 import conftest
 
-data = dataset.build(
+data = token_cache.build(
     spec, tokenizer=conftest.TOKENIZER, example_fn=conftest.example_of, key_parts='ids', cache_dir=cache
 )
 packing = loader.Packing(rows=8, row_length=64)

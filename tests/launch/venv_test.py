@@ -160,7 +160,8 @@ class TestTest:
     assert machine.installs() == [f'{machine.checkout}[test,tools]']
     stages = [line.split('|')[1] for line in machine.log if line.startswith('-m|')]
     assert stages[-4:] == ['ruff', 'pyink', 'mypy', 'pytest']
-    assert machine.log[-1] == f'-m|pytest|-k|a or b|JAX_PLATFORMS=cpu in {machine.checkout}'
+    called = '-m|pytest|--numprocesses=auto|--maxprocesses=4|--dist=worksteal|-k|a or b|JAX_PLATFORMS=cpu'
+    assert machine.log[-1] == f'{called} in {machine.checkout}'
 
   @pytest.mark.parametrize('stage', ['ruff', 'pyink', 'mypy'])
   def test_stops_at_the_stage_that_fails_and_names_it(self, machine, stage):

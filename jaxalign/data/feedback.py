@@ -1,0 +1,246 @@
+"""Examples for other feedback than pairs: single responses, scored lists, triples; and what becomes of what."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jaxalign import types
+from jaxalign.data import examples
+from jaxalign.data import records
+from jaxalign.data import tokenizers
+
+# The column in which `token_cache.build` gives a record another one of its source.
+OTHER = 'other_record'
+
+
+def binary(
+    record: records.Record,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    row_length: int,
+    template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> list[examples.Group]:
+  """Single responses, K = 1, with the label `desirable`.
+
+  The record has `prompt`, `completion` and `label` (true or false, or 1 or 0), or is a pair, as `examples.preference`
+  reads it, of which both responses are taken: the chosen one is desirable, the rejected one is not.
+
+  Args:
+    record: the columns above.
+    tokenizer: turns text into ids.
+    row_length: see `examples.supervised`.
+    template: see `chat.pick`; for messages only.
+    columns: what the record calls the columns above, where it is something else.
+
+  Raises:
+    Dropped: see there.
+    RunError: a column is missing or of the wrong kind, or the chat template fails.
+  """
+  values = records.known(record, columns)
+  if 'label' in values:
+    group = examples.supervised(record, tokenizer, row_length=row_length, template=template, columns=columns)
+    return [dataclasses.replace(group, labels={'desirable': records.truth(values, 'label')})]
+  pair = examples.preference(record, tokenizer, row_length=row_length, template=template, columns=columns)
+  labels = {'desirable': 1.0}, {'desirable': 0.0}
+  return [dataclasses.replace(pair, sequences=(one,), labels=own) for one, own in zip(pair.sequences, labels)]
+
+
+def mismatched(
+    record: records.Record,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    row_length: int,
+    template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> list[examples.Group]:
+  """As `binary`, K = 2: behind each response one that was given to another prompt, for KTO's estimate of the KL.
+
+  `recipe.Recipe.mismatched` gives each record another one, half the data set away.
+
+  Args:
+    record: see `binary`.
+    tokenizer: turns text into ids.
+    row_length: see `examples.supervised`.
+    template: see `chat.pick`; for messages only.
+    columns: see `binary`.
+
+  Raises:
+    Dropped: see `binary`; or both responses are equal.
+    RunError: see `binary`.
+  """
+  if OTHER not in record:
+    raise types.UsageError('feedback.mismatched needs recipe.Recipe.mismatched = True')
+  here, there = _responses(records.known(record, columns)), _responses(records.known(record[OTHER], columns))
+  groups = []
+  for (prompt, response, desirable), (_, other, _) in zip(here, there * 2):
+    if isinstance(response, str) != isinstance(other, str):
+      raise types.RunError('responses are text in one record and messages in another')
+    pair = {'prompt': prompt, 'chosen': response, 'rejected': other, 'append_eos': record.get('append_eos', True)}
+    made = examples.preference(pair, tokenizer, row_length=row_length, template=template)
+    groups.append(dataclasses.replace(made, labels={'desirable': desirable}))
+  return groups
+
+
+def _responses(values: Mapping[str, Any]) -> list[tuple[Any, Any, float]]:
+  """(prompt, response, whether it is desirable) of each response of a record."""
+  if 'label' in values:
+    if not {'prompt', 'completion'} <= set(values):
+      raise records.missing(values, None, ('prompt', 'completion', 'label'))
+    return [(values['prompt'], values['completion'], records.truth(values, 'label'))]
+  if not {'chosen', 'rejected'} <= set(values):
+    raise records.missing(values, None, ('prompt', 'completion', 'label'), ('prompt', 'chosen', 'rejected'))
+  found = []
+  for name, desirable in (('chosen', 1.0), ('rejected', 0.0)):
+    if 'prompt' in values:
+      found.append((values['prompt'], values[name], desirable))
+    else:
+      turns = records.messages(values, name)
+      found.append((turns[:-1], turns[-1:], desirable))
+  return found
+
+
+def ranked(
+    record: records.Record,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    row_length: int,
+    most: int = 8,
+    template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> examples.Group:
+  """A list of responses with the label `score` of each, higher being better.
+
+  The record has `prompt`, `completions` (texts or lists of messages) and `scores` (numbers) or `ranks` (1 is the best;
+  the score is then minus the rank). Of more than `most` responses those are taken whose places in the ranking are
+  spread evenly, the best and the worst among them.
+
+  Args:
+    record: the columns above.
+    tokenizer: turns text into ids.
+    row_length: see `examples.supervised`.
+    most: responses of the longest list, K.
+    template: see `chat.pick`; for messages only.
+    columns: what the record calls the columns above, where it is something else.
+
+  Raises:
+    Dropped: there are fewer than two responses, or all have the same score.
+    RunError: a column is missing or of the wrong kind, or the chat template fails.
+  """
+  prompt, responses, scores = _list(record, columns)
+  order = np.argsort(-scores, kind='stable')
+  chosen = order[np.unique(np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int))]
+  groups = [
+      examples.supervised(
+          {'prompt': prompt, 'completion': responses[i], 'append_eos': record.get('append_eos', True)},
+          tokenizer,
+          row_length=row_length,
+          template=template,
+      )
+      for i in sorted(chosen)
+  ]
+  return examples.Group(
+      tuple(group.sequences[0] for group in groups),
+      {'score': [float(scores[i]) for i in sorted(chosen)]},
+      truncated=any(group.truncated for group in groups),
+      prompt_tokens=min(group.prompt_tokens for group in groups),
+  )
+
+
+def pairs_of_list(
+    record: records.Record,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    row_length: int,
+    which: str = 'extremes',
+    template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> list[examples.Group]:
+  """Pairs of a scored list, see `ranked`, labelled with `margin`, the difference of scores.
+
+  Args:
+    record: see `ranked`.
+    tokenizer: turns text into ids.
+    row_length: see `examples.supervised`.
+    which: 'extremes' pairs the best with the worst response, 'all' every two of different scores.
+    template: see `chat.pick`; for messages only.
+    columns: see `ranked`.
+
+  Raises:
+    Dropped: see `ranked`.
+    RunError: see `ranked`.
+  """
+  if which not in ('extremes', 'all'):
+    raise types.UsageError(f"feedback.pairs_of_list.which = {which!r}: it is 'extremes' or 'all'")
+  prompt, responses, scores = _list(record, columns)
+  order = [int(i) for i in np.argsort(-scores, kind='stable')]
+  every = [(i, j) for place, i in enumerate(order) for j in order[place + 1 :] if scores[i] > scores[j]]
+  groups = []
+  for i, j in every if which == 'all' else [(order[0], order[-1])]:
+    pair = {'prompt': prompt, 'chosen': responses[i], 'rejected': responses[j], 'margin': float(scores[i] - scores[j])}
+    pair['append_eos'] = record.get('append_eos', True)
+    groups.append(examples.preference(pair, tokenizer, row_length=row_length, template=template))
+  return groups
+
+
+def triple(
+    record: records.Record,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    row_length: int,
+    template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> examples.Group:
+  """A pair and a better response, K = 3: chosen, rejected, gold.
+
+  The record has `prompt`, `chosen`, `rejected` and `gold`, or is a scored list, see `ranked`, of three or more: its
+  best is gold, the next chosen, the worst rejected.
+
+  Args:
+    record: the columns above.
+    tokenizer: turns text into ids.
+    row_length: see `examples.supervised`.
+    template: see `chat.pick`; for messages only.
+    columns: what the record calls the columns above, where it is something else.
+
+  Raises:
+    Dropped: responses are equal, or fewer than three.
+    RunError: a column is missing or of the wrong kind, or the chat template fails.
+  """
+  values = records.known(record, columns)
+  if 'gold' not in values:
+    prompt, responses, scores = _list(record, columns)
+    if len(responses) < 3:
+      raise examples.Dropped('fewer than three responses')
+    order = np.argsort(-scores, kind='stable')
+    values = {'prompt': prompt} | {
+        name: responses[i] for name, i in (('gold', order[0]), ('chosen', order[1]), ('rejected', order[-1]))
+    }
+    values['append_eos'] = record.get('append_eos', True)
+  pair = examples.preference(values, tokenizer, row_length=row_length, template=template)
+  gold = examples.supervised(
+      {'prompt': values.get('prompt'), 'completion': values['gold'], 'append_eos': records.append_eos(values)},
+      tokenizer,
+      row_length=row_length,
+      template=template,
+  )
+  return dataclasses.replace(
+      pair, sequences=(*pair.sequences, *gold.sequences), truncated=pair.truncated or gold.truncated
+  )
+
+
+def _list(record: records.Record, columns: Mapping[str, str] | None) -> tuple[Any, list[Any], np.ndarray]:
+  """Prompt, responses and scores of a list of two or more."""
+  values = records.known(record, columns)
+  if not {'prompt', 'completions'} <= set(values) or not {'scores', 'ranks'} & set(values):
+    raise records.missing(record, columns, ('prompt', 'completions', 'scores'), ('prompt', 'completions', 'ranks'))
+  responses = values['completions']
+  if not isinstance(responses, list | tuple):
+    raise types.RunError('column completions: a list of responses is wanted')
+  name = 'scores' if 'scores' in values else 'ranks'
+  scores = records.numbers(values, name, len(responses)) * (1.0 if name == 'scores' else -1.0)
+  if len(responses) < 2 or np.all(scores == scores[0]):
+    raise examples.Dropped('nothing to rank: fewer than two responses, or equal scores')
+  return values['prompt'], list(responses), scores
