@@ -79,7 +79,7 @@ def supervised(
   """Objective of losses per token (`losses.supervised`): the weight is the number of counted targets."""
 
   def loss(stats, batch, loss_state):
-    policy = types.Stats(logps_BT=stats['logps'], mask_BT=batch.mask_BT)
+    policy = types.Stats(logps_BT=stats['logps'], mask_BT=batch.mask_BT, rows=masked.rows(batch))
     return _per_token(loss_fn(policy, types.Stats(), _labels(batch), state=loss_state), stats, batch)
 
   return Objective(_stats_fn(model, dense), loss, needs.whole_step)

@@ -186,7 +186,7 @@ class TestParse:
       ('binding', 'part'),
       [
           ('optim.cosine.lrr=1', "no parameter 'lrr'"),
-          ('preference.ipo.tau=1', 'ipo'),
+          ('preference.ipoo.tau=1', 'ipo'),
           ('prefrence.dpo.beta=1', "'prefrence'"),
           ('preference.dpo.beta', 'NAME.PARAMETER=VALUE'),
           ('recipe.Recipe.dtype=bfloat16', "'bfloat16'"),

@@ -72,7 +72,7 @@ def mismatched(
     RunError: see `binary`.
   """
   if OTHER not in record:
-    raise types.UsageError('feedback.mismatched needs recipe.Recipe.mismatched = True')
+    raise types.RunError('no other record: feedback.mismatched needs recipe.Recipe.mismatched = True')
   here, there = _responses(records.known(record, columns)), _responses(records.known(record[OTHER], columns))
   groups = []
   for (prompt, response, desirable), (_, other, _) in zip(here, there * 2):

@@ -49,5 +49,10 @@ _PROBES: tuple[records.Record, ...] = (
     {'prompt': 'a b', 'chosen': ' c', 'rejected': ' d', 'margin': 0.5, 'append_eos': False},
     {'chosen': _TALK, 'rejected': [_TALK[0], {'role': 'assistant', 'content': ''}]},
     {'prompt': 'a', 'completions': ['b', 'c d', 'e'], 'scores': [0.5, 2, -1]},
-    {'prompt': 'a', 'completion': 'b', 'label': True},
+    {
+        'prompt': 'a',
+        'completion': 'b',
+        'label': True,
+        'other_record': {'prompt': 'c', 'completion': 'd', 'label': False},
+    },
 )

@@ -2,6 +2,10 @@
 
 from collections.abc import Mapping
 
+import jax
+import jax.numpy as jnp
+
+from jaxalign import masked
 from jaxalign import types
 
 
@@ -30,3 +34,57 @@ def cross_entropy(
   """
   del ref, labels
   return types.LossOut(-policy.logps_BT, {}, state)
+
+
+def dft(
+    policy: types.Stats, ref: types.Stats, labels: Mapping[str, types.Array], *, state: types.PyTree = ()
+) -> types.LossOut:
+  """Dynamic Fine-Tuning: each token's likelihood weighs its own loss, without gradient.
+
+    loss_t = -sg(p(target_t)) log p(target_t)
+
+  Its gradient is that of -p(target_t): tokens that the model finds impossible no longer dominate. For uniform logits
+  the loss is log(V) / V. TRL's `loss_type="dft"`.
+
+  Args:
+    policy: reads `logps_BT`.
+    ref: not read.
+    labels: not read.
+    state: passed through.
+
+  Returns:
+    `per_item` is `[B, T]`.
+
+  References:
+    Wu et al., 2025, https://arxiv.org/abs/2508.05629.
+  """
+  del ref, labels
+  return types.LossOut(-jax.lax.stop_gradient(jnp.exp(policy.logps_BT)) * policy.logps_BT, {}, state)
+
+
+def unlikelihood(
+    policy: types.Stats, ref: types.Stats, labels: Mapping[str, types.Array], *, state: types.PyTree = (), alpha: float
+) -> types.LossOut:
+  """Likelihood training on desirable responses, unlikelihood training on the others.
+
+    loss_t = -log p(target_t)  or, where undesirable,  -alpha log(1 - p(target_t))
+
+  p is held below 1 - 1e-6, beyond which there is no gradient.
+
+  Args:
+    policy: reads `logps_BT` and `rows`.
+    ref: not read.
+    labels: reads `desirable`, 1 or 0.
+    state: passed through.
+    alpha: weight of the second term; the paper uses 1.
+
+  Returns:
+    `per_item` is `[B, T]`.
+
+  References:
+    Welleck et al., 2019, https://arxiv.org/abs/1908.04319, Eq. 4, for whole responses.
+  """
+  del ref
+  desirable_BT = masked.to_tokens(labels['desirable'], policy.rows)
+  against_BT = -alpha * jnp.log(-jnp.expm1(jnp.minimum(policy.logps_BT, -1e-6)))
+  return types.LossOut(jnp.where(desirable_BT > 0.5, -policy.logps_BT, against_BT), {}, state)

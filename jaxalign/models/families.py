@@ -14,7 +14,8 @@ from jaxalign.models import architecture
 
 # Keys that say what a model is called, how it was trained or how it is to be sampled from.
 _HARMLESS = frozenset(
-    """_attn_implementation _model_name_or_path _name_or_path architectures attention_dropout auto_map bos_token_id cache_implementation
+    """_attn_implementation _model_name_or_path _name_or_path architectures attention_dropout auto_map bos_token_id
+    cache_implementation
     classifier_dropout dtype embd_pdrop eos_token_id id2label initializer_range label2id model_type num_labels
     output_router_logits pad_token_id pretraining_tp problem_type resid_pdrop router_aux_loss_coef
     router_jitter_noise tokenizer_class torch_dtype transformers_version use_cache vocab_size max_window_layers

@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxalign import types
 from jaxalign.losses import supervised
+from tests.losses import world as world_lib
 
 
 def _cross_entropy(logps_BT, **options):
@@ -34,3 +35,41 @@ class TestCrossEntropy:
 
   def test_passes_the_loss_state_through(self):
     assert _cross_entropy(np.zeros((1, 1), np.float32), state={'mean': 3}).state == {'mean': 3}
+
+
+class TestDft:
+
+  def dft(self, logps_BT):
+    return supervised.dft(types.Stats(logps_BT=jnp.asarray(logps_BT)), types.Stats(), {})
+
+  def test_is_minus_p_log_p(self):
+    p_BT = np.array([[0.5, 0.25, 1.0], [1e-3, 0.9, 0.1]])
+    np.testing.assert_allclose(self.dft(np.log(p_BT).astype(np.float32)).per_item, -p_BT * np.log(p_BT), rtol=1e-5)
+
+  def test_has_the_gradient_of_minus_p(self):
+    logps_BT = np.array([[-0.1, -3.0, -40.0]], np.float32)
+    grads_BT = jax.grad(lambda x: jnp.sum(self.dft(x).per_item))(logps_BT)
+    np.testing.assert_allclose(grads_BT, -np.exp(logps_BT), rtol=1e-6)
+
+
+class TestUnlikelihood:
+
+  def unlikelihood(self, w, policy_BT=None, alpha=0.5):
+    policy, _ = w.stats(policy_BT)
+    return supervised.unlikelihood(policy, types.Stats(), w.given(), alpha=alpha)
+
+  def test_is_the_likelihood_of_desirable_tokens_and_the_unlikelihood_of_others(self):
+    w = world_lib.world(groups=4, size=1)
+    total = 0.0
+    for response, desirable in zip(w.policy, w.desirable):
+      lp = response[0].astype(np.float64)
+      total += -lp.sum() if desirable else -0.5 * np.log(1 - np.exp(lp)).sum()
+    per_token_BT = np.asarray(self.unlikelihood(w).per_item)
+    np.testing.assert_allclose((per_token_BT * w.batch.mask_BT).sum(), total, rtol=1e-5)
+    assert 0 < w.desirable.sum() < 4
+
+  def test_is_finite_where_a_token_is_certain(self):
+    w = world_lib.world(groups=4, size=1)
+    loss = lambda x: jnp.sum(self.unlikelihood(w, x).per_item * w.batch.mask_BT)
+    value, slope = jax.value_and_grad(loss)(jnp.zeros_like(w.policy_BT))
+    assert np.isfinite(value) and np.all(np.isfinite(slope))

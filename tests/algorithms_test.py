@@ -1,0 +1,78 @@
+"""Every algorithm that gin_configs names, for three steps on data of its own shape, from the command line."""
+
+import json
+import math
+
+import jax
+import pytest
+
+from jaxalign import catalog
+from jaxalign import main
+from tests import runs
+
+LOG_2 = math.log(2)
+# The loss before the first update, where the policy is its own reference and a new head is zero.
+FIRST_LOSS = {
+    **dict.fromkeys(('dpo', 'cdpo', 'robust', 'rso', 'chi_po', 'sigmoid_norm', 'dpop', 'margin_dpo', 'ld_dpo'), LOG_2),
+    **dict.fromkeys(('f_dpo_forward_kl', 'f_dpo_jensen_shannon', 'f_dpo_alpha', 'aot', 'aot_unpaired'), LOG_2),
+    **dict.fromkeys(('dr_dpo', 'beta_dpo', 'bco', 'rm', 'prm'), LOG_2),
+    **dict.fromkeys(('ipo', 'ipo_averaged'), 25.0),
+    **dict.fromkeys(('hinge', 'gpo_exponential', 'gpo_quadratic', 'apo_zero', 'apo_down'), 1.0),
+    **dict.fromkeys(('kto', 'apo_zero_unpaired'), 0.5),
+    **dict.fromkeys(('nca_pair', 'bco_pair', 'nca'), 2 * LOG_2),
+    'gpo_savage': 0.25,
+    'exo_pair': -LOG_2 - 0.5 * math.log(0.999 * 0.001),
+    'discopop': 0.5 * (1 + LOG_2),
+    'sppo_hard': 50.0,
+    'cal_dpo': LOG_2 + 25.0,
+    'dro': None,
+}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_in_haste():
+  """Nothing here is timed, and most of the time goes into compiling."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp('cache')
+
+
+def flags(algo, cache, workdir):
+  return [
+      'jaxalign',
+      f'--algo={algo}',
+      '--model=tiny',
+      '--tokenizer=builtin:stories260K',
+      f'--cache_dir={cache}',
+      f'--workdir={workdir}',
+      '--eval_data=',
+      '--steps=3',
+      '--log_every=1',
+      '--save_every=0',
+      '--mesh=data:8',
+      '--gin=loader.Packing.rows = 8',
+      '--gin=loader.Packing.row_length = 128',
+      '--gin=loader.Packing.groups_per_step = 6',
+      '--gin=optim.linear.lr = 1e-2',
+      '--gin=train.train.samples = None',
+      "--gin=recipe.Recipe.remat = 'none'",
+  ]
+
+
+@pytest.mark.parametrize('algo', catalog.algorithms())
+def test_trains_from_the_loss_that_its_file_promises(algo, cache, tmp_path, capsys):
+  assert main.main(flags(algo, cache, tmp_path / 'w')) == 0, capsys.readouterr().err
+  lines = runs.logged(tmp_path / 'w')
+  assert list(lines) == [1, 2, 3]
+  assert all(math.isfinite(value) for line in lines.values() for value in line.values())
+  assert lines[3]['loss'] != lines[1]['loss'] or lines[3]['grad_norm'] == 0
+  assert lines[1]['grad_norm'] > 0
+  assert lines[3]['skipped_steps'] == 0
+  if FIRST_LOSS.get(algo) is not None:
+    assert lines[1]['loss'] == pytest.approx(FIRST_LOSS[algo], rel=1e-5)
+  assert json.loads((tmp_path / 'w' / 'summary.json').read_text())['steps'] == 3
