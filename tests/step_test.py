@@ -13,8 +13,10 @@ from jaxalign import optim
 from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import types
+from jaxalign.losses import batchwise
 from jaxalign.losses import preference
 from jaxalign.losses import supervised
+from jaxalign.losses import unpaired
 from jaxalign.models import architecture
 from jaxalign.models import transformer
 from tests import packed
@@ -28,9 +30,17 @@ OPTIMIZER = optim.adamw(10, schedule=functools.partial(optim.constant, lr=1e-2),
 NEEDS = objectives.Needs()
 SFT = objectives.supervised(model=MODEL, loss_fn=supervised.cross_entropy, needs=NEEDS)
 DPO = objectives.preference(model=MODEL, loss_fn=functools.partial(preference.dpo, beta=0.5), needs=NEEDS)
-STEPS = {
-    name: jax.jit(step_lib.make_step(objective, OPTIMIZER)) for name, objective in {'sft': SFT, 'dpo': DPO}.items()
+# Losses that look at all pairs of a step.
+WHOLE = {
+    'aot': functools.partial(batchwise.aot, beta=0.5),
+    'beta_dpo': functools.partial(batchwise.beta_dpo, beta=0.5, alpha=0.6, keep=0.6),
+    'kto': functools.partial(unpaired.kto, beta=0.5),
 }
+TRACED = {name: objectives.trace(loss, group_size=2, labels=('desirable',)) for name, loss in WHOLE.items()}
+OBJECTIVES = {'sft': SFT, 'dpo': DPO} | {
+    name: objectives.preference(model=MODEL, loss_fn=loss, needs=TRACED[name]) for name, loss in WHOLE.items()
+}
+STEPS = {name: jax.jit(step_lib.make_step(objective, OPTIMIZER)) for name, objective in OBJECTIVES.items()}
 PAIRS = packed.pairs(0, 4)
 
 
@@ -41,23 +51,27 @@ def split(ways, pairs=PAIRS):
   for start in range(0, len(pairs), count):
     part = pairs[start : start + count]
     rows = [[(g, k, pair[0], pair[1 + k]) for k in range(2)] for g, pair in enumerate(part)]
-    micros.append(packed.micro_batch(rows, groups=4, size=2, length=20, slots=2))
+    micro = packed.micro_batch(rows, groups=4, size=2, length=20, slots=2)
+    desirable_BS = np.where(micro.group_BS >= 0, (micro.group_BS + start) % 3 != 0, 0).astype(np.float32)
+    micros.append(dataclasses.replace(micro, labels_BS={'desirable': desirable_BS}))
   batch = packed.stack(*micros)
   ref = jax.jit(functools.partial(objectives.ref_logps, model=MODEL))
   return dataclasses.replace(batch, ref_logps_BT=ref(OTHER, batch))
 
 
-def fresh(params=PARAMS, optimizer=OPTIMIZER):
-  return step_lib.init_state(params, optimizer.tx, 0)
+def fresh(params=PARAMS, optimizer=OPTIMIZER, loss_state=()):
+  return step_lib.init_state(params, optimizer.tx, 0, loss_state)
 
 
 class TestMakeStep:
 
-  @pytest.mark.parametrize('name', ['sft', 'dpo'])
+  @pytest.mark.parametrize('name', OBJECTIVES)
   def test_gives_the_same_update_however_the_batch_is_split(self, name):
-    whole, measured = STEPS[name](fresh(), {}, split(1))
-    for ways in (2, 4):
-      state, other = STEPS[name](fresh(), {}, split(ways))
+    start = fresh(loss_state=TRACED[name].state if name in TRACED else ())
+    whole, measured = STEPS[name](start, {}, split(1))
+    for ways in (2, 4) if name not in ('kto', 'beta_dpo') else (4,):
+      state, other = STEPS[name](start, {}, split(ways))
+      jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), state.loss_state, whole.loss_state)
       for key, pair in measured.means.items():
         np.testing.assert_allclose(other.means[key].mean(), pair.mean(), rtol=2e-5, atol=1e-6, err_msg=key)
       np.testing.assert_allclose(other.gauges['grad_norm'], measured.gauges['grad_norm'], rtol=1e-5)
@@ -151,6 +165,16 @@ class TestMakeStep:
     assert float(state.loss_state) == 1
     state, _ = step(state, {}, dataclasses.replace(good, ref_logps_BT=np.full_like(good.ref_logps_BT, np.nan)))
     assert float(state.loss_state) == 1
+
+
+class TestEvalStep:
+
+  @pytest.mark.parametrize('name', WHOLE)
+  def test_of_a_loss_on_whole_steps_does_not_depend_on_micro_batches(self, name):
+    evaluate = step_lib.make_eval_step(OBJECTIVES[name])
+    wanted = evaluate(PARAMS, {}, split(1), TRACED[name].state)
+    for key, pair in evaluate(PARAMS, {}, split(4), TRACED[name].state).items():
+      np.testing.assert_allclose(pair.mean(), wanted[key].mean(), rtol=2e-5, atol=1e-6, err_msg=key)
 
 
 class TestAbstractState:
