@@ -37,15 +37,17 @@ def listing() -> str:
 
 
 def table() -> str:
-  """The algorithms as a Markdown table with paper, gin file and test."""
-  rows = ['| algorithm | what it is | paper | gin file | test |', '|---|---|---|---|---|']
+  """The algorithms as a Markdown table with paper, place in the surveys, loss and test."""
+  rows = ['| algorithm | what it is | paper | surveys | loss | test |', '|---|---|---|---|---|---|']
   for name, text in algorithms().items():
     link = re.search(r'https?://\S+', text)
     what = re.sub(r'[\s,]*https?://\S+', '', text)
-    loss = re.search(r'loss_fn = @(\w+)\.', (ROOT / f'{name}.gin').read_text(encoding='utf-8'))
-    own = loss is not None and loss[1] in ('supervised', 'reward')
-    test = f'tests/losses/{loss[1] if loss and own else "methods"}_test.py'
-    rows.append(f'| `{name}` | {what} | {link[0] if link else ""} | `gin_configs/{name}.gin` | `{test}` |')
+    content = (ROOT / f'{name}.gin').read_text(encoding='utf-8')
+    module, function = re.findall(r'loss_fn = @(\w+)\.(\w+)', content)[0]
+    surveys = re.search(r'^#   Surveys: (.*)$', content, re.MULTILINE)
+    test = f'{module if module in ("supervised", "reward") else "methods"}_test.py'
+    paper = f'[{link[0].rpartition("/")[2]}]({link[0]})' if link else ''
+    rows.append(f'| `{name}` | {what} | {paper} | {surveys[1] if surveys else ""} | `{module}.{function}` | `{test}` |')
   return '\n'.join(rows) + '\n'
 
 

@@ -23,6 +23,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxalign import reference
+from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import types
 from jaxalign.data import tokenizers
@@ -91,11 +92,8 @@ class Store:
     Raises:
       RunError: this or the save before it failed (a full disk); older checkpoints are whole.
     """
-    args = ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params),
-        train=ocp.args.StandardSave(_rest(state)),
-        data=ocp.args.JsonSave(dict(place)),
-    )
+    arrays = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+    args = ocp.args.Composite(data=ocp.args.JsonSave(dict(place)), **arrays)
     known = {self._metric: float(metrics[self._metric])} if self._metric in metrics else None
     try:
       self._manager.save(step, args=args, metrics=known)
@@ -122,14 +120,11 @@ class Store:
     Raises:
       RunError: the checkpoint is of another model.
     """
-    args = ocp.args.Composite(
-        params=ocp.args.StandardRestore(abstract.params),
-        train=ocp.args.StandardRestore(_rest(abstract)),
-        data=ocp.args.JsonRestore(),
-    )
+    arrays = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
     check_shapes(self._directory / str(step) / 'params', abstract.params)
-    found = self._manager.restore(step, args=args)
-    state = step_lib.TrainState(params=found['params'], **found['train'])
+    found = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore(), **arrays))
+    loss_state = found['loss']['state'] if 'loss' in arrays else abstract.loss_state
+    state = step_lib.TrainState(params=found['params'], loss_state=loss_state, **found['train'])
     return state, found['data']
 
   def close(self) -> None:
@@ -138,8 +133,11 @@ class Store:
     self._manager.close()
 
 
-def _rest(state: step_lib.TrainState) -> dict[str, types.PyTree]:
-  return {name: value for name, value in vars(state).items() if name != 'params'}
+def _items(state: step_lib.TrainState) -> dict[str, types.PyTree]:
+  """The trees that a checkpoint holds apart: parameters, the state of a loss that has one, and the rest."""
+  rest = {name: value for name, value in vars(state).items() if name not in ('params', 'loss_state')}
+  loss = {'loss': {'state': state.loss_state}} if jax.tree.leaves(state.loss_state) else {}
+  return {'params': state.params, 'train': rest} | loss
 
 
 def check_shapes(path: pathlib.Path, abstract: types.PyTree) -> None:
@@ -267,6 +265,19 @@ def load_reference(directory: str | pathlib.Path, loaded: Loaded, mesh: jax.shar
   start = lora_lib.split(abstract)[0]
   trained = _restored(folder / 'start', start) if loaded.model.lora.adapter else {}
   return reference.Reference.of(loaded.model, trained, lora_lib.split(loaded.params)[1])
+
+
+def load_loss_state(directory: str | pathlib.Path, first: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
+  """Restores the state of the loss, `first` being what it began with: `()` for most losses.
+
+  Raises:
+    RunError: the checkpoint does not have it, or a file of it is corrupt.
+  """
+  if not jax.tree.leaves(first):
+    return first
+  folder, step = find(directory)
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh)), first)
+  return _restored(folder / str(step) / 'loss', {'state': abstract})['state']
 
 
 def _restored(path: pathlib.Path, abstract: types.PyTree) -> types.PyTree:

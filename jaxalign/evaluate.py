@@ -210,7 +210,7 @@ class Evaluator:
     run = lambda params, batch: self._step(params, self._frozen, batch, loss_state)
     return held_out(run, params, self._streams.held_batches())
 
-  def whole(self, params: types.PyTree, loss_state: types.PyTree = ()) -> Whole:
+  def whole(self, params: types.PyTree, loss_state: types.PyTree) -> Whole:
     """Held-out metrics and samples."""
     sampled = Sampled({}, [])
     if self._samples is not None and self._prompts:
@@ -237,7 +237,9 @@ def evaluate(
     loaded = checkpoint.load(directory, job.mesh)
     ref = lambda: checkpoint.load_reference(directory, loaded, job.mesh)
     streams = streams_lib.open_streams(job, recipe, loaded.tokenizer, ref, steps=0, counter=counter)
-    found = Evaluator(job, recipe, loaded.model, loaded.tokenizer, streams, samples, counter, {}).whole(loaded.params)
+    loss_state = checkpoint.load_loss_state(directory, streams.needs.state, job.mesh)
+    evaluator = Evaluator(job, recipe, loaded.model, loaded.tokenizer, streams, samples, counter, {})
+    found = evaluator.whole(loaded.params, loss_state)
   return found.held_out | {f'eval/{name}': value for name, value in found.sampled.metrics.items()}
 
 

@@ -54,11 +54,16 @@ class TestTable:
   def test_names_paper_file_and_test_that_exist(self):
     rows = [re.split(r'\s*\|\s*', line)[1:-1] for line in catalog.table().splitlines()[2:]]
     assert [row[0].strip('`') for row in rows] == list(catalog.algorithms())
-    for _, what, paper, gin_file, test in rows:
+    for name, what, paper, _, loss, test in rows:
       assert what and 'http' not in what
-      assert paper.startswith('https://')
-      assert (ROOT / gin_file.strip('`')).is_file()
-      assert (ROOT / test.strip('`')).is_file()
+      assert '](https://' in paper
+      assert (ROOT / 'gin_configs' / f'{name.strip("`")}.gin').is_file()
+      module, function = loss.strip('`').split('.')
+      assert f'\ndef {function}(' in (ROOT / 'jaxalign' / 'losses' / f'{module}.py').read_text()
+      assert (ROOT / 'tests' / 'losses' / test.strip('`')).is_file()
+
+  def test_is_the_one_of_the_readme(self):
+    assert f'<!-- jaxalign --list --markdown -->\n\n{catalog.table()}' in (ROOT / 'README.md').read_text()
 
 
 class TestExists:

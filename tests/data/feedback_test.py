@@ -1,0 +1,160 @@
+"""Examples of other feedback than pairs, and what becomes of what."""
+
+import numpy as np
+import pytest
+
+from jaxalign import types
+from jaxalign.data import examples
+from jaxalign.data import feedback
+from jaxalign.data import tokenizers
+
+LIST = {'prompt': 'ab', 'completions': ['a', 'b', 'aa', 'bb'], 'scores': [0.1, 0.9, 0.5, 0.5]}
+
+
+@pytest.fixture
+def letters(write_json_tokenizer):
+  """A tokenizer without merges, BOS 0 and EOS 1: a character of ASCII is a token."""
+  return tokenizers.load(write_json_tokenizer(merges=()))
+
+
+@pytest.fixture
+def said(letters):
+  """The text that is learned of a sequence, without its EOS."""
+  return lambda sequence: letters.decode(sequence.ids[sequence.mask].tolist())
+
+
+class TestBinary:
+
+  @pytest.mark.parametrize('label,wanted', [(True, 1.0), (False, 0.0), (1, 1.0), (0.0, 0.0)])
+  def test_is_a_response_and_whether_it_is_desirable(self, letters, said, label, wanted):
+    (group,) = feedback.binary({'prompt': 'ab', 'completion': 'ba', 'label': label}, letters, row_length=20)
+    assert group.labels == {'desirable': wanted}
+    assert [said(s) for s in group.sequences] == ['ba']
+
+  def test_takes_both_responses_of_a_pair(self, letters, said):
+    groups = feedback.binary({'prompt': 'ab', 'chosen': 'a', 'rejected': 'b'}, letters, row_length=20)
+    assert [(said(g.sequences[0]), g.labels['desirable']) for g in groups] == [('a', 1.0), ('b', 0.0)]
+    assert all(len(g.sequences) == 1 for g in groups)
+
+  @pytest.mark.parametrize('label', ['yes', 0.5, None, [1]])
+  def test_refuses_labels_that_are_none(self, letters, label):
+    record = {'prompt': 'ab', 'completion': 'ba', 'label': label}
+    with pytest.raises(types.RunError, match='column label: .* where true or false is wanted|a column is missing'):
+      feedback.binary(record, letters, row_length=20)
+
+
+class TestMismatched:
+
+  def test_puts_the_response_to_another_prompt_behind_each(self, letters, said):
+    other = {'prompt': 'bb', 'completion': 'bbb', 'label': True}
+    record = {'prompt': 'ab', 'completion': 'ba', 'label': False, feedback.OTHER: other}
+    (group,) = feedback.mismatched(record, letters, row_length=20)
+    assert [said(s) for s in group.sequences] == ['ba', 'bbb']
+    assert all(s.ids[:3].tolist() == [0, *letters.encode('ab')] for s in group.sequences)
+    assert group.labels == {'desirable': 0.0}
+
+  def test_does_so_for_both_sides_of_pairs_text_or_talk(self, letters, said):
+    pair = {
+        'prompt': 'ab',
+        'chosen': 'a',
+        'rejected': 'b',
+        feedback.OTHER: {'prompt': 'a', 'chosen': 'c', 'rejected': 'd'},
+    }
+    groups = feedback.mismatched(pair, letters, row_length=20)
+    assert [([said(s) for s in g.sequences], g.labels['desirable']) for g in groups] == [
+        (['a', 'c'], 1.0),
+        (['b', 'd'], 0.0),
+    ]
+    talk = lambda a, b: [{'role': 'user', 'content': a}, {'role': 'assistant', 'content': b}]
+    record = {'chosen': talk('q', 'x'), 'rejected': talk('q', 'y')}
+    record[feedback.OTHER] = {'chosen': talk('p', 'v'), 'rejected': talk('p', 'w')}
+    first, second = feedback.mismatched(record, letters, row_length=60)
+    assert [[said(s).strip() for s in g.sequences] for g in (first, second)] == [['x', 'v'], ['y', 'w']]
+
+  def test_says_what_is_missing(self, letters):
+    with pytest.raises(types.RunError, match='recipe.Recipe.mismatched = True'):
+      feedback.mismatched({'prompt': 'ab', 'completion': 'ba', 'label': True}, letters, row_length=20)
+    record = {'text': 'ab', feedback.OTHER: {'text': 'a'}}
+    with pytest.raises(types.RunError, match='a column is missing: wanted prompt'):
+      feedback.mismatched(record, letters, row_length=20)
+
+
+class TestRanked:
+
+  def test_is_a_list_with_a_score_each(self, letters, said):
+    group = feedback.ranked(LIST, letters, row_length=20)
+    assert [said(s) for s in group.sequences] == LIST['completions']
+    assert group.labels == {'score': LIST['scores']}
+
+  def test_takes_ranks_of_which_1_is_the_best(self, letters):
+    record = {'prompt': 'ab', 'completions': ['a', 'b'], 'ranks': [2, 1]}
+    assert feedback.ranked(record, letters, row_length=20).labels == {'score': [-2.0, -1.0]}
+
+  def test_keeps_the_best_the_worst_and_some_between(self, letters, said):
+    group = feedback.ranked(LIST, letters, row_length=20, most=3)
+    assert len(group.sequences) == 3
+    assert {'a', 'b'} <= {said(s) for s in group.sequences}
+    assert sorted(group.labels['score'])[::2] == [0.1, 0.9]
+
+  @pytest.mark.parametrize('change', [{'completions': ['a'], 'scores': [1]}, {'scores': [2, 2, 2, 2]}])
+  def test_drops_what_cannot_be_ranked(self, letters, change):
+    with pytest.raises(examples.Dropped, match='nothing to rank'):
+      feedback.ranked(LIST | change, letters, row_length=20)
+
+  @pytest.mark.parametrize(
+      'change,said',
+      [
+          ({'scores': [1, 2]}, 'column scores: 2 values where a list of 4 is wanted'),
+          ({'scores': [1, 2, 3, 'x']}, "column scores: 'x' where a finite number is wanted"),
+          ({'scores': [1, 2, 3, float('nan')]}, 'column scores: nan where a finite number'),
+          ({'scores': None}, 'wanted prompt \\+ completions \\+ scores or prompt \\+ completions \\+ ranks'),
+          ({'completions': 'ab'}, 'column completions: a list of responses is wanted'),
+      ],
+  )
+  def test_refuses_lists_that_are_none(self, letters, change, said):
+    with pytest.raises(types.RunError, match=said):
+      feedback.ranked(LIST | change, letters, row_length=20)
+
+
+class TestPairsOfList:
+
+  def test_are_the_extremes_or_all_that_differ(self, letters, said):
+    read = lambda groups: [(said(g.sequences[0]), said(g.sequences[1]), round(g.labels['margin'], 6)) for g in groups]
+    assert read(feedback.pairs_of_list(LIST, letters, row_length=20)) == [('b', 'a', 0.8)]
+    assert read(feedback.pairs_of_list(LIST, letters, row_length=20, which='all')) == [
+        ('b', 'aa', 0.4),
+        ('b', 'bb', 0.4),
+        ('b', 'a', 0.8),
+        ('aa', 'a', 0.4),
+        ('bb', 'a', 0.4),
+    ]
+    with pytest.raises(types.UsageError, match="it is 'extremes' or 'all'"):
+      feedback.pairs_of_list(LIST, letters, row_length=20, which='some')
+
+
+class TestTriple:
+
+  def test_is_a_pair_and_a_better_response(self, letters, said):
+    record = {'prompt': 'ab', 'chosen': 'a', 'rejected': 'b', 'gold': 'aaa'}
+    group = feedback.triple(record, letters, row_length=20)
+    assert [said(s) for s in group.sequences] == ['a', 'b', 'aaa']
+    assert all(np.array_equal(s.ids[:3], group.sequences[0].ids[:3]) for s in group.sequences)
+
+  def test_of_a_list_are_its_best_its_next_and_its_worst(self, letters, said):
+    group = feedback.triple(LIST, letters, row_length=20)
+    assert [said(s) for s in group.sequences] == ['aa', 'a', 'b']
+    with pytest.raises(examples.Dropped, match='fewer than three'):
+      feedback.triple(LIST | {'completions': ['a', 'b'], 'scores': [1, 2]}, letters, row_length=20)
+
+
+class TestLabelsOfPairs:
+
+  def test_are_what_the_record_says(self, letters):
+    record = {'prompt': 'ab', 'chosen': 'a', 'rejected': 'b', 'chosen_score': 2, 'rejected_score': -1.5}
+    group = examples.preference(record | {'probability': 0.75, 'group': 3}, letters, row_length=20)
+    assert group.labels == {'margin': 0.0, 'score': [2.0, -1.5], 'probability': 0.75, 'group': 3.0}
+
+  def test_are_refused_where_they_are_none(self, letters):
+    record = {'prompt': 'ab', 'chosen': 'a', 'rejected': 'b', 'probability': 1.5}
+    with pytest.raises(types.RunError, match='column probability: 1.5 where a finite number from 0 to 1 is wanted'):
+      examples.preference(record, letters, row_length=20)
