@@ -171,13 +171,13 @@ def save_imported(
     directory: pathlib.Path,
     params: types.PyTree,
     model: transformer.Transformer,
-    origin: Mapping[str, Any],
+    origin: Mapping[str, Any] | None,
     tokenizer: tokenizers.Tokenizer,
 ) -> None:
   """Writes weights that no run has trained as a checkpoint of step 0; `origin` is the config.json they came with."""
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(epath.Path(directory.absolute() / '0' / 'params'), params)
-  run: dict[str, Any] = {'model': model.config.to_json(), 'lora': None, 'hf_config': dict(origin), 'bindings': None}
+  run: dict[str, Any] = {'model': model.config.to_json(), 'lora': None, 'hf_config': origin, 'bindings': None}
   run |= {'dtype': str(model.dtype), 'row_length': model.config.max_length, 'model_spec': ''}
   save_run(directory, run, '', tokenizer)
 

@@ -112,8 +112,7 @@ def preference(
     metrics = _group_metrics(out, batch) | _token_metrics(stats, batch)
     if 'mean_logit' in stats:
       metrics |= _per_side(masked.per_response(stats['mean_logit'], batch), policy.tokens_GK, batch, 'logits')
-    longer = policy.tokens_GK[:, :1] - policy.tokens_GK
-    return _finish(out, metrics | _length_metrics(longer, batch), batch)
+    return _finish(out, metrics | _length_metrics(out, policy.tokens_GK, batch), batch)
 
   return Objective(_stats_fn(model, tuple(wanted)), loss, needs.whole_step)
 
@@ -129,14 +128,16 @@ def reward(*, model: transformer.Transformer, loss_fn: LossFn, needs: Needs) -> 
   """
 
   def loss(stats, batch, loss_state):
+    # The position of its last token tells how long a response is, as all of a group follow the same prompt.
+    length_GK = masked.totals(batch.positions_BT, batch)
     policy = types.Stats(
-        rewards_GK=_rewards(stats['scores'], batch), valid_GK=masked.valid(batch), valid_G=masked.valid_groups(batch)
+        rewards_GK=_rewards(stats['scores'], batch),
+        tokens_GK=length_GK,
+        valid_GK=masked.valid(batch),
+        valid_G=masked.valid_groups(batch),
     )
     out = loss_fn(policy, types.Stats(), _labels(batch), state=loss_state)
-    # The position of its last token tells how long a response is, as both follow the same prompt.
-    length_GK = masked.totals(batch.positions_BT, batch)
-    metrics = _group_metrics(out, batch) | _length_metrics(length_GK[:, :1] - length_GK, batch)
-    return _finish(out, metrics, batch)
+    return _finish(out, _group_metrics(out, batch) | _length_metrics(out, length_GK, batch), batch)
 
   return Objective(_scores_fn(model), loss, needs.whole_step)
 
@@ -310,12 +311,17 @@ def _per_side(total_BS, tokens_GK, batch: types.Batch, name: str) -> dict[str, m
   }
 
 
-def _length_metrics(longer_GK, batch: types.Batch) -> dict[str, masked.Weighted]:
-  """How often the chosen response is the longer one, ties counting half: what a judge of length alone would score."""
+def _length_metrics(out: types.LossOut, length_GK, batch: types.Batch) -> dict[str, masked.Weighted]:
+  """What a judge of length alone would score (ties counting half), and the accuracy where it is right and wrong."""
   if batch.group_size != 2:
     return {}
-  right_G = 0.5 * (1 + jnp.sign(longer_GK[:, 1]))
-  return {'length_only/accuracies': masked.weighted(right_G, masked.valid_groups(batch))}
+  valid_G, longer_G = masked.valid_groups(batch), length_GK[:, 0] - length_GK[:, 1]
+  metrics = {'length_only/accuracies': masked.weighted(0.5 * (1 + jnp.sign(longer_G)), valid_G)}
+  for name in ('rewards/accuracies', 'accuracy'):
+    if name in out.metrics:
+      metrics['accuracy/chosen_longer'] = masked.weighted(out.metrics[name], valid_G * (longer_G > 0))
+      metrics['accuracy/chosen_shorter'] = masked.weighted(out.metrics[name], valid_G * (longer_G < 0))
+  return metrics
 
 
 def _finish(out: types.LossOut, metrics, batch: types.Batch) -> tuple[jax.Array, Sums]:

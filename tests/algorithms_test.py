@@ -15,7 +15,7 @@ LOG_2 = math.log(2)
 FIRST_LOSS = {
     **dict.fromkeys(('dpo', 'cdpo', 'robust', 'rso', 'chi_po', 'sigmoid_norm', 'dpop', 'margin_dpo', 'ld_dpo'), LOG_2),
     **dict.fromkeys(('f_dpo_forward_kl', 'f_dpo_jensen_shannon', 'f_dpo_alpha', 'aot', 'aot_unpaired'), LOG_2),
-    **dict.fromkeys(('dr_dpo', 'beta_dpo', 'bco', 'rm', 'prm'), LOG_2),
+    **dict.fromkeys(('dr_dpo', 'beta_dpo', 'bco', 'rm', 'prm', 'orm', 'rm_all_pairs', 'rm_length_debiased'), LOG_2),
     **dict.fromkeys(('ipo', 'ipo_averaged'), 25.0),
     **dict.fromkeys(('hinge', 'gpo_exponential', 'gpo_quadratic', 'apo_zero', 'apo_down'), 1.0),
     **dict.fromkeys(('kto', 'apo_zero_unpaired'), 0.5),

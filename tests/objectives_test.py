@@ -153,6 +153,8 @@ class TestPreference:
         'entropy',
         'mean_token_accuracy',
         'length_only/accuracies',
+        'accuracy/chosen_longer',
+        'accuracy/chosen_shorter',
     }
 
   def test_counts_how_often_the_longer_response_was_chosen(self):

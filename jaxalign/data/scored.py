@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxalign import types
 from jaxalign.data import examples
+from jaxalign.data import feedback
 from jaxalign.data import records
 from jaxalign.data import tokenizers
 
@@ -39,6 +40,18 @@ def comparison(
   """
   pair = examples.preference(record, tokenizer, row_length=row_length - 1, template=template, columns=columns)
   return dataclasses.replace(pair, sequences=tuple(map(_scored, pair.sequences)))
+
+
+def ranked(record: records.Record, tokenizer: tokenizers.Tokenizer, *, row_length: int, **options) -> examples.Group:
+  """A scored list for a reward model, see `feedback.ranked`, of which one slot counts in each response."""
+  group = feedback.ranked(record, tokenizer, row_length=row_length - 1, **options)
+  return dataclasses.replace(group, sequences=tuple(map(_scored, group.sequences)))
+
+
+def binary(record: records.Record, tokenizer: tokenizers.Tokenizer, *, row_length: int, **options):
+  """Responses that are right or not for a reward model, see `feedback.binary`, of which one slot counts in each."""
+  groups = feedback.binary(record, tokenizer, row_length=row_length - 1, **options)
+  return [dataclasses.replace(group, sequences=tuple(map(_scored, group.sequences))) for group in groups]
 
 
 def responses(

@@ -51,8 +51,8 @@ def lipo_lambda(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
   fixed_GK = jnp.where(policy.valid_GK > 0, jax.lax.stop_gradient(v_GK), _NEVER)
   rank_GK = 1.0 + jnp.argsort(jnp.argsort(-fixed_GK, axis=1), axis=1).astype(jnp.float32)
   discount_GK, gain_GK = 1.0 / jnp.log1p(rank_GK), jnp.exp2(labels['score'])
-  weight_GKK = jnp.abs(_differences(gain_GK)) * jnp.abs(_differences(discount_GK))
-  loss_GKK = weight_GKK * parts.logistic(_differences(v_GK))
+  weight_GKK = jnp.abs(differences(gain_GK)) * jnp.abs(differences(discount_GK))
+  loss_GKK = weight_GKK * parts.logistic(differences(v_GK))
   return _out(policy, labels, v_GK, _over_pairs(loss_GKK, labels, policy), state)
 
 
@@ -67,7 +67,7 @@ def rrhf(policy, ref, labels, *, state=(), weight: float) -> types.LossOut:
     Yuan et al., 2023, https://arxiv.org/abs/2304.05302, Eq. 2 to 4.
   """
   a_GK = parts.log_prob(policy, ref, labels, length_power=1.0)
-  loss_G = _over_pairs(parts.hinge(_differences(a_GK), margin=0.0), labels, policy)
+  loss_G = _over_pairs(parts.hinge(differences(a_GK), margin=0.0), labels, policy)
   return _out(policy, labels, a_GK, loss_G - weight * _best(a_GK, labels, policy), state)
 
 
@@ -83,8 +83,8 @@ def pro(policy, ref, labels, *, state=(), sft_weight: float) -> types.LossOut:
     Song et al., 2023, https://arxiv.org/abs/2306.17492, Eq. 7 to 10.
   """
   a_GK = parts.log_prob(policy, ref, labels, length_power=1.0)
-  better_GKK = _better(labels, policy)
-  heat_GKK = jnp.where(better_GKK, _differences(labels['score']), 0.0)
+  better_GKK = better(labels, policy)
+  heat_GKK = jnp.where(better_GKK, differences(labels['score']), 0.0)
   own_GK = jnp.max(heat_GKK, axis=2)
   others_GKK = jnp.where(better_GKK, a_GK[:, None, :] * heat_GKK, _NEVER)
   own = a_GK * own_GK
@@ -176,18 +176,26 @@ def dro(policy, ref, labels, *, state=(), tau: float) -> types.LossOut:
   return _out(policy, labels, tau * z_GK, loss_G, state)
 
 
-def _differences(x_GK):
+def differences(x_GK):
+  """Of response i and response j: `[G, K, K]`."""
   return x_GK[:, :, None] - x_GK[:, None, :]
 
 
-def _better(labels, policy):
+def better(labels, policy):
   """Whether response i is better than j, both being there: `[G, K, K]`."""
   both_GKK = (policy.valid_GK[:, :, None] * policy.valid_GK[:, None, :]) > 0
-  return (_differences(labels['score']) > 0) & both_GKK
+  return (differences(labels['score']) > 0) & both_GKK
+
+
+def concordance(rewards_GK, labels, policy):
+  """The share of a list's pairs whose rewards are in the order of their scores: `[G]`."""
+  pairs_GKK = better(labels, policy).astype(jnp.float32)
+  right_GKK = pairs_GKK * (differences(rewards_GK) > 0).astype(jnp.float32)
+  return jnp.sum(right_GKK, axis=(1, 2)) / jnp.maximum(jnp.sum(pairs_GKK, axis=(1, 2)), 1.0)
 
 
 def _over_pairs(loss_GKK, labels, policy):
-  return jnp.sum(jnp.where(_better(labels, policy), loss_GKK, 0.0), axis=(1, 2))
+  return jnp.sum(jnp.where(better(labels, policy), loss_GKK, 0.0), axis=(1, 2))
 
 
 def _best(x_GK, labels, policy):
@@ -205,10 +213,8 @@ def _target(labels, policy, alpha: float):
 
 def _out(policy, labels, rewards_GK, loss_G, state) -> types.LossOut:
   """With the share of pairs whose rewards are in the order of their scores, and the reward of the best response."""
-  better_GKK = _better(labels, policy).astype(jnp.float32)
-  right_GKK = better_GKK * (_differences(rewards_GK) > 0).astype(jnp.float32)
   metrics = {
-      'rewards/accuracies': jnp.sum(right_GKK, axis=(1, 2)) / jnp.maximum(jnp.sum(better_GKK, axis=(1, 2)), 1.0),
+      'rewards/accuracies': concordance(rewards_GK, labels, policy),
       'rewards/best': _best(rewards_GK, labels, policy),
       'logps/best': _best(policy.logps_GK, labels, policy),
   }

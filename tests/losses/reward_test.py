@@ -82,7 +82,7 @@ class TestBradleyTerry:
     np.testing.assert_array_equal(metrics['accuracy'], rewards_GK[:, 0] > rewards_GK[:, 1])
     np.testing.assert_allclose(metrics['margin'], rewards_GK[:, 0] - rewards_GK[:, 1])
     np.testing.assert_allclose(np.mean(metrics['mean_reward']), rewards_GK.mean(), rtol=1e-6)
-    assert set(metrics) == {'accuracy', 'margin', 'mean_reward'}
+    assert set(metrics) == {'accuracy', 'margin', 'mean_reward', 'brier'}
 
   def test_a_tie_is_not_accurate(self):
     out = _bradley_terry(np.array([[1.0, 1.0], [2.0, 1.0], [1.0, 2.0]], np.float32))
@@ -130,3 +130,98 @@ class TestProcess:
   def test_refuses_a_head_of_three_outputs(self):
     with pytest.raises(types.UsageError, match='score_outputs = 3: a step is right or wrong, 1 or 2'):
       self.process(np.zeros((1, 1, 3)), [[1]])
+
+
+def _lists(seed=0, groups=5, size=4):
+  """Rewards and scores of lists, of which the last is shorter."""
+  rng = np.random.default_rng(seed)
+  rewards_GK, score_GK = (rng.normal(0, 1, (groups, size)).astype(np.float32) for _ in range(2))
+  valid_GK = np.ones((groups, size), np.float32)
+  valid_GK[-1, 2:] = 0
+  stats = types.Stats(rewards_GK=jnp.asarray(rewards_GK), valid_GK=jnp.asarray(valid_GK))
+  there = [[k for k in range(size) if valid_GK[g, k]] for g in range(groups)]
+  return stats, {'score': jnp.asarray(score_GK)}, rewards_GK.astype(np.float64), score_GK, there
+
+
+class TestLists:
+
+  def test_all_pairs_are_averaged(self):
+    stats, labels, r, score, there = _lists()
+    wanted = []
+    for g, ks in enumerate(there):
+      pairs = [(i, j) for i in ks for j in ks if score[g, i] > score[g, j]]
+      wanted.append(np.mean([_softplus(-(r[g, i] - r[g, j])) for i, j in pairs]))
+    out = reward.all_pairs(stats, types.Stats(), labels)
+    np.testing.assert_allclose(out.per_item, wanted, rtol=1e-5)
+    right = [
+        np.mean([r[g, i] > r[g, j] for i in ks for j in ks if score[g, i] > score[g, j]]) for g, ks in enumerate(there)
+    ]
+    np.testing.assert_allclose(out.metrics['accuracy'], right, rtol=1e-6)
+
+  def test_plackett_luce_is_a_product_of_choices(self):
+    stats, labels, r, score, there = _lists()
+    wanted = []
+    for g, ks in enumerate(there):
+      order = sorted(ks, key=lambda k: -score[g, k])
+      choices = [np.exp(r[g, order[i]]) / np.exp(r[g, order[i:]]).sum() for i in range(len(order))]
+      wanted.append(-np.log(np.prod(choices)))
+    np.testing.assert_allclose(reward.plackett_luce(stats, types.Stats(), labels).per_item, wanted, rtol=1e-5)
+
+  def test_regression_is_the_mean_square(self):
+    stats, labels, r, score, there = _lists()
+    wanted = [np.mean([(r[g, k] - score[g, k]) ** 2 for k in ks]) for g, ks in enumerate(there)]
+    np.testing.assert_allclose(reward.regression(stats, types.Stats(), labels).per_item, wanted, rtol=1e-5)
+
+  @pytest.mark.parametrize('loss', [reward.all_pairs, reward.plackett_luce, reward.regression])
+  def test_responses_that_are_not_there_get_no_gradient(self, loss):
+    stats, labels, *_ = _lists()
+    slope = jax.grad(lambda x: jnp.sum(loss(stats.replace(rewards_GK=x), types.Stats(), labels).per_item))
+    slopes_GK = np.asarray(slope(stats.rewards_GK))
+    np.testing.assert_array_equal(slopes_GK[-1, 2:], 0)
+    assert np.all(np.any(slopes_GK != 0, axis=1))
+
+
+class TestLabelNoise:
+
+  def test_blends_both_labels(self):
+    rewards_GK, _ = _rewards()
+    x = (rewards_GK[:, 0] - rewards_GK[:, 1]).astype(np.float64)
+    found = _bradley_terry(rewards_GK, label_smoothing=0.2).per_item
+    np.testing.assert_allclose(found, 0.8 * _softplus(-x) + 0.2 * _softplus(x), rtol=1e-5)
+
+  def test_brier_score_is_the_squared_doubt(self):
+    rewards_GK, _ = _rewards()
+    x = (rewards_GK[:, 0] - rewards_GK[:, 1]).astype(np.float64)
+    np.testing.assert_allclose(
+        _bradley_terry(rewards_GK).metrics['brier'], (1 - 1 / (1 + np.exp(-x))) ** 2, rtol=1e-4, atol=1e-7
+    )
+
+
+class TestLengthDebiased:
+
+  def run(self, rewards_GK, tokens_GK, penalty):
+    valid_G = jnp.array([1.0] * (len(rewards_GK) - 1) + [0.0])
+    stats = types.Stats(rewards_GK=jnp.asarray(rewards_GK), tokens_GK=jnp.asarray(tokens_GK), valid_G=valid_G)
+    return reward.length_debiased(stats, types.Stats(), {}, penalty=penalty)
+
+  def test_adds_the_squared_correlation_with_length(self):
+    rewards_GK, _ = _rewards(groups=7)
+    tokens_GK = np.random.default_rng(1).integers(1, 30, (7, 2)).astype(np.float32)
+    x, n = (np.diff(a[:6].astype(np.float64), axis=1)[:, 0] for a in (rewards_GK, tokens_GK))
+    wanted = _softplus(x) + 2.0 * np.corrcoef(x, n)[0, 1] ** 2
+    np.testing.assert_allclose(self.run(rewards_GK, tokens_GK, 2.0).per_item[:6], wanted, rtol=1e-4)
+
+  def test_is_finite_with_its_gradient_where_all_rewards_are_equal(self):
+    loss = lambda x: jnp.sum(self.run(x, np.ones((4, 2), np.float32), 1.0).per_item)
+    assert np.all(np.isfinite(jax.grad(loss)(jnp.zeros((4, 2)))))
+
+
+class TestCorrectness:
+
+  def test_is_the_cross_entropy_of_right_and_wrong(self):
+    rewards_GK, right_GK = np.array([[2.0], [-1.0], [0.0]], np.float32), np.array([[1.0], [1.0], [0.0]], np.float32)
+    out = reward.correctness(
+        types.Stats(rewards_GK=jnp.asarray(rewards_GK)), types.Stats(), {'desirable': jnp.asarray(right_GK)}
+    )
+    np.testing.assert_allclose(out.per_item, [0.126928011, 1.313261688, 0.693147181], rtol=1e-6)
+    assert out.metrics['accuracy'].tolist() == [1, 0, 1]
