@@ -41,6 +41,7 @@ from jaxalign.data import examples
 from jaxalign.data import feedback
 from jaxalign.data import loader
 from jaxalign.data import scored
+from jaxalign.data import texts
 from jaxalign.losses import batchwise
 from jaxalign.losses import compose
 from jaxalign.losses import listwise

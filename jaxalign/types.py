@@ -85,7 +85,6 @@ class Stats:
     rewards_GK: scores of a head with one output, at the last token of each response.
     scores_BTO: float32 outputs of a head that scores, for every token that was read.
     sharpness_GK: of the policy: sum over the response of log sum_v p_v^2 of each target, without gradient.
-    kl_GK: of the policy: sum over the response of the exact KL(reference || policy) of each target's distribution.
     rows: of the policy: where the responses' tokens are, for losses that weigh tokens (`masked.totals`).
     valid_GK: of the policy: 1 where the group has such a response, 0 where its list is shorter than others.
     valid_G: of the policy: 1 for a group, 0 where the table of the batch is empty. A loss that reads it is given all
@@ -100,7 +99,6 @@ class Stats:
   rewards_GK: Array = None
   scores_BTO: Array = None
   sharpness_GK: Array = None
-  kl_GK: Array = None
   rows: Any = None
   valid_GK: Array = None
   valid_G: Array = None

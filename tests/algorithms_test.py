@@ -10,11 +10,18 @@ from jaxalign import catalog
 from jaxalign import main
 from tests import runs
 
+# What data of an algorithm say that the package's data do not.
+SAID = {
+    'tis_dpo': {'chosen_spans': [[0, 4, 2.0]], 'rejected_spans': [[2, 5, 0.5]]},
+    'step_dpo': {'steps': [' He had a cat.']},
+    'soft_dpo': {'probability': 0.75},
+    'group_robust': {'group': 1},
+}
 LOG_2 = math.log(2)
 # The loss before the first update, where the policy is its own reference and a new head is zero.
 FIRST_LOSS = {
     **dict.fromkeys(('dpo', 'cdpo', 'robust', 'rso', 'chi_po', 'sigmoid_norm', 'dpop', 'margin_dpo', 'ld_dpo'), LOG_2),
-    **dict.fromkeys(('f_dpo_forward_kl', 'f_dpo_jensen_shannon', 'f_dpo_alpha', 'aot', 'aot_unpaired'), LOG_2),
+    **dict.fromkeys(('f_dpo_forward_kl', 'f_dpo_jensen_shannon', 'f_dpo_alpha', 'aot', 'aot_unpaired', *SAID), LOG_2),
     **dict.fromkeys(('dr_dpo', 'beta_dpo', 'bco', 'rm', 'prm', 'orm', 'rm_all_pairs', 'rm_length_debiased'), LOG_2),
     **dict.fromkeys(('ipo', 'ipo_averaged'), 25.0),
     **dict.fromkeys(('hinge', 'gpo_exponential', 'gpo_quadratic', 'apo_zero', 'apo_down'), 1.0),
@@ -66,7 +73,12 @@ def flags(algo, cache, workdir):
 
 @pytest.mark.parametrize('algo', catalog.algorithms())
 def test_trains_from_the_loss_that_its_file_promises(algo, cache, tmp_path, capsys):
-  assert main.main(flags(algo, cache, tmp_path / 'w')) == 0, capsys.readouterr().err
+  more = []
+  if algo in SAID:
+    pair = {'prompt': 'Tom', 'chosen': ' was happy.', 'rejected': ' was sad and cried.'} | SAID[algo]
+    (tmp_path / 'own.jsonl').write_text(8 * (json.dumps(pair) + '\n'))
+    more = [f'--data=jsonl:{tmp_path / "own.jsonl"}']
+  assert main.main([*flags(algo, cache, tmp_path / 'w'), *more]) == 0, capsys.readouterr().err
   lines = runs.logged(tmp_path / 'w')
   assert list(lines) == [1, 2, 3]
   assert all(math.isfinite(value) for line in lines.values() for value in line.values())

@@ -184,6 +184,24 @@ def _pair_labels(values: Mapping[str, Any]) -> dict[str, float | list[float]]:
   return labels
 
 
+def of_pieces(
+    tokenizer: tokenizers.Tokenizer,
+    prompt: str,
+    pieces: list[tuple[str, bool]],
+    *,
+    row_length: int,
+    append_eos: bool,
+    labels: Mapping[str, float | list[float]],
+) -> Group:
+  """One sequence of plain text: a prompt, then pieces that are to be learned (True) or not.
+
+  Raises:
+    Dropped: there is nothing to learn.
+    RunError: a text is no Unicode.
+  """
+  return _group([_Text(prompt, pieces, special=False)], tokenizer, row_length, labels=labels, append_eos=append_eos)
+
+
 def prompt_ids(
     tokenizer: tokenizers.Tokenizer, prompt: str | list[chat.Message], template: str | None = None
 ) -> list[int]:

@@ -73,7 +73,7 @@ def mismatched(
   """
   if OTHER not in record:
     raise types.RunError('no other record: feedback.mismatched needs recipe.Recipe.mismatched = True')
-  here, there = _responses(records.known(record, columns)), _responses(records.known(record[OTHER], columns))
+  here, there = responses(records.known(record, columns)), responses(records.known(record[OTHER], columns))
   groups = []
   for (prompt, response, desirable), (_, other, _) in zip(here, there * 2):
     if isinstance(response, str) != isinstance(other, str):
@@ -84,8 +84,12 @@ def mismatched(
   return groups
 
 
-def _responses(values: Mapping[str, Any]) -> list[tuple[Any, Any, float]]:
-  """(prompt, response, whether it is desirable) of each response of a record."""
+def responses(values: Mapping[str, Any]) -> list[tuple[Any, Any, float]]:
+  """(prompt, response, whether it is desirable) of each response of a record.
+
+  Raises:
+    RunError: a column is missing or of the wrong kind.
+  """
   if 'label' in values:
     if not {'prompt', 'completion'} <= set(values):
       raise records.missing(values, None, ('prompt', 'completion', 'label'))

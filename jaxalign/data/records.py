@@ -11,8 +11,8 @@ from jaxalign.data import chat
 
 Record = Mapping[str, Any]
 
-_TEXTS = ('messages', 'prompt', 'completion', 'completions', 'text', 'chosen', 'rejected', 'gold')
-_OF_PAIRS = ('margin', 'chosen_score', 'rejected_score', 'probability', 'group')
+_TEXTS = ('messages', 'prompt', 'completion', 'completions', 'text', 'chosen', 'rejected', 'gold', 'steps')
+_OF_PAIRS = ('margin', 'chosen_score', 'rejected_score', 'probability', 'group', 'chosen_spans', 'rejected_spans')
 COLUMNS = (*_TEXTS, *_OF_PAIRS, 'label', 'labels', 'scores', 'ranks', 'append_eos')
 
 

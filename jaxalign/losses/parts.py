@@ -209,16 +209,6 @@ def lost_likelihood(policy, ref, labels, z_GK, *, scale: float):
   return scale * jax.nn.relu(-z_GK[:, 0])
 
 
-def token_kl(policy, ref, labels, z_GK, *, scale: float, hold_chosen: bool):
-  """Computes scale * (D_l - D_w), D the sum over a response's tokens of the exact KL(ref || policy).
-
-  Zeng et al., 2024, https://arxiv.org/abs/2404.11999: TDPO1 or, with `hold_chosen` (no gradient through D_w), TDPO2.
-  """
-  del ref, labels, z_GK
-  chosen_G = policy.kl_GK[:, 0]
-  return scale * (policy.kl_GK[:, 1] - (jax.lax.stop_gradient(chosen_G) if hold_chosen else chosen_G))
-
-
 # Weights: no gradient passes through them.
 
 

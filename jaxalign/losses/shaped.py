@@ -120,34 +120,6 @@ def wpo(policy, ref, labels, *, state=(), beta: float, clamp: bool = True) -> ty
   return compose.pairwise(policy, ref, labels, state=state, beta=beta, weight=_of(parts.on_policy, clamp=clamp))
 
 
-def tdpo1(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
-  """Token-level DPO, first form: the margin less the difference of sequential KL divergences.
-
-    loss = -log sigmoid(beta [h - (D_l - D_w)]),    D = sum_t KL(ref_t || pi_t), exact, over the whole vocabulary
-
-  log 2 at the reference. Needs the reference live.
-
-  References:
-    Zeng et al., 2024, https://arxiv.org/abs/2404.11999.
-  """
-  offset = _of(parts.token_kl, scale=beta, hold_chosen=False)
-  return compose.pairwise(policy, ref, labels, state=state, beta=beta, offset=offset)
-
-
-def tdpo2(policy, ref, labels, *, state=(), beta: float, alpha: float) -> types.LossOut:
-  """Token-level DPO, second form: as `tdpo1`, weighed by alpha and without gradient through the chosen response's KL.
-
-    loss = -log sigmoid(beta [h - alpha (D_l - sg(D_w))])
-
-  The paper's alpha is 0.5; 0 is DPO.
-
-  References:
-    Zeng et al., 2024, https://arxiv.org/abs/2404.11999.
-  """
-  offset = _of(parts.token_kl, scale=alpha * beta, hold_chosen=True)
-  return compose.pairwise(policy, ref, labels, state=state, beta=beta, offset=offset)
-
-
 def cal_dpo(policy, ref, labels, *, state=(), beta: float, calibration: float) -> types.LossOut:
   """Calibrated DPO: implicit rewards are also to be +-1 / (2 beta).
 

@@ -88,3 +88,35 @@ def unlikelihood(
   desirable_BT = masked.to_tokens(labels['desirable'], policy.rows)
   against_BT = -alpha * jnp.log(-jnp.expm1(jnp.minimum(policy.logps_BT, -1e-6)))
   return types.LossOut(jnp.where(desirable_BT > 0.5, -policy.logps_BT, against_BT), {}, state)
+
+
+def class_weighted(
+    policy: types.Stats,
+    ref: types.Stats,
+    labels: Mapping[str, types.Array],
+    *,
+    state: types.PyTree = (),
+    undesirable_weight: float,
+) -> types.LossOut:
+  """Negative log-likelihood in which undesirable responses weigh less.
+
+    loss_t = -w log p(target_t),    w = 1, or `undesirable_weight` where undesirable
+
+  With tags before the prompts (`data.texts.tagged`) it is C-RLFT; the paper's weight is 0.1.
+
+  Args:
+    policy: reads `logps_BT` and `rows`.
+    ref: not read.
+    labels: reads `desirable`, 1 or 0.
+    state: passed through.
+    undesirable_weight: in [0, 1].
+
+  Returns:
+    `per_item` is `[B, T]`.
+
+  References:
+    Wang et al., 2023 (OpenChat), https://arxiv.org/abs/2309.11235.
+  """
+  del ref
+  desirable_BT = masked.to_tokens(labels['desirable'], policy.rows)
+  return types.LossOut(-jnp.where(desirable_BT > 0.5, 1.0, undesirable_weight) * policy.logps_BT, {}, state)

@@ -67,10 +67,6 @@ def on_policy(w):
   return np.exp(((w.s + 0.3 * w.n) / w.n).sum(axis=1))
 
 
-def kl(w):
-  return 0.1 * w.n + 0.05 * w.n**2
-
-
 def dr(loss, b):
   return np.full_like(loss, -b * np.log(np.mean(np.exp(-loss / b))))
 
@@ -167,8 +163,6 @@ PAIRS = {
     'tis_dpo': (_of(shaped.tis_dpo, beta=0.3), lambda w: sp(-0.3 * gap(weighted(w)))),
     'wpo': (_of(shaped.wpo, beta=0.3), lambda w: np.minimum(1, on_policy(w)) * sp(-0.3 * w.h)),
     'wpo_unclamped': (_of(shaped.wpo, beta=0.3, clamp=False), lambda w: on_policy(w) * sp(-0.3 * w.h)),
-    'tdpo1': (_of(shaped.tdpo1, beta=0.3), lambda w: sp(-0.3 * (w.h + gap(kl(w))))),
-    'tdpo2': (_of(shaped.tdpo2, beta=0.3, alpha=0.5), lambda w: sp(-0.3 * (w.h + 0.5 * gap(kl(w))))),
     'cal_dpo': (
         _of(shaped.cal_dpo, beta=0.25, calibration=0.5),
         lambda w: sp(-w.h) + 0.5 * ((w.z[:, 0] - 2) ** 2 + (w.z[:, 1] + 2) ** 2),
@@ -387,7 +381,6 @@ class TestLaws:
           (PAIRS['dpo'][0], _of(shaped.ld_dpo, beta=0.3, alpha=1.0)),
           (PAIRS['dpo'][0], _of(shaped.r_dpo, beta=0.3, alpha=0.0)),
           (PAIRS['dpo'][0], _of(shaped.modpo, beta=0.3, weight=1.0)),
-          (PAIRS['dpo'][0], _of(shaped.tdpo2, beta=0.3, alpha=0.0)),
           (PAIRS['dpo'][0], _of(shaped.rpo, beta=0.3, eta=0.0)),
           (PAIRS['dpo'][0], _of(batchwise.beta_dpo, beta=0.3, alpha=0.0, keep=1.0)),
           (PAIRS['dpo'][0], _of(listwise.dpo_pl, beta=0.3)),

@@ -73,3 +73,15 @@ class TestUnlikelihood:
     loss = lambda x: jnp.sum(self.unlikelihood(w, x).per_item * w.batch.mask_BT)
     value, slope = jax.value_and_grad(loss)(jnp.zeros_like(w.policy_BT))
     assert np.isfinite(value) and np.all(np.isfinite(slope))
+
+
+class TestClassWeighted:
+
+  def test_weighs_undesirable_responses_less(self):
+    w = world_lib.world(groups=4, size=1)
+    policy, _ = w.stats()
+    per_token_BT = np.asarray(
+        supervised.class_weighted(policy, types.Stats(), w.given(), undesirable_weight=0.1).per_item
+    )
+    wanted = sum(-x[0].astype(np.float64).sum() * (1 if good else 0.1) for x, good in zip(w.policy, w.desirable))
+    np.testing.assert_allclose((per_token_BT * w.batch.mask_BT).sum(), wanted, rtol=1e-5)

@@ -96,7 +96,6 @@ class World:
         logps_GK=sums(policy_BT),
         tokens_GK=sums(jnp.ones_like(policy_BT)),
         sharpness_GK=-0.3 * n_GK,
-        kl_GK=0.1 * n_GK + 0.05 * n_GK**2,
         rows=rows,
         valid_GK=masked.valid(batch),
         valid_G=masked.valid_groups(batch),

@@ -1,0 +1,182 @@
+"""Examples that say more in their text than a response: tags, hindsight, spans that count more, earlier steps."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jaxalign import types
+from jaxalign.data import examples
+from jaxalign.data import feedback
+from jaxalign.data import records
+from jaxalign.data import tokenizers
+
+
+def tagged(
+    record: records.Record,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    row_length: int,
+    good: str = 'Good: ',
+    bad: str = 'Bad: ',
+    columns: Mapping[str, str] | None = None,
+) -> list[examples.Group]:
+  """Responses behind a tag that says whether they are desirable, and the prompt: sample behind the good one.
+
+  Records are of text, see `feedback.binary`; the label `desirable` stays. It is conditional supervised fine-tuning (as
+  in HALOs), and with `supervised.class_weighted` C-RLFT (Wang et al., 2023, https://arxiv.org/abs/2309.11235).
+
+  Args:
+    record: see `feedback.binary`.
+    tokenizer: turns text into ids.
+    row_length: see `examples.supervised`.
+    good: what precedes the prompt of a desirable response.
+    bad: what precedes that of another.
+    columns: see `feedback.binary`.
+
+  Raises:
+    Dropped: there is nothing to learn.
+    RunError: a column is missing or of the wrong kind.
+  """
+  values, groups = records.known(record, columns), []
+  for prompt, response, desirable in feedback.responses(values):
+    _check_text(prompt, response)
+    group = examples.of_pieces(
+        tokenizer,
+        (good if desirable else bad) + prompt,
+        [(response, True)],
+        row_length=row_length,
+        append_eos=records.append_eos(values),
+        labels={'desirable': desirable},
+    )
+    groups.append(group)
+  return groups
+
+
+def hindsight(
+    record: records.Record,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    row_length: int,
+    bad: str = '\n\nA bad answer:',
+    good: str = '\n\nA good answer:',
+    columns: Mapping[str, str] | None = None,
+) -> examples.Group:
+  """Chain of hindsight: the rejected response and then the chosen one, each behind what it is; both are learned.
+
+  Liu et al., 2023, https://arxiv.org/abs/2302.02676, Sec. 3, without the masking of random past tokens.
+
+  Args:
+    record: a pair of text with a prompt, see `examples.preference`.
+    tokenizer: turns text into ids.
+    row_length: see `examples.supervised`.
+    bad: what precedes the rejected response.
+    good: what precedes the chosen one.
+    columns: see `examples.preference`.
+
+  Raises:
+    Dropped: there is nothing to learn.
+    RunError: a column is missing or of the wrong kind.
+  """
+  values = records.known(record, columns)
+  if not {'prompt', 'chosen', 'rejected'} <= set(values):
+    raise records.missing(record, columns, ('prompt', 'chosen', 'rejected'))
+  _check_text(values['prompt'], values['chosen'], values['rejected'])
+  pieces = [(bad, False), (values['rejected'], True), (good, False), (values['chosen'], True)]
+  return examples.of_pieces(
+      tokenizer, values['prompt'], pieces, row_length=row_length, append_eos=records.append_eos(values), labels={}
+  )
+
+
+def weighted(
+    record: records.Record,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    row_length: int,
+    outside: float = 1.0,
+    columns: Mapping[str, str] | None = None,
+) -> examples.Group:
+  """A pair with the label `weight` of each token, taken from spans of its text.
+
+  The record is a pair of text with a prompt, see `examples.preference`; `chosen_spans` and `rejected_spans` are lists
+  of [start, end, weight] in characters of the response. A token has the weight of the last span that holds its first
+  character.
+
+  Args:
+    record: the columns above.
+    tokenizer: turns text into ids.
+    row_length: see `examples.supervised`.
+    outside: weight of tokens that no span holds; 0 compares spans alone.
+    columns: what the record calls the columns above, where it is something else.
+
+  Raises:
+    Dropped: see `examples.preference`.
+    RunError: see there; or a span is none.
+  """
+  values = records.known(record, columns)
+  group = examples.preference(record, tokenizer, row_length=row_length, columns=columns)
+  sequences = []
+  for name, sequence in zip(('chosen', 'rejected'), group.sequences):
+    _check_text(values.get('prompt'), values[name])
+    weights = _weights(tokenizer, sequence, _spans(values, f'{name}_spans'), outside)
+    sequences.append(dataclasses.replace(sequence, labels={'weight': weights}))
+  return dataclasses.replace(group, sequences=tuple(sequences))
+
+
+def _weights(tokenizer, sequence: examples.Sequence, spans: list[tuple[float, float, float]], outside: float):
+  ids, found = sequence.ids[sequence.mask].tolist(), []
+  for count in range(len(ids)):
+    start = len(tokenizer.decode(ids[:count], continuation=True))
+    inside = [weight for low, high, weight in spans if low <= start < high]
+    found.append(inside[-1] if inside else outside)
+  return np.array(found, np.float32)
+
+
+def _spans(values: Mapping[str, Any], name: str) -> list[tuple[float, float, float]]:
+  found = values.get(name, [])
+  if not isinstance(found, list | tuple):
+    raise types.RunError(f'column {name}: a list of [start, end, weight] is wanted')
+  for i, span in enumerate(found):
+    if not isinstance(span, list | tuple) or len(span) != 3 or not all(isinstance(x, int | float) for x in span):
+      raise types.RunError(f'column {name}: item {i} is {span!r} where [start, end, weight] is wanted')
+  return [(span[0], span[1], span[2]) for span in found]
+
+
+def next_step(
+    record: records.Record,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    row_length: int,
+    columns: Mapping[str, str] | None = None,
+) -> examples.Group:
+  """A pair of next steps behind steps that are right: `prompt`, `steps` (texts), `chosen` and `rejected`.
+
+  Each of `steps` ends in a newline and belongs to the prompt. Lai et al., 2024 (Step-DPO),
+  https://arxiv.org/abs/2406.18629, Eq. 3.
+
+  Args:
+    record: the columns above.
+    tokenizer: turns text into ids.
+    row_length: see `examples.supervised`.
+    columns: what the record calls the columns above, where it is something else.
+
+  Raises:
+    Dropped: see `examples.preference`.
+    RunError: a column is missing or of the wrong kind.
+  """
+  values = records.known(record, columns)
+  if not {'prompt', 'steps', 'chosen', 'rejected'} <= set(values):
+    raise records.missing(record, columns, ('prompt', 'steps', 'chosen', 'rejected'))
+  steps = values['steps']
+  if not isinstance(steps, list | tuple):
+    raise types.RunError('column steps: a list of texts is wanted')
+  _check_text(values['prompt'], *steps, values['chosen'], values['rejected'])
+  prompt = values['prompt'] + ''.join(step.rstrip('\n') + '\n' for step in steps)
+  return examples.preference(values | {'prompt': prompt}, tokenizer, row_length=row_length)
+
+
+def _check_text(*values: Any) -> None:
+  for value in values:
+    if not isinstance(value, str):
+      raise types.RunError(f'{type(value).__name__} where text is wanted: prompt and responses are plain text here')

@@ -1,0 +1,77 @@
+"""Examples that say more in their text than a response."""
+
+import numpy as np
+import pytest
+
+from jaxalign import types
+from jaxalign.data import texts
+from jaxalign.data import tokenizers
+
+PAIR = {'prompt': 'ab', 'chosen': 'ba', 'rejected': 'bbb'}
+
+
+@pytest.fixture
+def letters(write_json_tokenizer):
+  """A tokenizer without merges, BOS 0 and EOS 1: a character of ASCII is a token."""
+  return tokenizers.load(write_json_tokenizer(merges=()))
+
+
+def text_of(letters, sequence):
+  """All of a sequence but its BOS, what is learned in brackets."""
+  out, inside = '', False
+  for i, m in zip(sequence.ids[1:].tolist(), sequence.mask[1:].tolist()):
+    out += ('[' if m and not inside else ']' if inside and not m else '') + letters.decode([i], skip_special=False)
+    inside = m
+  return out + (']' if inside else '')
+
+
+class TestTagged:
+
+  def test_puts_a_tag_before_each_prompt(self, letters):
+    groups = texts.tagged(PAIR, letters, row_length=40, good='+', bad='-')
+    assert [text_of(letters, g.sequences[0]) for g in groups] == ['+ab[ba</s>]', '-ab[bbb</s>]']
+    assert [g.labels for g in groups] == [{'desirable': 1.0}, {'desirable': 0.0}]
+
+  def test_refuses_messages(self, letters):
+    record = {'prompt': [{'role': 'user', 'content': 'a'}], 'completion': 'b', 'label': True}
+    with pytest.raises(types.RunError, match='list where text is wanted'):
+      texts.tagged(record, letters, row_length=40)
+
+
+class TestHindsight:
+
+  def test_learns_the_rejected_and_then_the_chosen_response(self, letters):
+    group = texts.hindsight(PAIR, letters, row_length=40, bad='-', good='+')
+    assert text_of(letters, group.sequences[0]) == 'ab-[bbb]+[ba</s>]'
+    with pytest.raises(types.RunError, match='wanted prompt \\+ chosen \\+ rejected'):
+      texts.hindsight({'prompt': 'a', 'completion': 'b'}, letters, row_length=40)
+
+
+class TestWeighted:
+
+  def test_gives_tokens_the_weight_of_their_span(self, letters):
+    record = PAIR | {'chosen_spans': [[0, 1, 3.0]], 'rejected_spans': [[0, 3, 2], [1, 2, 0.5]]}
+    chosen, rejected = texts.weighted(record, letters, row_length=40, outside=0.25).sequences
+    np.testing.assert_array_equal(chosen.labels['weight'], [3.0, 0.25, 0.25])
+    np.testing.assert_array_equal(rejected.labels['weight'], [2.0, 0.5, 2.0, 0.25])
+    assert all(len(s.labels['weight']) == s.mask.sum() for s in (chosen, rejected))
+
+  def test_without_spans_weighs_all_alike(self, letters):
+    group = texts.weighted(PAIR, letters, row_length=40)
+    np.testing.assert_array_equal(group.sequences[1].labels['weight'], [1, 1, 1, 1])
+
+  @pytest.mark.parametrize('spans', ['0-1', [[0, 1]], [[0, 1, 'x']], [3]])
+  def test_refuses_spans_that_are_none(self, letters, spans):
+    with pytest.raises(types.RunError, match='column chosen_spans: .*\\[start, end, weight\\]'):
+      texts.weighted(PAIR | {'chosen_spans': spans}, letters, row_length=40)
+
+
+class TestNextStep:
+
+  def test_has_the_right_steps_in_its_prompt(self, letters):
+    group = texts.next_step(PAIR | {'steps': ['a', 'b\n']}, letters, row_length=40)
+    assert [text_of(letters, s) for s in group.sequences] == ['aba\nb\n[ba</s>]', 'aba\nb\n[bbb</s>]']
+    with pytest.raises(types.RunError, match='wanted prompt \\+ steps \\+ chosen \\+ rejected'):
+      texts.next_step(PAIR, letters, row_length=40)
+    with pytest.raises(types.RunError, match='column steps: a list of texts is wanted'):
+      texts.next_step(PAIR | {'steps': 'a'}, letters, row_length=40)
