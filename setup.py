@@ -58,7 +58,7 @@ setuptools.setup(
             # Its libtpu compiles for TPUs ahead of time, without one; jax names the release that fits.
             'jax[tpu]>=0.10; sys_platform == "linux" and platform_machine == "x86_64"',
         ],
-        'tools': ['protobuf>=5'],
+        'tools': ['matplotlib>=3.8', 'protobuf>=5'],
         # Adapters of a base in 8 or 4 bits: --lora=base:nf4.
         'qlora': ['qwix>=0.1.8'],
         'goldens': ['peft>=0.17', 'torch>=2.6', 'transformers>=5', 'trl>=1'],
