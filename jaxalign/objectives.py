@@ -297,7 +297,12 @@ def _per_token(out: types.LossOut, stats, batch: types.Batch) -> tuple[jax.Array
 
 def _group_metrics(out: types.LossOut, batch: types.Batch) -> dict[str, masked.Weighted]:
   valid_G, valid_GK = masked.valid_groups(batch), masked.valid(batch)
-  weigh = lambda x: masked.weighted(x, valid_G if x.ndim == 1 else valid_GK)
+
+  def weigh(x):
+    if isinstance(x, masked.Weighted):
+      return masked.Weighted(*(masked.weighted(part, valid_G).sum for part in x))
+    return masked.weighted(x, valid_G if x.ndim == 1 else valid_GK)
+
   return {'loss': weigh(out.per_item)} | {name: weigh(x) for name, x in out.metrics.items()}
 
 

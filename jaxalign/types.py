@@ -111,11 +111,12 @@ class LossOut:
   Attributes:
     per_item: `[G]` (a value per group) or `[B, T]` (per token).
     metrics: values by name, each of shape `[G]` or `[G, K]` for groups, `[B, T]` for tokens; averaged as the loss is.
+      Of groups also `masked.Weighted` of such values, for means over some of them.
     state: the new loss state, the one passed in where the loss has none.
   """
 
   per_item: Array
-  metrics: Mapping[str, Array]
+  metrics: Mapping[str, Any]
   state: PyTree = ()
 
 

@@ -14,6 +14,7 @@ from jaxalign import types
 from jaxalign.losses import preference
 from jaxalign.losses import reward
 from jaxalign.losses import supervised
+from jaxalign.losses import unpaired
 from jaxalign.models import architecture
 from jaxalign.models import transformer
 from tests import packed
@@ -175,6 +176,19 @@ class TestSupervised:
   def test_has_the_metrics_of_trl(self):
     _, sums = run(objectives.supervised, batch_of(ALONE), loss_fn=supervised.cross_entropy)
     assert set(sums.metrics) == {'loss', 'entropy', 'mean_token_accuracy'}
+
+
+class TestMeansOverSome:
+
+  def test_are_divided_by_their_own_weight(self):
+    batch = batch_of(rows_of(PAIRS, [(g, 0) for g in range(3)]))
+    labels_BS = {'desirable': np.where(batch.group_BS == 1, 0.0, 1.0).astype(np.float32)}
+    batch = with_ref(dataclasses.replace(batch, labels_BS=labels_BS))
+    loss_fn = functools.partial(unpaired.apo_zero_unpaired, beta=0.5)
+    _, sums = run(objectives.preference, batch, loss_fn=loss_fn)
+    logps = [logps_of(PARAMS, PAIRS[g][0], PAIRS[g][1]).sum() for g in range(3)]
+    np.testing.assert_allclose(sums.metrics['logps/chosen'].mean(), (logps[0] + logps[2]) / 2, rtol=1e-5)
+    np.testing.assert_allclose(sums.metrics['logps/rejected'].mean(), logps[1], rtol=1e-5)
 
 
 class TestReward:

@@ -7,6 +7,7 @@ response, of another prompt. z is the log-ratio to the reference, s the summed l
 import jax
 import jax.numpy as jnp
 
+from jaxalign import masked
 from jaxalign import types
 from jaxalign.losses import parts
 
@@ -93,11 +94,14 @@ def _either(labels, x_G, link: parts.Link, up: float = 1.0, down: float = 1.0):
 
 
 def _out(policy, labels, rewards_GK, loss_G, state, more=None) -> types.LossOut:
+  """With TRL's metrics: chosen is what is desirable, rejected what is not."""
   desirable_G = _desirable(labels).astype(jnp.float32)
+  of = lambda x_G, which_G: masked.Weighted(x_G * which_G, which_G)
   metrics = {
-      'rewards/desirable': rewards_GK[:, 0] * desirable_G,
-      'rewards/undesirable': rewards_GK[:, 0] * (1 - desirable_G),
+      'rewards/chosen': of(rewards_GK[:, 0], desirable_G),
+      'rewards/rejected': of(rewards_GK[:, 0], 1 - desirable_G),
       'rewards/accuracies': ((rewards_GK[:, 0] > 0) == _desirable(labels)).astype(jnp.float32),
-      'logps/responses': policy.logps_GK[:, 0],
+      'logps/chosen': of(policy.logps_GK[:, 0], desirable_G),
+      'logps/rejected': of(policy.logps_GK[:, 0], 1 - desirable_G),
   }
   return types.LossOut(loss_G, metrics | (more or {}), state)
