@@ -110,7 +110,7 @@ def preference(
       ref = dataclasses.replace(_response_stats(batch.ref_logps_BT, batch), logratios_GK=ratios_GK)
     out = loss_fn(policy, ref, _labels(batch), state=loss_state)
     metrics = _group_metrics(out, batch) | _token_metrics(stats, batch)
-    if 'mean_logit' in stats:
+    if 'mean_logit' in stats and _is_of_pairs(out, batch):
       metrics |= _per_side(masked.per_response(stats['mean_logit'], batch), policy.tokens_GK, batch, 'logits')
     return _finish(out, metrics | _length_metrics(out, policy.tokens_GK, batch), batch)
 
@@ -316,9 +316,14 @@ def _per_side(total_BS, tokens_GK, batch: types.Batch, name: str) -> dict[str, m
   }
 
 
+def _is_of_pairs(out: types.LossOut, batch: types.Batch) -> bool:
+  """Whether a group is a chosen response and a rejected one: two responses may be something else."""
+  return batch.group_size == 2 and bool({'rewards/margins', 'margin'} & set(out.metrics))
+
+
 def _length_metrics(out: types.LossOut, length_GK, batch: types.Batch) -> dict[str, masked.Weighted]:
   """What a judge of length alone would score (ties counting half), and the accuracy where it is right and wrong."""
-  if batch.group_size != 2:
+  if not _is_of_pairs(out, batch):
     return {}
   valid_G, longer_G = masked.valid_groups(batch), length_GK[:, 0] - length_GK[:, 1]
   metrics = {'length_only/accuracies': masked.weighted(0.5 * (1 + jnp.sign(longer_G)), valid_G)}

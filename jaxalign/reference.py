@@ -154,7 +154,8 @@ def fill(
 ) -> int:
   """Computes what the cache lacks of `records`, saves it, and returns how many responses were computed."""
   keys, records = loader.row_keys, list(records)
-  missing = [r for r in records if any(int(key) not in cache for key in keys[r])]
+  there = loader.dataset.lengths_NK > 0  # A list may be shorter than K.
+  missing = [r for r in records if any(int(key) not in cache for key in keys[r][there[r]])]
   steps = loader.ordered(missing)
   done = 0
   for plan, batch in tqdm.tqdm(steps, f'reference of {label}', unit='step', disable=None, leave=False):
@@ -168,6 +169,6 @@ def fill(
       'reference log-probabilities of %s: %d computed, %d responses from the cache',
       label,
       done,
-      len(records) * keys.shape[1] - done,
+      int(there[records].sum()) - done,
   )
   return done

@@ -1,5 +1,6 @@
-"""Scores by the head of a reward model or another classifier: of responses, of their tokens, or of their steps."""
+"""Scores of responses, their tokens or their steps: by the head of a reward model, or implied by an aligned policy."""
 
+from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import tqdm
 
+from jaxalign import checkpoint
 from jaxalign import objectives
 from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
@@ -22,6 +24,10 @@ _ROWS = 8  # at least; more where the mesh splits them
 def score(job: recipe_lib.Job, *, per: str, row_length: int | None) -> list[dict[str, Any]]:
   """Scores the responses in `--data` by the head of `--model`.
 
+  The checkpoint of a policy that was trained against a reference has no head; its implicit rewards are then the
+  log-ratios log policy - log reference, in nats, of a response or of each token. (Times beta they are rewards: Rafailov
+  et al., 2023, https://arxiv.org/abs/2305.18290, Sec. 4, and 2024, https://arxiv.org/abs/2404.12358, of tokens.)
+
   Args:
     job: names model, data and mesh.
     per: 'response', 'token' or 'step', see `data.scored.responses`.
@@ -33,18 +39,17 @@ def score(job: recipe_lib.Job, *, per: str, row_length: int | None) -> list[dict
     a list of them where the head has several outputs (of a classifier, before the softmax).
 
   Raises:
-    UsageError: the model has no head that scores, or the context of the model is shorter than `row_length`.
+    UsageError: the model has neither a head that scores nor a reference, or steps are to be scored without a head, or
+      the context of the model is shorter than `row_length`.
     RunError: a file or a record cannot be read.
   """
   with jax.set_mesh(job.mesh):
     loaded = recipe_lib.load(job.model, job.mesh)
-    if not loaded.model.config.score_outputs:
-      raise types.UsageError(f'{job.model}: it has no head that scores; train one with --algo=rm')
+    of_micro, example_fn = _by_head(loaded, per) if loaded.model.config.score_outputs else _implied(job, loaded, per)
     context = loaded.model.config.max_length
     if row_length is not None and row_length > context:
       raise types.UsageError(f'--row_length={row_length}: the context of the model is {context} tokens')
-    loader = _open(job, loaded.tokenizer, per, row_length or min(_LENGTH, context))
-    of_micro = functools.partial(objectives.scores, model=loaded.model)
+    loader = _open(job, loaded.tokenizer, example_fn, row_length or min(_LENGTH, context))
     scores = lambda params, batch: jax.lax.map(functools.partial(of_micro, params), batch)
     fn = jax.jit(scores, out_shardings=sharding.named(job.mesh))
     found: dict[int, dict[int, np.ndarray]] = {}
@@ -54,7 +59,8 @@ def score(job: recipe_lib.Job, *, per: str, row_length: int | None) -> list[dict
       for place in loader.places(plan):
         found.setdefault(place.record, {})[place.slot] = values[place.micro, place.row][place.targets]
   number = lambda outputs: float(outputs[0]) if outputs.size == 1 else outputs.tolist()
-  plain = lambda values: number(values[0]) if per == 'response' else [number(outputs) for outputs in values]
+  # A head is read once a response, where its last token has been read; log-ratios add up.
+  plain = lambda values: number(values.sum(axis=0)) if per == 'response' else [number(outputs) for outputs in values]
   return [
       {
           'record': loader.dataset.where(record),
@@ -65,8 +71,28 @@ def score(job: recipe_lib.Job, *, per: str, row_length: int | None) -> list[dict
   ]
 
 
-def _open(job: recipe_lib.Job, tokenizer, per: str, row_length: int) -> loader_lib.Loader:
-  example_fn = functools.partial(scored.responses, per=per)
+def _by_head(loaded: checkpoint.Loaded, per: str) -> tuple[Callable, Callable]:
+  """What gives the head's outputs of a micro-batch, and the examples that it is read at."""
+  return functools.partial(objectives.scores, model=loaded.model), functools.partial(scored.responses, per=per)
+
+
+def _implied(job: recipe_lib.Job, loaded: checkpoint.Loaded, per: str) -> tuple[Callable, Callable]:
+  """The same of the log-ratio to the reference of the model's run."""
+  path = recipe_lib.model_directory(job.model)
+  if not recipe_lib.is_checkpoint(path) or not loaded.run.get('base'):
+    raise types.UsageError(f'{job.model}: it has no head that scores (train one with --algo=rm) and no reference')
+  if per == 'step':
+    raise types.UsageError(f'--per=step: {job.model} has no head that scores; its implicit rewards are of tokens')
+  ref = checkpoint.load_reference(path, loaded, job.mesh)
+  logps = lambda model, params, batch: objectives.target_stats(params, batch, model=model)['logps']
+
+  def ratios(params, batch):
+    return (logps(loaded.model, params, batch) - logps(ref.model, ref.params, batch))[..., None]
+
+  return ratios, scored.plain
+
+
+def _open(job: recipe_lib.Job, tokenizer, example_fn: Callable, row_length: int) -> loader_lib.Loader:
   rows = sharding.parts(job.mesh, 'batch') * -(-_ROWS // sharding.parts(job.mesh, 'batch'))
   packing = loader_lib.Packing(rows=rows, row_length=row_length)
   specs = sources.parse_mixture(job.data)

@@ -83,7 +83,8 @@ def open_streams(
   """
   train_sets = recipe_lib.open_data(job, recipe, tokenizer, job.data) if steps else []
   held_sets = recipe_lib.open_data(job, recipe, tokenizer, job.eval_data) if job.eval_data else []
-  needs = _needs(recipe, (train_sets or held_sets)[0])
+  needs = [_needs(recipe, data) for data in train_sets + held_sets][0]
+  logging.info('the loss reads %s', ', '.join(sorted(needs.fields)))
   ref = open_ref() if needs.reference else None
   ref_fn = counter.counted(functools.partial(objectives.ref_logps, model=ref.model)) if ref is not None else None
   attach = lambda batch: batch
@@ -111,7 +112,6 @@ def _needs(recipe: recipe_lib.Recipe, data: dataset.Dataset) -> objectives.Needs
       token_labels=data.token_label_names,
       outputs=recipe.score_outputs,
   )
-  logging.info('the loss reads %s', ', '.join(sorted(needs.fields)))
   if np.any(data.lengths_NK == 0) and 'policy.valid_GK' not in needs.fields:
     raise types.UsageError(
         f'the loss reads {data.group_size} responses to every prompt, but some have fewer; choose a loss on lists'

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as st
 
+from jaxalign import checkpoint
 from jaxalign import main
 from jaxalign import recipe
 from jaxalign import sharding
@@ -148,6 +149,42 @@ class TestScore:
     ]
 
 
+class TestImplicitRewards:
+
+  @pytest.fixture(scope='class')
+  def policy(self, tmp_path_factory):
+    """The workdir of a short run of DPO, with adapters."""
+    folder = runs.folder_with_pairs(tmp_path_factory, 'policy')
+    plain = [x for x in runs.flags(folder, folder / 'w', steps=3) if 'model=' not in x and 'linear' not in x]
+    more = '--model=builtin:stories260K', '--lora=rank:2', '--eval_data=', '--gin=optim.constant.lr = 0.01'
+    assert main.main([*plain, *more]) == 0
+    return folder / 'w'
+
+  def test_are_log_ratios_to_what_the_run_began_with(self, capsys, policy, tmp_path):
+    loaded, tokenizer = checkpoint.load(policy, ONE), tokenizers.load(STORIES)
+    base = recipe.load(str(STORIES), ONE)
+
+    def logps(model, params, ids):
+      hidden = model.apply({'params': params}, ids[None], np.arange(ids.size)[None], np.ones((1, ids.size), np.int32))
+      logits = np.asarray(hidden[0] @ transformer.output_matrix(params)[:, :512], np.float64)
+      return (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))[np.arange(ids.size - 1), ids[1:]]
+
+    found = score(capsys, policy, PAIRS, tmp_path)
+    per_token = score(capsys, policy, PAIRS, tmp_path, '--per=token')
+    for one, tokens, record in zip(found, per_token, PAIRS):
+      for value, values, side in zip(one['scores'], tokens['scores'], ('chosen', 'rejected')):
+        prompt, response = ids_of(tokenizer, record['prompt'], record[side])
+        ids = np.array([*prompt, *response, tokenizer.eos_id])
+        ratios = logps(loaded.model, loaded.params, ids) - logps(base.model, base.params, ids)
+        np.testing.assert_allclose(values, ratios[len(prompt) - 1 :], atol=1e-4)
+        assert value == pytest.approx(ratios[len(prompt) - 1 :].sum(), abs=1e-3)
+        assert abs(value) > 1e-2
+
+  def test_are_not_of_steps(self, capsys, policy):
+    assert main.main(['jaxalign', '--mode=score', f'--checkpoint={policy}', '--data=jsonl:x', '--per=step']) == 2
+    assert 'its implicit rewards are of tokens' in capsys.readouterr().err
+
+
 class TestErrors:
 
   @pytest.mark.parametrize(
@@ -156,7 +193,10 @@ class TestErrors:
           (('--data=jsonl:x.jsonl',), '--mode=score needs --checkpoint=DIR, or --model=DIR'),
           (('--model={model}',), '--mode=score needs --data=SPEC'),
           (('--model={model}', '--data=jsonl:x', '--per=word'), '--per=word: it is one of response, token, step'),
-          (('--model={stories}', '--data=jsonl:x'), 'it has no head that scores; train one with --algo=rm'),
+          (
+              ('--model={stories}', '--data=jsonl:x'),
+              'it has no head that scores (train one with --algo=rm) and no reference',
+          ),
           (
               ('--model={model}', '--data=jsonl:x', '--row_length=999'),
               '--row_length=999: the context of the model is 512',

@@ -24,6 +24,13 @@ from jaxalign.models import hf
 from jaxalign.models import merging
 
 _MODELS = {'linear': (1, None), 'extrapolate': (1, 1), 'slerp': (2, 2), 'ties': (1, None)}
+# What each method reads, with its default; other flags are refused.
+_OPTIONS = {
+    'linear': {'weights': None},
+    'extrapolate': {'base': None, 'alpha': 0.3},
+    'slerp': {'base': None, 'share': 0.5},
+    'ties': {'base': None, 'weights': None, 'density': 0.2, 'scale': 1.0},
+}
 
 
 def _load(spec: str) -> checkpoint.Loaded:
@@ -39,6 +46,11 @@ def _origin(loaded: checkpoint.Loaded, spec: str) -> dict | None:
 
 def merge(args: argparse.Namespace) -> None:
   """Loads, merges and writes."""
+  for name in ('base', 'weights', 'alpha', 'share', 'density', 'scale'):
+    if getattr(args, name) is None:
+      setattr(args, name, _OPTIONS[args.method].get(name))
+    elif name not in _OPTIONS[args.method]:
+      raise types.UsageError(f'--{name}: {args.method} does not read it')
   low, high = _MODELS[args.method]
   if len(args.models) < low or high is not None and len(args.models) > high:
     raise types.UsageError(f'--models: {args.method} takes {low if low == high else f"at least {low}"}')
@@ -75,10 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--models', nargs='+', required=True, help='what is merged')
   parser.add_argument('--base', help='what they were tuned from')
   parser.add_argument('--weights', nargs='+', type=float, help='of the models (linear, ties); default: equal')
-  parser.add_argument('--alpha', type=float, default=0.3, help='how far beyond the tuned model (extrapolate)')
-  parser.add_argument('--share', type=float, default=0.5, help='of the second model (slerp)')
-  parser.add_argument('--density', type=float, default=0.2, help='share of each difference that stays (ties)')
-  parser.add_argument('--scale', type=float, default=1.0, help='of the merged difference (ties)')
+  parser.add_argument('--alpha', type=float, help='how far beyond the tuned model (extrapolate); default: 0.3')
+  parser.add_argument('--share', type=float, help='of the second model (slerp); default: 0.5')
+  parser.add_argument('--density', type=float, help='share of each difference that stays (ties); default: 0.2')
+  parser.add_argument('--scale', type=float, help='of the merged difference (ties); default: 1')
   parser.add_argument('--output', type=pathlib.Path, required=True, help='the directory to write')
   args = parser.parse_args(argv)
   try:

@@ -66,7 +66,7 @@ class Dropped(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Text:
+class Text:
   """A text in pieces: the prompt, then pieces that are to be learned or not; `special` if a chat template wrote it."""
 
   prompt: str
@@ -117,13 +117,13 @@ def supervised(
   if 'messages' in values:
     text = _chat_text(tokenizer, records.messages(values, 'messages'), template)
   elif 'prompt' in values and 'completion' in values:
-    text = _prompted_text(tokenizer, values, 'completion', template)
+    text = prompted_text(tokenizer, values, 'completion', template)
   elif 'text' in values:
-    text = _Text('', [(records.text(values, 'text'), True)], special=False)
+    text = Text('', [(records.text(values, 'text'), True)], special=False)
   else:
     raise records.missing(record, columns, ('messages',), ('prompt', 'completion'), ('text',))
   append_eos = records.append_eos(values)
-  return _group([text], tokenizer, row_length, labels={}, append_eos=append_eos, learn_all=not completion_only)
+  return of_texts([text], tokenizer, row_length, labels={}, append_eos=append_eos, learn_all=not completion_only)
 
 
 def preference(
@@ -160,13 +160,13 @@ def preference(
   if values['chosen'] == values['rejected']:
     raise Dropped('equal responses')
   names = ('chosen', 'rejected')
-  if 'prompt' in values and not any(_is_conversation(values, name) for name in names):
-    texts = [_prompted_text(tokenizer, values, name, template) for name in names]
+  if 'prompt' in values and not any(is_conversation(values, name) for name in names):
+    texts = [prompted_text(tokenizer, values, name, template) for name in names]
   else:
     chosen, rejected = (records.messages(values, name) for name in names)
-    shared = min(_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    shared = min(shared_items(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     texts = [_chat_text(tokenizer, turns, template, first_turn=shared) for turns in (chosen, rejected)]
-  group = _group(texts, tokenizer, row_length, labels=_pair_labels(values), append_eos=records.append_eos(values))
+  group = of_texts(texts, tokenizer, row_length, labels=_pair_labels(values), append_eos=records.append_eos(values))
   if np.array_equal(group.sequences[0].ids, group.sequences[1].ids):
     raise Dropped('equal responses' + (' after truncation' if group.truncated else ''))
   return group
@@ -176,30 +176,12 @@ def _pair_labels(values: Mapping[str, Any]) -> dict[str, float | list[float]]:
   labels: dict[str, float | list[float]] = {'margin': records.number({'margin': 0.0, **values}, 'margin')}
   if 'probability' in values:
     labels['probability'] = records.number(values, 'probability', 0.0, 1.0)
-  if 'group' in values:
+  if isinstance(values.get('group'), int | float):
     labels['group'] = records.number(values, 'group')
   scores = [name for name in ('chosen_score', 'rejected_score') if name in values]
   if len(scores) == 2:
     labels['score'] = [records.number(values, name) for name in scores]
   return labels
-
-
-def of_pieces(
-    tokenizer: tokenizers.Tokenizer,
-    prompt: str,
-    pieces: list[tuple[str, bool]],
-    *,
-    row_length: int,
-    append_eos: bool,
-    labels: Mapping[str, float | list[float]],
-) -> Group:
-  """One sequence of plain text: a prompt, then pieces that are to be learned (True) or not.
-
-  Raises:
-    Dropped: there is nothing to learn.
-    RunError: a text is no Unicode.
-  """
-  return _group([_Text(prompt, pieces, special=False)], tokenizer, row_length, labels=labels, append_eos=append_eos)
 
 
 def prompt_ids(
@@ -219,12 +201,12 @@ def prompt_ids(
   return _prompt_tokens(tokenizer, text, special=True)
 
 
-def _shared(a: list[Any], b: list[Any]) -> int:
+def shared_items(a: list[Any], b: list[Any]) -> int:
   """How many leading items two lists share."""
   return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _is_conversation(values: Mapping[str, Any], name: str) -> bool:
+def is_conversation(values: Mapping[str, Any], name: str) -> bool:
   """Whether a response is in truth a whole conversation, prompt included, as some data sets have it."""
   return not isinstance(values[name], str) and records.messages(values, name)[0]['role'] != 'assistant'
 
@@ -248,7 +230,7 @@ def _literal(value: Any, tokenizer: tokenizers.Tokenizer) -> Any:
   return [_literal(one, tokenizer) for one in value] if isinstance(value, list | tuple) else value
 
 
-def _chat_text(tokenizer, turns: list[chat.Message], template: str | None, first_turn: int = 0) -> _Text:
+def _chat_text(tokenizer, turns: list[chat.Message], template: str | None, first_turn: int = 0) -> Text:
   """A rendered conversation; what follows the assistant's last turn is left out, as nothing in it is learned."""
   text, spans = _render(tokenizer, turns, template, first_turn=first_turn)
   if not spans:
@@ -259,30 +241,40 @@ def _chat_text(tokenizer, turns: list[chat.Message], template: str | None, first
     end = stop
   if body[-1][0].rstrip().endswith(tokenizer.eos_token):  # Some templates count a newline behind it.
     body[-1] = (body[-1][0].rstrip(), True)
-  return _Text(text[: spans[0][0]], body[1:], special=True)
+  return Text(text[: spans[0][0]], body[1:], special=True)
 
 
-def _prompted_text(tokenizer, values: Mapping[str, Any], name: str, template: str | None) -> _Text:
-  """The column `prompt` with the response in the column `name`."""
+def prompted_text(tokenizer, values: Mapping[str, Any], name: str, template: str | None) -> Text:
+  """The column `prompt` with the response in the column `name`, both strings or messages."""
   if isinstance(values['prompt'], str) and isinstance(values[name], str):
-    return _Text(values['prompt'], [(values[name], True)], special=False)
+    return Text(values['prompt'], [(values[name], True)], special=False)
   before, after = records.messages(values, 'prompt', 'user'), records.messages(values, name, 'assistant')
   return _chat_text(tokenizer, before + after, template, first_turn=len(before))
 
 
-def _group(
-    texts: list[_Text], tokenizer, row_length: int, *, labels, append_eos: bool, learn_all: bool = False
+def of_texts(
+    texts: list[Text], tokenizer, row_length: int, *, labels, append_eos: bool, learn_all: bool = False, whole=False
 ) -> Group:
+  """A group of texts that are cut alike to fit the row; `whole` cuts prompts alone, and drops what is longer still.
+
+  Raises:
+    Dropped: there is nothing to learn, or it is not whole.
+    RunError: a text is no Unicode.
+  """
   prompts = {text.prompt: _prompt_tokens(tokenizer, text.prompt, text.special) for text in texts}
   tokens = [_tokens(tokenizer, text, prompts[text.prompt], append_eos) for text in texts]
+  if whole:
+    tokens = [dataclasses.replace(one, first=len(one.body)) for one in tokens]
   keep = int(all(one.prompt[:1] == [tokenizer.bos_id] for one in tokens))
   if learn_all:
     tokens = [_learn_prompt(one, keep) for one in tokens]
   fitted = _fit(tokens, row_length + 1, keep)
+  if whole and any(len(a.body) < len(b.body) for a, b in zip(fitted, tokens)):
+    raise Dropped('longer than a row without its prompt')
   sequences = tuple(_sequence(one) for one in fitted)
   if not all(sequence.mask.any() for sequence in sequences):
     raise Dropped('nothing to learn: empty response')
-  prompt_tokens = _shared(fitted[0].prompt, fitted[-1].prompt)
+  prompt_tokens = shared_items(fitted[0].prompt, fitted[-1].prompt)
   return Group(sequences, labels, truncated=fitted is not tokens, prompt_tokens=prompt_tokens)
 
 
@@ -300,7 +292,7 @@ def _prompt_tokens(tokenizer, prompt: str, special: bool) -> list[int]:
   return ids if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
-def _tokens(tokenizer, text: _Text, prompt: list[int], append_eos: bool) -> _Tokens:
+def _tokens(tokenizer, text: Text, prompt: list[int], append_eos: bool) -> _Tokens:
   tokens = _Tokens(prompt, [], [], 0)
   for piece, learned in text.body:
     continuation = bool(tokens.body) or any(i != tokenizer.bos_id for i in prompt)

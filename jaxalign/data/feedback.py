@@ -58,7 +58,7 @@ def mismatched(
 ) -> list[examples.Group]:
   """As `binary`, K = 2: behind each response one that was given to another prompt, for KTO's estimate of the KL.
 
-  `recipe.Recipe.mismatched` gives each record another one, half the data set away.
+  `recipe.Recipe.mismatched` gives each record another one, half the data set away, or the next with another prompt.
 
   Args:
     record: see `binary`.
@@ -68,24 +68,31 @@ def mismatched(
     columns: see `binary`.
 
   Raises:
-    Dropped: see `binary`; or both responses are equal.
+    SamePrompt: the other record has this one's prompt.
+    Dropped: see `binary`.
     RunError: see `binary`.
   """
   if OTHER not in record:
     raise types.RunError('no other record: feedback.mismatched needs recipe.Recipe.mismatched = True')
-  here, there = responses(records.known(record, columns)), responses(records.known(record[OTHER], columns))
-  groups = []
+  values, other_values = (records.known(one, columns) for one in (record, record[OTHER]))
+  here, there, groups = responses(values), responses(other_values), []
+  if here[0][0] == there[0][0]:
+    raise SamePrompt('the other record has the same prompt')
   for (prompt, response, desirable), (_, other, _) in zip(here, there * 2):
     if isinstance(response, str) != isinstance(other, str):
       raise types.RunError('responses are text in one record and messages in another')
-    pair = {'prompt': prompt, 'chosen': response, 'rejected': other, 'append_eos': record.get('append_eos', True)}
-    made = examples.preference(pair, tokenizer, row_length=row_length, template=template)
-    groups.append(dataclasses.replace(made, labels={'desirable': desirable}))
+    texts = [examples.prompted_text(tokenizer, {'prompt': prompt, '': r}, '', template) for r in (response, other)]
+    eos, labels = records.append_eos(values), {'desirable': desirable}
+    groups.append(examples.of_texts(texts, tokenizer, row_length, labels=labels, append_eos=eos))
   return groups
 
 
+class SamePrompt(examples.Dropped):
+  """Another record is wanted, whose prompt is another."""
+
+
 def responses(values: Mapping[str, Any]) -> list[tuple[Any, Any, float]]:
-  """(prompt, response, whether it is desirable) of each response of a record.
+  """(prompt, response, whether it is desirable) of each response of a record; whole conversations are taken apart.
 
   Raises:
     RunError: a column is missing or of the wrong kind.
@@ -93,17 +100,19 @@ def responses(values: Mapping[str, Any]) -> list[tuple[Any, Any, float]]:
   if 'label' in values:
     if not {'prompt', 'completion'} <= set(values):
       raise records.missing(values, None, ('prompt', 'completion', 'label'))
-    return [(values['prompt'], values['completion'], records.truth(values, 'label'))]
+    desirable = records.truth(values, 'label')
+    if examples.is_conversation(values, 'completion'):
+      turns = records.messages(values, 'completion')
+      return [(turns[:-1], turns[-1:], desirable)]
+    return [(values['prompt'], values['completion'], desirable)]
   if not {'chosen', 'rejected'} <= set(values):
     raise records.missing(values, None, ('prompt', 'completion', 'label'), ('prompt', 'chosen', 'rejected'))
-  found = []
-  for name, desirable in (('chosen', 1.0), ('rejected', 0.0)):
-    if 'prompt' in values:
-      found.append((values['prompt'], values[name], desirable))
-    else:
-      turns = records.messages(values, name)
-      found.append((turns[:-1], turns[-1:], desirable))
-  return found
+  names = {'chosen': 1.0, 'rejected': 0.0}
+  if 'prompt' in values and not any(examples.is_conversation(values, name) for name in names):
+    return [(values['prompt'], values[name], desirable) for name, desirable in names.items()]
+  both = [records.messages(values, name) for name in names]
+  shared = min(examples.shared_items(*both), *(len(turns) - 1 for turns in both)) or -1
+  return [(turns[:shared], turns[shared:], desirable) for turns, desirable in zip(both, names.values())]
 
 
 def ranked(
@@ -133,24 +142,12 @@ def ranked(
     Dropped: there are fewer than two responses, or all have the same score.
     RunError: a column is missing or of the wrong kind, or the chat template fails.
   """
-  prompt, responses, scores = _list(record, columns)
+  prompt, found, scores, eos = _list(record, columns)
   order = np.argsort(-scores, kind='stable')
   chosen = order[np.unique(np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int))]
-  groups = [
-      examples.supervised(
-          {'prompt': prompt, 'completion': responses[i], 'append_eos': record.get('append_eos', True)},
-          tokenizer,
-          row_length=row_length,
-          template=template,
-      )
-      for i in sorted(chosen)
-  ]
-  return examples.Group(
-      tuple(group.sequences[0] for group in groups),
-      {'score': [float(scores[i]) for i in sorted(chosen)]},
-      truncated=any(group.truncated for group in groups),
-      prompt_tokens=min(group.prompt_tokens for group in groups),
-  )
+  texts = [examples.prompted_text(tokenizer, {'prompt': prompt, '': found[i]}, '', template) for i in sorted(chosen)]
+  labels = {'score': [float(scores[i]) for i in sorted(chosen)]}
+  return examples.of_texts(texts, tokenizer, row_length, labels=labels, append_eos=eos)
 
 
 def pairs_of_list(
@@ -178,13 +175,13 @@ def pairs_of_list(
   """
   if which not in ('extremes', 'all'):
     raise types.UsageError(f"feedback.pairs_of_list.which = {which!r}: it is 'extremes' or 'all'")
-  prompt, responses, scores = _list(record, columns)
+  prompt, found, scores, eos = _list(record, columns)
   order = [int(i) for i in np.argsort(-scores, kind='stable')]
   every = [(i, j) for place, i in enumerate(order) for j in order[place + 1 :] if scores[i] > scores[j]]
   groups = []
   for i, j in every if which == 'all' else [(order[0], order[-1])]:
-    pair = {'prompt': prompt, 'chosen': responses[i], 'rejected': responses[j], 'margin': float(scores[i] - scores[j])}
-    pair['append_eos'] = record.get('append_eos', True)
+    pair = {'prompt': prompt, 'chosen': found[i], 'rejected': found[j], 'append_eos': eos}
+    pair['margin'] = float(scores[i] - scores[j])
     groups.append(examples.preference(pair, tokenizer, row_length=row_length, template=template))
   return groups
 
@@ -199,8 +196,8 @@ def triple(
 ) -> examples.Group:
   """A pair and a better response, K = 3: chosen, rejected, gold.
 
-  The record has `prompt`, `chosen`, `rejected` and `gold`, or is a scored list, see `ranked`, of three or more: its
-  best is gold, the next chosen, the worst rejected.
+  The record has `prompt`, `chosen`, `rejected` and `gold`, or is a scored list, see `ranked`: its best is gold, the
+  next chosen, the worst rejected, where their scores differ.
 
   Args:
     record: the columns above.
@@ -210,41 +207,35 @@ def triple(
     columns: what the record calls the columns above, where it is something else.
 
   Raises:
-    Dropped: responses are equal, or fewer than three.
+    Dropped: there is nothing to learn, or the list has not three different scores.
     RunError: a column is missing or of the wrong kind, or the chat template fails.
   """
   values = records.known(record, columns)
-  if 'gold' not in values:
-    prompt, responses, scores = _list(record, columns)
-    if len(responses) < 3:
-      raise examples.Dropped('fewer than three responses')
+  if 'gold' in values:
+    if not {'prompt', 'chosen', 'rejected'} <= set(values):
+      raise records.missing(record, columns, ('prompt', 'chosen', 'rejected', 'gold'))
+    eos = records.append_eos(values)
+  else:
+    prompt, found, scores, eos = _list(record, columns)
     order = np.argsort(-scores, kind='stable')
-    values = {'prompt': prompt} | {
-        name: responses[i] for name, i in (('gold', order[0]), ('chosen', order[1]), ('rejected', order[-1]))
-    }
-    values['append_eos'] = record.get('append_eos', True)
-  pair = examples.preference(values, tokenizer, row_length=row_length, template=template)
-  gold = examples.supervised(
-      {'prompt': values.get('prompt'), 'completion': values['gold'], 'append_eos': records.append_eos(values)},
-      tokenizer,
-      row_length=row_length,
-      template=template,
-  )
-  return dataclasses.replace(
-      pair, sequences=(*pair.sequences, *gold.sequences), truncated=pair.truncated or gold.truncated
-  )
+    if len(order) < 3 or not scores[order[0]] > scores[order[1]] > scores[order[-1]]:
+      raise examples.Dropped('not three responses of different scores')
+    of = {'gold': order[0], 'chosen': order[1], 'rejected': order[-1]}
+    values = {'prompt': prompt} | {name: found[i] for name, i in of.items()}
+  texts = [examples.prompted_text(tokenizer, values, name, template) for name in ('chosen', 'rejected', 'gold')]
+  return examples.of_texts(texts, tokenizer, row_length, labels={}, append_eos=eos)
 
 
-def _list(record: records.Record, columns: Mapping[str, str] | None) -> tuple[Any, list[Any], np.ndarray]:
-  """Prompt, responses and scores of a list of two or more."""
+def _list(record: records.Record, columns: Mapping[str, str] | None) -> tuple[Any, list[Any], np.ndarray, bool]:
+  """Prompt, responses and scores of a list of two or more, and whether their ends are learned."""
   values = records.known(record, columns)
   if not {'prompt', 'completions'} <= set(values) or not {'scores', 'ranks'} & set(values):
     raise records.missing(record, columns, ('prompt', 'completions', 'scores'), ('prompt', 'completions', 'ranks'))
-  responses = values['completions']
-  if not isinstance(responses, list | tuple):
+  found = values['completions']
+  if not isinstance(found, list | tuple):
     raise types.RunError('column completions: a list of responses is wanted')
   name = 'scores' if 'scores' in values else 'ranks'
-  scores = records.numbers(values, name, len(responses)) * (1.0 if name == 'scores' else -1.0)
-  if len(responses) < 2 or np.all(scores == scores[0]):
+  scores = records.numbers(values, name, len(found)) * (1.0 if name == 'scores' else -1.0)
+  if len(found) < 2 or np.all(scores == scores[0]):
     raise examples.Dropped('nothing to rank: fewer than two responses, or equal scores')
-  return values['prompt'], list(responses), scores
+  return values['prompt'], list(found), scores, records.append_eos(values)

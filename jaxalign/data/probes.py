@@ -41,6 +41,8 @@ def describe(
 
 
 _TALK = [{'role': 'user', 'content': 'a b'}, {'role': 'assistant', 'content': 'c\n\nd'}]
+_OTHER = {'role': 'assistant', 'content': 'f'}
+_ELSE = {'prompt': [{'role': 'user', 'content': 'x'}], 'completion': [_OTHER], 'label': False}
 _PROBES: tuple[records.Record, ...] = (
     {},
     {'messages': [*_TALK, *_TALK]},
@@ -48,7 +50,12 @@ _PROBES: tuple[records.Record, ...] = (
     {'text': 'a b c'},
     {'prompt': 'a b', 'chosen': ' c', 'rejected': ' d', 'margin': 0.5, 'append_eos': False},
     {'chosen': _TALK, 'rejected': [_TALK[0], {'role': 'assistant', 'content': ''}]},
-    {'prompt': 'a', 'completions': ['b', 'c d', 'e'], 'scores': [0.5, 2, -1]},
+    {'prompt': 'a', 'completions': [f'b {i}' for i in range(40)], 'scores': [i % 7 + i / 50 for i in range(40)]},
+    {'prompt': _TALK[:1], 'completions': [_TALK[1:], [{'role': 'assistant', 'content': 'e'}]], 'scores': [0.5, 2]},
+    {'prompt': _TALK[:1], 'completions': ['c', 'd\n'], 'labels': [1, 0]},
+    {'prompt': _TALK[:1], 'chosen': _TALK[1:], 'rejected': [_OTHER], 'gold': [{'role': 'assistant', 'content': 'g'}]},
+    {'prompt': _TALK[:1], 'completion': [_OTHER], 'label': True, 'other_record': _ELSE},
+    {'prompt': 'a', 'steps': ['b'], 'chosen': ' c', 'rejected': ' d', 'chosen_spans': [[0, 1, 0.5]]},
     {
         'prompt': 'a',
         'completion': 'b',

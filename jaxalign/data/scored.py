@@ -80,11 +80,24 @@ def responses(
   """
   if per == 'step':
     return steps(record, tokenizer, row_length=row_length, template=template, columns=columns, labelled=False)
+  group = plain(record, tokenizer, row_length=row_length - 1, template=template, columns=columns)
+  marked = _scored if per == 'response' else lambda sequence: _marked(sequence.ids, sequence.mask)
+  return dataclasses.replace(group, sequences=tuple(map(marked, group.sequences)))
+
+
+def plain(
+    record: records.Record,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    row_length: int,
+    template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> examples.Group:
+  """Responses as a policy reads them, without labels: a pair, or a single one; see `responses`."""
   is_pair = {'chosen', 'rejected'} <= set(records.known(record, columns))
   read = examples.preference if is_pair else examples.supervised
-  group = read(record, tokenizer, row_length=row_length - 1, template=template, columns=columns)
-  marked = _scored if per == 'response' else lambda sequence: _marked(sequence.ids, sequence.mask)
-  return dataclasses.replace(group, sequences=tuple(map(marked, group.sequences)), labels={})
+  group = read(record, tokenizer, row_length=row_length, template=template, columns=columns)
+  return dataclasses.replace(group, labels={})
 
 
 def steps(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -42,15 +43,9 @@ def tagged(
   values, groups = records.known(record, columns), []
   for prompt, response, desirable in feedback.responses(values):
     _check_text(prompt, response)
-    group = examples.of_pieces(
-        tokenizer,
-        (good if desirable else bad) + prompt,
-        [(response, True)],
-        row_length=row_length,
-        append_eos=records.append_eos(values),
-        labels={'desirable': desirable},
-    )
-    groups.append(group)
+    text = examples.Text((good if desirable else bad) + prompt, [(response, True)], special=False)
+    labels, eos = {'desirable': desirable}, records.append_eos(values)
+    groups.append(examples.of_texts([text], tokenizer, row_length, labels=labels, append_eos=eos))
   return groups
 
 
@@ -76,7 +71,7 @@ def hindsight(
     columns: see `examples.preference`.
 
   Raises:
-    Dropped: there is nothing to learn.
+    Dropped: there is nothing to learn, or both responses do not fit a row.
     RunError: a column is missing or of the wrong kind.
   """
   values = records.known(record, columns)
@@ -84,9 +79,8 @@ def hindsight(
     raise records.missing(record, columns, ('prompt', 'chosen', 'rejected'))
   _check_text(values['prompt'], values['chosen'], values['rejected'])
   pieces = [(bad, False), (values['rejected'], True), (good, False), (values['chosen'], True)]
-  return examples.of_pieces(
-      tokenizer, values['prompt'], pieces, row_length=row_length, append_eos=records.append_eos(values), labels={}
-  )
+  text, eos = examples.Text(values['prompt'], pieces, special=False), records.append_eos(values)
+  return examples.of_texts([text], tokenizer, row_length, labels={}, append_eos=eos, whole=True)
 
 
 def weighted(
@@ -138,9 +132,13 @@ def _spans(values: Mapping[str, Any], name: str) -> list[tuple[float, float, flo
   if not isinstance(found, list | tuple):
     raise types.RunError(f'column {name}: a list of [start, end, weight] is wanted')
   for i, span in enumerate(found):
-    if not isinstance(span, list | tuple) or len(span) != 3 or not all(isinstance(x, int | float) for x in span):
+    if not isinstance(span, list | tuple) or len(span) != 3 or not all(map(_is_number, span)):
       raise types.RunError(f'column {name}: item {i} is {span!r} where [start, end, weight] is wanted')
   return [(span[0], span[1], span[2]) for span in found]
+
+
+def _is_number(x: Any) -> bool:
+  return isinstance(x, int | float) and math.isfinite(x)
 
 
 def next_step(
@@ -152,8 +150,8 @@ def next_step(
 ) -> examples.Group:
   """A pair of next steps behind steps that are right: `prompt`, `steps` (texts), `chosen` and `rejected`.
 
-  Each of `steps` ends in a newline and belongs to the prompt. Lai et al., 2024 (Step-DPO),
-  https://arxiv.org/abs/2406.18629, Eq. 3.
+  A newline ends each step, those of the prompt and the two that are compared. EOS is learned only where the column
+  `append_eos` is true: a step is seldom the last. Lai et al., 2024 (Step-DPO), https://arxiv.org/abs/2406.18629.
 
   Args:
     record: the columns above.
@@ -172,8 +170,10 @@ def next_step(
   if not isinstance(steps, list | tuple):
     raise types.RunError('column steps: a list of texts is wanted')
   _check_text(values['prompt'], *steps, values['chosen'], values['rejected'])
-  prompt = values['prompt'] + ''.join(step.rstrip('\n') + '\n' for step in steps)
-  return examples.preference(values | {'prompt': prompt}, tokenizer, row_length=row_length)
+  line = lambda step: step.rstrip('\n') + '\n'
+  pair = {'append_eos': False} | values | {name: line(values[name]) for name in ('chosen', 'rejected')}
+  pair['prompt'] = values['prompt'] + ''.join(map(line, steps))
+  return examples.preference(pair, tokenizer, row_length=row_length)
 
 
 def _check_text(*values: Any) -> None:

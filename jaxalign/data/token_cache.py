@@ -33,6 +33,7 @@ from jaxalign.data import tokenizers
 # Part of the key: raise it when what is written changes.
 _VERSION = '2'
 _SHOWN_BAD = 5
+_TRIED = 64  # records, for one with another prompt
 
 ExampleFn = Callable[[dict[str, Any]], examples.Group | list[examples.Group]]
 
@@ -116,17 +117,15 @@ def _write(
   report: dict[str, Any] = {'records': len(source), 'kept': 0, 'truncated': 0, 'bad': 0, 'dropped': {}}
   # Flat arrays, since lists of a million groups would take a gigabyte.
   lengths, trained, keys, places, sizes = (array.array(code) for code in 'iiQqi')
-  label_names: tuple[tuple[str, ...], ...] = ((), ())
+  every: set[str] = set()
+  common: tuple[set[str], set[str]] = set(), set()
   path = os.path.join(scratch, dataset_lib.GROUPS)
   with _writing(path) as write:
     for index in tqdm.trange(len(source), desc=f'tokenising {source.spec}', disable=None, leave=False):
       for group in _examples(source, index, example_fn, mismatched, skip_bad_records, report):
-        names = tuple(sorted(group.labels)), tuple(sorted(group.sequences[0].labels))
-        if places and label_names != names:
-          raise types.RunError(
-              f'{source.where(index)}: responses labelled {names}; the records before it have {label_names}'
-          )
-        label_names = names
+        names = set(group.labels), set(group.sequences[0].labels)
+        every = every | names[0] | names[1]
+        common = (common[0] & names[0], common[1] & names[1]) if places else names
         report['truncated'] += group.truncated
         write(_pack(group))
         sizes.append(len(group.sequences))
@@ -135,6 +134,9 @@ def _write(
         keys.extend(_key(s) for s in group.sequences)
         places.append(int(source.places[index]))
   report['kept'] = len(places)
+  if every - common[0] - common[1]:
+    partly = ', '.join(sorted(every - common[0] - common[1]))
+    logging.warning('%s: only some records are labelled with %s, which is left out', source.spec, partly)
   if not places:
     found = [f'{r["count"]} dropped: {reason} (first {r["first"]})' for reason, r in report['dropped'].items()]
     found += [f'{report["bad"]} unreadable'] if report['bad'] else []
@@ -151,8 +153,8 @@ def _write(
   written = {name: os.path.getsize(os.path.join(scratch, name)) for name in (dataset_lib.GROUPS, dataset_lib.INDEX)}
   meta = {
       'sizes': written,
-      'label_names': label_names[0],
-      'token_label_names': label_names[1],
+      'label_names': sorted(common[0]),
+      'token_label_names': sorted(common[1]),
       'affixes': source.affixes,
       'report': report,
   }
@@ -196,10 +198,7 @@ def _examples(
 ) -> list[examples.Group]:
   """The groups of a record; none with the reason counted in `report`."""
   try:
-    record = source[index]
-    if mismatched:
-      record = {**record, feedback.OTHER: source[(index + max(1, len(source) // 2)) % len(source)]}
-    made = example_fn(record)
+    made = _with_another(source, index, example_fn) if mismatched else example_fn(source[index])
     return made if isinstance(made, list) else [made]
   except examples.Dropped as err:
     reason = report['dropped'].setdefault(err.reason, {'count': 0, 'first': source.where(index)})
@@ -214,6 +213,17 @@ def _examples(
     if report['bad'] <= _SHOWN_BAD:
       logging.warning('%s (skipped)', message)
   return []
+
+
+def _with_another(source: sources.Source, index: int, example_fn: ExampleFn) -> examples.Group | list[examples.Group]:
+  """The groups of a record that is given another one: half the source away, or the next with another prompt."""
+  record, start = source[index], index + max(1, len(source) // 2)
+  for other in range(start, start + min(_TRIED, len(source))):
+    try:
+      return example_fn({**record, feedback.OTHER: source[other % len(source)]})
+    except feedback.SamePrompt:
+      continue
+  raise examples.Dropped('no other record with another prompt near by')
 
 
 def _key(sequence: examples.Sequence) -> int:

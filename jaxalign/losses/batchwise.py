@@ -114,8 +114,8 @@ def group_robust(policy, ref, labels, *, state=(), beta: float, groups: int, rat
 
     loss = sum_g q_g L_g,    q_g <- q_g exp(rate L_g) / sum,    L_g the mean DPO loss of the step's pairs of group g
 
-  The label `group` of a pair is a number in [0, groups). q is uniform at first and carries no gradient; `rate` 0 keeps
-  it so.
+  The label `group` of a pair is a whole number in [0, groups); another makes the loss NaN. q is uniform at first and
+  carries no gradient; `rate` 0 keeps it so.
 
   References:
     Ramesh et al., 2024, https://arxiv.org/abs/2405.20304, Alg. 1.
@@ -130,6 +130,7 @@ def group_robust(policy, ref, labels, *, state=(), beta: float, groups: int, rat
   # A group that the step lacks gives its weight to the others.
   q_N = jnp.where(count_N > 0, jnp.exp(log_q), 0.0)
   weight_N = q_N / jnp.maximum(jnp.sum(q_N), 1e-30) / jnp.maximum(count_N, 1.0)
-  share_G = jnp.sum(member_GN * weight_N[None, :], axis=1) * jnp.sum(policy.valid_G)
+  known_G = jnp.sum(member_GN, axis=1) == policy.valid_G
+  share_G = jnp.where(known_G, jnp.sum(member_GN * weight_N[None, :], axis=1) * jnp.sum(policy.valid_G), jnp.nan)
   metrics = {**out.metrics, 'worst_group': jnp.full_like(share_G, jnp.max(mean_N))}
   return types.LossOut(share_G * out.per_item, metrics, log_q)

@@ -55,7 +55,7 @@ def pairwise(
     regularisers: (coefficient, part) pairs.
 
   Returns:
-    `per_item` is `[G]`. `rewards/*` are beta z.
+    `per_item` is `[G]`. `rewards/*` are beta z, beta being the one given here.
   """
   z_GK = score(policy, ref, labels)
   u_GK = utility(z_GK)

@@ -19,7 +19,7 @@ def dpo_pl(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
 
     loss = sum_k [log sum_(i >= k) e^(v_i) - v_k],    responses sorted by score, best first
 
-  log K! at the reference; for K = 2 it is DPO.
+  Responses of equal score do not compete. log K! at the reference; for K = 2 it is DPO.
 
   References:
     Rafailov et al., 2023, https://arxiv.org/abs/2305.18290, App. A.3.
@@ -29,11 +29,16 @@ def dpo_pl(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
 
 
 def plackett_luce(v_GK, score_GK, valid_GK):
-  """-log likelihood `[G]` of the order of `score` under the strengths e^v: sum_k [log sum_(i >= k) e^(v_i) - v_k]."""
-  order_GK = jnp.argsort(jnp.where(valid_GK > 0, -score_GK, jnp.inf), axis=1)
-  v_GK = jnp.take_along_axis(jnp.where(valid_GK > 0, v_GK, _NEVER), order_GK, axis=1)
-  rest_GK = jax.lax.cumlogsumexp(v_GK, axis=1, reverse=True)
-  return jnp.sum(jnp.where(v_GK > 0.5 * _NEVER, rest_GK - v_GK, 0.0), axis=1)
+  """-log likelihood `[G]` of the order of `score` under the strengths e^v.
+
+    sum_k [log sum_(i = k or r_i < r_k) e^(v_i) - v_k]
+
+  Responses of equal score do not compete, so that it does not depend on the order in which they stand.
+  """
+  both_GKK = (valid_GK[:, :, None] * valid_GK[:, None, :]) > 0
+  worse_GKK = (differences(score_GK) > 0) | jnp.eye(score_GK.shape[1], dtype=bool)[None]
+  rest_GK = jax.nn.logsumexp(jnp.where(worse_GKK & both_GKK, v_GK[:, None, :], _NEVER), axis=2)
+  return jnp.sum(jnp.where(valid_GK > 0, rest_GK - v_GK, 0.0), axis=1)
 
 
 def lipo_lambda(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:

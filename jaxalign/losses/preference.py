@@ -81,7 +81,7 @@ def ipo(policy, ref, labels, *, state=(), tau: float) -> types.LossOut:
   References:
     Azar et al., 2023, https://arxiv.org/abs/2310.12036, Eq. 17.
   """
-  return compose.pairwise(policy, ref, labels, state=state, link=_of(parts.squared, target=1 / (2 * tau)))
+  return compose.pairwise(policy, ref, labels, state=state, beta=tau, link=_of(_regressed, tau=tau))
 
 
 def ipo_averaged(policy, ref, labels, *, state=(), tau: float) -> types.LossOut:
@@ -92,8 +92,13 @@ def ipo_averaged(policy, ref, labels, *, state=(), tau: float) -> types.LossOut:
   References:
     Azar et al., 2023, https://arxiv.org/abs/2310.12036; averaging as its authors advised TRL's.
   """
-  score, link = _of(parts.log_ratio, length_power=1.0), _of(parts.squared, target=1 / (2 * tau))
-  return compose.pairwise(policy, ref, labels, state=state, score=score, link=link)
+  score, link = _of(parts.log_ratio, length_power=1.0), _of(_regressed, tau=tau)
+  return compose.pairwise(policy, ref, labels, state=state, beta=tau, score=score, link=link)
+
+
+def _regressed(x, *, tau: float):
+  """(x / tau - 1 / (2 tau))^2."""
+  return parts.squared(x, target=0.5) / tau**2
 
 
 def hinge(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
@@ -271,6 +276,5 @@ def sppo_hard(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
   References:
     Wu et al., 2024, https://arxiv.org/abs/2405.00675.
   """
-  goal = 0.5 / beta
-  terms = (0, 1.0, _of(parts.squared, target=goal)), (1, -1.0, _of(parts.squared, target=goal))
-  return compose.anchored(policy, ref, labels, state=state, terms=terms)
+  link = _of(_regressed, tau=beta)
+  return compose.anchored(policy, ref, labels, state=state, beta=beta, terms=((0, 1.0, link), (1, -1.0, link)))

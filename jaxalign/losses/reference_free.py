@@ -33,7 +33,7 @@ def alphapo(policy, ref, labels, *, state=(), beta: float, margin: float, alpha:
 
     loss = -log sigmoid(beta (r_w - r_l) - margin),    r = (1 - e^(-alpha a)) / alpha
 
-  alpha -> 0 is `simpo`. The paper uses alpha 0.25, beta 2.5 and margin 0.1 times beta or so. a is a mean, as in TRL.
+  alpha -> 0 is `simpo`. The paper uses alpha 0.25, beta 2.5 and margin 0.1, TRL's names. a is a mean, as in TRL.
 
   References:
     Gupta et al., 2025, https://arxiv.org/abs/2501.03884.

@@ -32,7 +32,8 @@ def odpo(policy, ref, labels, *, state=(), beta: float, alpha: float) -> types.L
 
     loss = -log sigmoid(beta h - alpha log(score_w - score_l))
 
-  Reads the label `score` of each response. The paper's alpha is 1.
+  Reads the label `score` of each response; where the chosen one's is not higher, the pair hardly counts. The paper's
+  alpha is 1.
 
   References:
     Amini et al., 2024, https://arxiv.org/abs/2402.10571.

@@ -52,8 +52,8 @@ def bco(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
 
     loss = -log sigmoid(beta z - d)  or, where undesirable,  -log sigmoid(d - beta z)
 
-  d is the mean of beta z over all responses of all steps, this one's among them, without gradient. log 2 at the
-  reference. The paper uses beta 0.01. Its density-ratio weights of prompts (UDM) are not part of it.
+  d is the mean of beta z over all responses of all steps, this one's among them, pooled as in TRL and without gradient.
+  log 2 at the reference. The paper uses beta 0.01. Its density-ratio weights of prompts (UDM) are not part of it.
 
   References:
     Jung et al., 2024, https://arxiv.org/abs/2404.04656.

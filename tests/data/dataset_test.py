@@ -248,10 +248,12 @@ class TestBuild:
     with pytest.raises(types.RunError, match="jsonl': it holds no records$"):
       build(write_jsonl([]))
 
-  def test_groups_of_several_labels_are_refused(self, build, write_jsonl):
-    other = {'ids': [[1, 2], [1, 3]], 'prompt': 1, 'weight': 0.0}
-    with pytest.raises(types.RunError, match=r'data\.jsonl:2: responses labelled .*weight.*before it have .*margin'):
-      build(write_jsonl([_RECORDS[0], other]))
+  def test_labels_that_only_some_records_have_are_left_out_with_a_warning(self, build, write_jsonl, caplog):
+    other = {'ids': [[1, 2], [1, 3]], 'prompt': 1, 'weight': 0.0, 'margin': 1.0}
+    with caplog.at_level(logging.WARNING, 'absl'):
+      data = build(write_jsonl([_RECORDS[0], other]))
+    assert data.label_names == ('margin',)
+    assert 'only some records are labelled with weight, which is left out' in caplog.text
 
   def test_shorter_lists_leave_places_empty(self, build, write_jsonl):
     short = {'ids': [[1, 2, 3]], 'prompt': 1, 'margin': 0.0}

@@ -71,6 +71,27 @@ class TestMismatched:
     first, second = feedback.mismatched(record, letters, row_length=60)
     assert [[said(s).strip() for s in g.sequences] for g in (first, second)] == [['x', 'v'], ['y', 'w']]
 
+  def test_takes_whole_conversations_apart_beside_a_prompt_too(self, letters, said):
+    talk = lambda a, b: [{'role': 'user', 'content': a}, {'role': 'assistant', 'content': b}]
+    record = {'prompt': 'q', 'chosen': talk('q', 'x'), 'rejected': talk('q', 'y')}
+    record[feedback.OTHER] = {'prompt': 'p', 'chosen': talk('p', 'v'), 'rejected': talk('p', 'w')}
+    groups = feedback.mismatched(record, letters, row_length=60)
+    assert [[said(s).strip() for s in g.sequences] for g in groups] == [['x', 'v'], ['y', 'w']]
+    for one in groups:
+      assert len({tuple(s.ids[: one.prompt_tokens].tolist()) for s in one.sequences}) == 1
+      assert 'q' in letters.decode(one.sequences[1].ids[: one.prompt_tokens].tolist())
+
+  def test_keeps_a_response_that_equals_the_other(self, letters, said):
+    other = {'prompt': 'bb', 'completion': 'ba', 'label': True}
+    record = {'prompt': 'ab', 'completion': 'ba', 'label': False, feedback.OTHER: other}
+    (group,) = feedback.mismatched(record, letters, row_length=20)
+    assert [said(s) for s in group.sequences] == ['ba', 'ba']
+
+  def test_wants_another_prompt(self, letters):
+    record = {'prompt': 'ab', 'completion': 'ba', 'label': False}
+    with pytest.raises(feedback.SamePrompt):
+      feedback.mismatched(record | {feedback.OTHER: record}, letters, row_length=20)
+
   def test_says_what_is_missing(self, letters):
     with pytest.raises(types.RunError, match='recipe.Recipe.mismatched = True'):
       feedback.mismatched({'prompt': 'ab', 'completion': 'ba', 'label': True}, letters, row_length=20)
@@ -95,6 +116,20 @@ class TestRanked:
     assert len(group.sequences) == 3
     assert {'a', 'b'} <= {said(s) for s in group.sequences}
     assert sorted(group.labels['score'])[::2] == [0.1, 0.9]
+
+  def test_cuts_all_responses_alike(self, letters):
+    record = {'prompt': 'abab' * 4, 'completions': ['a', 'b' * 9], 'scores': [1, 2]}
+    group = feedback.ranked(record, letters, row_length=16)
+    short, long = group.sequences
+    assert len(long.ids) - 1 == 16 and group.truncated
+    assert short.ids[: group.prompt_tokens].tolist() == long.ids[: group.prompt_tokens].tolist()
+    assert group.prompt_tokens == int(np.argmax(short.mask)) == int(np.argmax(long.mask))
+
+  def test_reads_renamed_columns(self, letters):
+    record = {'p': 'ab', 'c': ['a', 'b'], 's': [1, 2], 'fin': False}
+    columns = {'prompt': 'p', 'completions': 'c', 'scores': 's', 'append_eos': 'fin'}
+    group = feedback.ranked(record, letters, row_length=20, columns=columns)
+    assert [s.ids[-1] for s in group.sequences] == letters.encode('ab')
 
   @pytest.mark.parametrize('change', [{'completions': ['a'], 'scores': [1]}, {'scores': [2, 2, 2, 2]}])
   def test_drops_what_cannot_be_ranked(self, letters, change):
@@ -143,8 +178,9 @@ class TestTriple:
   def test_of_a_list_are_its_best_its_next_and_its_worst(self, letters, said):
     group = feedback.triple(LIST, letters, row_length=20)
     assert [said(s) for s in group.sequences] == ['aa', 'a', 'b']
-    with pytest.raises(examples.Dropped, match='fewer than three'):
-      feedback.triple(LIST | {'completions': ['a', 'b'], 'scores': [1, 2]}, letters, row_length=20)
+    for change in {'completions': ['a', 'b'], 'scores': [1, 2]}, {'completions': ['a', 'b', 'c'], 'scores': [5, 1, 1]}:
+      with pytest.raises(examples.Dropped, match='not three responses of different scores'):
+        feedback.triple(LIST | change, letters, row_length=20)
 
 
 class TestLabelsOfPairs:

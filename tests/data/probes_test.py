@@ -6,9 +6,13 @@ import pytest
 
 from jaxalign import types
 from jaxalign.data import examples
+from jaxalign.data import feedback
 from jaxalign.data import probes
 from jaxalign.data import scored
+from jaxalign.data import texts
 from jaxalign.data import tokenizers
+
+_SHORT = "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
 
 
 @pytest.fixture
@@ -54,3 +58,24 @@ class TestDescribe:
 
     keys = {probes.describe(wrap(note), letters, row_length=64) for note in ('<at 0x1>', '<at 0x2>')}
     assert len(keys) == 1
+
+  @pytest.mark.parametrize(
+      'function,options',
+      [
+          (feedback.ranked, {'most': 4}),
+          (feedback.ranked, {'most': 32}),
+          (feedback.ranked, {'template': _SHORT}),
+          (feedback.pairs_of_list, {'which': 'all'}),
+          (feedback.triple, {'template': _SHORT}),
+          (feedback.mismatched, {'template': _SHORT}),
+          (feedback.binary, {'template': _SHORT}),
+          (scored.steps, {'template': _SHORT}),
+          (scored.responses, {'per': 'step'}),
+          (texts.weighted, {'outside': 0.0}),
+          (texts.tagged, {'good': 'Yes: '}),
+          (texts.hindsight, {'bad': 'No: '}),
+      ],
+  )
+  def test_differs_by_every_option(self, letters, function, options):
+    keys = [probes.describe(fn, letters, row_length=64) for fn in (function, functools.partial(function, **options))]
+    assert keys[0] != keys[1]

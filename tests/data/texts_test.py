@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxalign import types
+from jaxalign.data import examples
 from jaxalign.data import texts
 from jaxalign.data import tokenizers
 
@@ -43,6 +44,10 @@ class TestHindsight:
   def test_learns_the_rejected_and_then_the_chosen_response(self, letters):
     group = texts.hindsight(PAIR, letters, row_length=40, bad='-', good='+')
     assert text_of(letters, group.sequences[0]) == 'ab-[bbb]+[ba</s>]'
+    with pytest.raises(examples.Dropped, match='longer than a row without its prompt'):
+      texts.hindsight(PAIR, letters, row_length=7, bad='-', good='+')
+    cut = texts.hindsight(PAIR, letters, row_length=9, bad='-', good='+')
+    assert text_of(letters, cut.sequences[0]) == 'b-[bbb]+[ba</s>]'
     with pytest.raises(types.RunError, match='wanted prompt \\+ chosen \\+ rejected'):
       texts.hindsight({'prompt': 'a', 'completion': 'b'}, letters, row_length=40)
 
@@ -60,7 +65,7 @@ class TestWeighted:
     group = texts.weighted(PAIR, letters, row_length=40)
     np.testing.assert_array_equal(group.sequences[1].labels['weight'], [1, 1, 1, 1])
 
-  @pytest.mark.parametrize('spans', ['0-1', [[0, 1]], [[0, 1, 'x']], [3]])
+  @pytest.mark.parametrize('spans', ['0-1', [[0, 1]], [[0, 1, 'x']], [3], [[0, 1, float('nan')]]])
   def test_refuses_spans_that_are_none(self, letters, spans):
     with pytest.raises(types.RunError, match='column chosen_spans: .*\\[start, end, weight\\]'):
       texts.weighted(PAIR | {'chosen_spans': spans}, letters, row_length=40)
@@ -70,7 +75,7 @@ class TestNextStep:
 
   def test_has_the_right_steps_in_its_prompt(self, letters):
     group = texts.next_step(PAIR | {'steps': ['a', 'b\n']}, letters, row_length=40)
-    assert [text_of(letters, s) for s in group.sequences] == ['aba\nb\n[ba</s>]', 'aba\nb\n[bbb</s>]']
+    assert [text_of(letters, s) for s in group.sequences] == ['aba\nb\n[ba\n]', 'aba\nb\n[bbb\n]']
     with pytest.raises(types.RunError, match='wanted prompt \\+ steps \\+ chosen \\+ rejected'):
       texts.next_step(PAIR, letters, row_length=40)
     with pytest.raises(types.RunError, match='column steps: a list of texts is wanted'):

@@ -464,6 +464,25 @@ class TestState:
     np.testing.assert_allclose(np.exp(out.state), q, rtol=1e-5)
 
 
+class TestTies:
+
+  def test_of_scores_do_not_compete(self):
+    w = world(3)
+    tied = {'score': jnp.tile(jnp.array([[1.0, 1.0, 0.0]]), (len(w.labels['score']), 1))}
+    policy, ref = w.stats()
+    found = listwise.dpo_pl(policy, ref, tied, beta=0.3).per_item[:6]
+    v = 0.3 * w.z
+    wanted = np.logaddexp(v[:, 0], v[:, 2]) - v[:, 0] + np.logaddexp(v[:, 1], v[:, 2]) - v[:, 1]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+  def test_groups_beyond_their_number_make_the_loss_nan(self):
+    w = world(2)
+    labels = {name: x + 5.0 if name == 'group' else x for name, x in w.given().items()}
+    policy, ref = w.stats()
+    out = batchwise.group_robust(policy, ref, labels, beta=0.3, groups=3, rate=0.1)
+    assert np.all(np.isnan(out.per_item[:6]))
+
+
 class TestShortLists:
 
   @pytest.mark.parametrize('name', LISTS)

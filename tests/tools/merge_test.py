@@ -43,6 +43,11 @@ class TestMain:
           (('ties', '--models', STORIES), '--base: ties needs the model'),
           (('linear', '--models', STORIES, '--weights', '1', '2'), '--weights: 2 for 1 models'),
           (('linear', '--models', 'nowhere'), 'nowhere: no such file or directory'),
+          (('linear', '--models', STORIES, '--base', STORIES), '--base: linear does not read it'),
+          (
+              ('slerp', '--base', STORIES, '--models', STORIES, STORIES, '--alpha', '1'),
+              '--alpha: slerp does not read it',
+          ),
       ],
   )
   def test_refuses_what_does_not_fit_in_one_line(self, tmp_path, capsys, args, said):
