@@ -200,7 +200,7 @@ class TestAlgorithms:
     record = {'prompt': 'Tom', 'completions': [' He was happy.', ' He cried.'], 'labels': [True, False]}
     data.write_text(20 * (json.dumps(record) + '\n'))
     more = '--algo=prm', f'--data=jsonl:{data}', f'--eval_data=jsonl:{data}[:8]'
-    assert main.main(flags(folder, tmp_path / 'w', *more)) == 0
+    assert main.main(flags(folder, tmp_path / 'w', *more, steps=40)) == 0
     found = evaluated(capsys, tmp_path / 'w')
     assert (found['eval/accuracy'], found['eval/right'], found['eval/n']) == (1, 0.5, 16)
     loaded = checkpoint.load(tmp_path / 'w', ONE)

@@ -63,7 +63,7 @@ def flags(algo, cache, workdir):
       '--save_every=0',
       '--mesh=data:8',
       '--gin=loader.Packing.rows = 8',
-      '--gin=loader.Packing.row_length = 128',
+      '--gin=loader.Packing.row_length = 192',
       '--gin=loader.Packing.groups_per_step = 6',
       '--gin=optim.linear.lr = 1e-2',
       '--gin=train.train.samples = None',

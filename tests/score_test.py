@@ -149,16 +149,17 @@ class TestScore:
     ]
 
 
-class TestImplicitRewards:
+@pytest.fixture(scope='module')
+def policy(tmp_path_factory):
+  """The workdir of a short run of DPO, with adapters."""
+  folder = runs.folder_with_pairs(tmp_path_factory, 'policy')
+  plain = [x for x in runs.flags(folder, folder / 'w', steps=3) if 'model=' not in x and 'linear' not in x]
+  more = '--model=builtin:stories260K', '--lora=rank:2', '--eval_data=', '--gin=optim.constant.lr = 0.01'
+  assert main.main([*plain, *more]) == 0
+  return folder / 'w'
 
-  @pytest.fixture(scope='class')
-  def policy(self, tmp_path_factory):
-    """The workdir of a short run of DPO, with adapters."""
-    folder = runs.folder_with_pairs(tmp_path_factory, 'policy')
-    plain = [x for x in runs.flags(folder, folder / 'w', steps=3) if 'model=' not in x and 'linear' not in x]
-    more = '--model=builtin:stories260K', '--lora=rank:2', '--eval_data=', '--gin=optim.constant.lr = 0.01'
-    assert main.main([*plain, *more]) == 0
-    return folder / 'w'
+
+class TestImplicitRewards:
 
   def test_are_log_ratios_to_what_the_run_began_with(self, capsys, policy, tmp_path):
     loaded, tokenizer = checkpoint.load(policy, ONE), tokenizers.load(STORIES)

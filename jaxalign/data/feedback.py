@@ -142,7 +142,7 @@ def ranked(
     Dropped: there are fewer than two responses, or all have the same score.
     RunError: a column is missing or of the wrong kind, or the chat template fails.
   """
-  prompt, found, scores, eos = _list(record, columns)
+  prompt, found, scores, eos = scored_list(record, columns)
   order = np.argsort(-scores, kind='stable')
   chosen = order[np.unique(np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int))]
   texts = [examples.prompted_text(tokenizer, {'prompt': prompt, '': found[i]}, '', template) for i in sorted(chosen)]
@@ -175,7 +175,7 @@ def pairs_of_list(
   """
   if which not in ('extremes', 'all'):
     raise types.UsageError(f"feedback.pairs_of_list.which = {which!r}: it is 'extremes' or 'all'")
-  prompt, found, scores, eos = _list(record, columns)
+  prompt, found, scores, eos = scored_list(record, columns)
   order = [int(i) for i in np.argsort(-scores, kind='stable')]
   every = [(i, j) for place, i in enumerate(order) for j in order[place + 1 :] if scores[i] > scores[j]]
   groups = []
@@ -216,7 +216,7 @@ def triple(
       raise records.missing(record, columns, ('prompt', 'chosen', 'rejected', 'gold'))
     eos = records.append_eos(values)
   else:
-    prompt, found, scores, eos = _list(record, columns)
+    prompt, found, scores, eos = scored_list(record, columns)
     order = np.argsort(-scores, kind='stable')
     if len(order) < 3 or not scores[order[0]] > scores[order[1]] > scores[order[-1]]:
       raise examples.Dropped('not three responses of different scores')
@@ -226,8 +226,13 @@ def triple(
   return examples.of_texts(texts, tokenizer, row_length, labels={}, append_eos=eos)
 
 
-def _list(record: records.Record, columns: Mapping[str, str] | None) -> tuple[Any, list[Any], np.ndarray, bool]:
-  """Prompt, responses and scores of a list of two or more, and whether their ends are learned."""
+def scored_list(record: records.Record, columns: Mapping[str, str] | None) -> tuple[Any, list[Any], np.ndarray, bool]:
+  """Prompt, responses and scores of a list of two or more, and whether their ends are learned; see `ranked`.
+
+  Raises:
+    Dropped: there are fewer than two responses, or all have the same score.
+    RunError: a column is missing or of the wrong kind.
+  """
   values = records.known(record, columns)
   if not {'prompt', 'completions'} <= set(values) or not {'scores', 'ranks'} & set(values):
     raise records.missing(record, columns, ('prompt', 'completions', 'scores'), ('prompt', 'completions', 'ranks'))

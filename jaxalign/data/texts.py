@@ -63,7 +63,7 @@ def hindsight(
   Liu et al., 2023, https://arxiv.org/abs/2302.02676, Sec. 3, without the masking of random past tokens.
 
   Args:
-    record: a pair of text with a prompt, see `examples.preference`.
+    record: a pair of text with a prompt, see `examples.preference`, or a scored list, whose worst and best are taken.
     tokenizer: turns text into ids.
     row_length: see `examples.supervised`.
     bad: what precedes the rejected response.
@@ -75,11 +75,15 @@ def hindsight(
     RunError: a column is missing or of the wrong kind.
   """
   values = records.known(record, columns)
-  if not {'prompt', 'chosen', 'rejected'} <= set(values):
-    raise records.missing(record, columns, ('prompt', 'chosen', 'rejected'))
-  _check_text(values['prompt'], values['chosen'], values['rejected'])
-  pieces = [(bad, False), (values['rejected'], True), (good, False), (values['chosen'], True)]
-  text, eos = examples.Text(values['prompt'], pieces, special=False), records.append_eos(values)
+  if {'prompt', 'chosen', 'rejected'} <= set(values):
+    prompt, worst, best, eos = values['prompt'], values['rejected'], values['chosen'], records.append_eos(values)
+  elif 'completions' in values:
+    prompt, found, scores, eos = feedback.scored_list(record, columns)
+    worst, best = found[int(np.argmin(scores))], found[int(np.argmax(scores))]
+  else:
+    raise records.missing(record, columns, ('prompt', 'chosen', 'rejected'), ('prompt', 'completions', 'scores'))
+  _check_text(prompt, worst, best)
+  text = examples.Text(prompt, [(bad, False), (worst, True), (good, False), (best, True)], special=False)
   return examples.of_texts([text], tokenizer, row_length, labels={}, append_eos=eos, whole=True)
 
 
