@@ -123,11 +123,7 @@ def numbers(values: Mapping[str, Any], name: str, count: int) -> np.ndarray:
   Raises:
     RunError: it is something else.
   """
-  found = values[name]
-  if not isinstance(found, list | tuple) or len(found) != count:
-    kind = f'{len(found)} values' if isinstance(found, list | tuple) else type(found).__name__
-    raise types.RunError(f'column {name}: {kind} where a list of {count} is wanted')
-  return np.array([number({name: value}, name) for value in found], np.float64)
+  return np.array([number({name: value}, name) for value in _items(values, name, count)], np.float64)
 
 
 def shares(values: Mapping[str, Any], name: str, count: int) -> np.ndarray:
@@ -136,11 +132,16 @@ def shares(values: Mapping[str, Any], name: str, count: int) -> np.ndarray:
   Raises:
     RunError: it is something else.
   """
-  found = values[name]
-  if not isinstance(found, list | tuple) or len(found) != count:
-    kind = f'{len(found)} values' if isinstance(found, list | tuple) else type(found).__name__
-    raise types.RunError(f'column {name}: {kind} where a list of {count} is wanted')
+  found = _items(values, name, count)
   for i, value in enumerate(found):
     if not isinstance(value, bool | int | float | np.number | np.bool_) or not 0 <= value <= 1:
       raise types.RunError(f'column {name}: item {i} is {value!r}; true, false, or a number from 0 to 1 is wanted')
   return np.array(found, np.float32)
+
+
+def _items(values: Mapping[str, Any], name: str, count: int) -> list[Any]:
+  found = values[name]
+  if not isinstance(found, list | tuple) or len(found) != count:
+    kind = f'{len(found)} values' if isinstance(found, list | tuple) else type(found).__name__
+    raise types.RunError(f'column {name}: {kind} where a list of {count} is wanted')
+  return list(found)
