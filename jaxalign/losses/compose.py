@@ -68,8 +68,7 @@ def pairwise(
     loss_G = p_G * loss_G + (1 - p_G) * link(-x_G)
   if weight is not None:
     loss_G *= jax.lax.stop_gradient(weight(policy, ref, labels, z_GK))
-  for coefficient, part in regularisers:
-    loss_G += coefficient * part(policy, ref, labels, z_GK)
+  loss_G += _sum(regularisers, policy, ref, labels, z_GK)
   return types.LossOut(loss_G, pair_metrics(policy, beta * z_GK), state)
 
 
@@ -105,9 +104,12 @@ def anchored(
   loss_G = jnp.zeros(z_GK.shape[:1])
   for slot, coefficient, link in terms:
     loss_G += abs(coefficient) * link(jnp.sign(coefficient) * beta * z_GK[:, slot])
-  for coefficient, part in regularisers:
-    loss_G += coefficient * part(policy, ref, labels, z_GK)
+  loss_G += _sum(regularisers, policy, ref, labels, z_GK)
   return types.LossOut(loss_G, pair_metrics(policy, beta * z_GK), state)
+
+
+def _sum(regularisers: Sequence[tuple[float, Part]], policy, ref, labels, z_GK):
+  return sum((coefficient * part(policy, ref, labels, z_GK) for coefficient, part in regularisers), start=0.0)
 
 
 def mixture(
