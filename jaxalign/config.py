@@ -36,6 +36,7 @@ from jaxalign import loop
 from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import recipe
+from jaxalign import reference
 from jaxalign import train
 from jaxalign.data import examples
 from jaxalign.data import feedback

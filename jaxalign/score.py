@@ -9,7 +9,7 @@ import numpy as np
 import tqdm
 
 from jaxalign import checkpoint
-from jaxalign import objectives
+from jaxalign import forward
 from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
 from jaxalign import types
@@ -73,7 +73,7 @@ def score(job: recipe_lib.Job, *, per: str, row_length: int | None) -> list[dict
 
 def _by_head(loaded: checkpoint.Loaded, per: str) -> tuple[Callable, Callable]:
   """What gives the head's outputs of a micro-batch, and the examples that it is read at."""
-  return functools.partial(objectives.scores, model=loaded.model), functools.partial(scored.responses, per=per)
+  return functools.partial(forward.scores, model=loaded.model), functools.partial(scored.responses, per=per)
 
 
 def _implied(job: recipe_lib.Job, loaded: checkpoint.Loaded, per: str) -> tuple[Callable, Callable]:
@@ -84,7 +84,7 @@ def _implied(job: recipe_lib.Job, loaded: checkpoint.Loaded, per: str) -> tuple[
   if per == 'step':
     raise types.UsageError(f'--per=step: {job.model} has no head that scores; its implicit rewards are of tokens')
   ref = checkpoint.load_reference(path, loaded, job.mesh)
-  logps = lambda model, params, batch: objectives.target_stats(params, batch, model=model)['logps']
+  logps = lambda model, params, batch: forward.target_stats(params, batch, model=model)['logps']
 
   def ratios(params, batch):
     return (logps(loaded.model, params, batch) - logps(ref.model, ref.params, batch))[..., None]

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign import forward
 from jaxalign import objectives
 from jaxalign import sharding
+from jaxalign import tracing
 from jaxalign import types
 from jaxalign.losses import preference
 from jaxalign.losses import reward
@@ -50,7 +52,7 @@ def batch_of(rows, length=32, **more):
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def reference(model, params, batch, stacked=False):
-  return objectives.ref_logps(params, batch if stacked else jax.tree.map(lambda x: x[None], batch), model=model)
+  return forward.ref_logps(params, batch if stacked else jax.tree.map(lambda x: x[None], batch), model=model)
 
 
 def with_ref(batch, params=OTHER, model=MODEL):
@@ -58,7 +60,7 @@ def with_ref(batch, params=OTHER, model=MODEL):
 
 
 def run(objective, batch, *, loss_fn, params=PARAMS, model=MODEL):
-  made = objective(model=model, loss_fn=loss_fn, needs=objectives.Needs())
+  made = objective(model=model, loss_fn=loss_fn, needs=tracing.Needs())
   return jax.jit(made.of_micro)(params, {}, batch, KEY, ())
 
 
@@ -247,14 +249,14 @@ class TestRefLogps:
     micro = batch_of(ALONE), batch_of(ALONE[::-1])
     found = reference(MODEL, PARAMS, packed.stack(*micro), True)
     for got, one in zip(found, micro):
-      logps = objectives.target_stats(PARAMS, jax.tree.map(jnp.asarray, one), model=MODEL)['logps']
+      logps = forward.target_stats(PARAMS, jax.tree.map(jnp.asarray, one), model=MODEL)['logps']
       np.testing.assert_allclose(got, logps, atol=1e-6)
 
 
 class TestNeeds:
 
   def test_are_the_fields_that_a_loss_reads(self):
-    find = lambda loss, **more: set(objectives.trace(loss, group_size=2, labels=('margin',), **more).fields)
+    find = lambda loss, **more: set(tracing.trace(loss, group_size=2, labels=('margin',), **more).fields)
     assert find(DPO) == {'policy.logps_GK', 'ref.logratios_GK'}
     assert find(supervised.cross_entropy) == {'policy.logps_BT'}
     assert find(reward.bradley_terry) == {'policy.rewards_GK', 'labels.margin'}
@@ -265,4 +267,4 @@ class TestNeeds:
       return types.LossOut(policy.logps_GK[:, 0] * labels['stars'][:, 0], {}, state)
 
     with pytest.raises(types.UsageError, match="reads the label 'stars', but the data has only margin"):
-      objectives.trace(loss, group_size=2, labels=('margin',))
+      tracing.trace(loss, group_size=2, labels=('margin',))

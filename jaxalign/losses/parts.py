@@ -209,6 +209,17 @@ def lost_likelihood(policy, ref, labels, z_GK, *, scale: float):
   return scale * jax.nn.relu(-z_GK[:, 0])
 
 
+def divergence_gap(policy, ref, labels, z_GK, *, scale: float, hold_chosen: bool = False):
+  """Computes scale (D_l - D_w), D the sum of exact KL(ref || policy) over a response's tokens.
+
+  `hold_chosen` lets no gradient through D_w. Zeng et al., 2024 (TDPO), https://arxiv.org/abs/2404.11999, Eq. 13 and 17.
+  """
+  del labels, z_GK
+  sums_GK = masked.totals(ref.kl_BT, policy.rows)
+  chosen_G = jax.lax.stop_gradient(sums_GK[:, 0]) if hold_chosen else sums_GK[:, 0]
+  return scale * (sums_GK[:, 1] - chosen_G)
+
+
 # Weights: no gradient passes through them.
 
 
