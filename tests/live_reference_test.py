@@ -199,14 +199,25 @@ class TestRuns:
   def test_with_a_reference_that_follows_are_resumed_bit_for_bit_and_evaluated_with_it(self, folder, more, capsys):
     workdir = folder / f'run{len(more)}'
     held = f'--eval_data=jsonl:{folder / "pairs.jsonl"}[:6]'
-    sync = ('--algo=tr_dpo', '--gin=reference.Sync.every = 4', '--gin=evaluate.evaluate.samples = None')
+    sync = ('--algo=tr_dpo', '--gin=reference.Sync.every = 4')
     flags = runs.flags(folder, workdir, *sync, *more, held, '--save_every=3', steps=6)
     assert main.main(flags) == 0, capsys.readouterr().err
     params, ref = ended = arrays(workdir)
     assert any(not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(ref)))
     summary = json.loads((workdir / 'summary.json').read_text())
     assert any(not np.array_equal(x, y) for x, y in zip(*(tree.values() for tree in ended.values())))
-    assert main.main(['jaxalign', '--mode=eval', f'--checkpoint={workdir}', '--mesh=data:4,tensor:2']) == 0
+    assert (
+        main.main(
+            [
+                'jaxalign',
+                '--mode=eval',
+                f'--checkpoint={workdir}',
+                '--mesh=data:4,tensor:2',
+                '--gin=evaluate.evaluate.samples = None',
+            ]
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     for name in ('eval/loss', 'eval/rewards/margins'):
       assert found[name] == pytest.approx(summary[name], rel=1e-3, abs=1e-5)
