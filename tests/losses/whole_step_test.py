@@ -86,14 +86,19 @@ def batch_of(pairs, kind, micros, rows, together):
 
 
 @functools.cache
+def started():
+  """The parameters to begin with, on the host."""
+  params = transformer.init_params(transformer.build(CONFIG, ONE, length=32), jax.random.key(0), ONE)
+  return jax.device_get(params | {'score': jax.random.normal(jax.random.key(1), (16, 1))})
+
+
+@functools.cache
 def after_two_steps(kind, mesh_text, **layout):
   """State and metrics of each step."""
   mesh = sharding.make_mesh(mesh_text) if mesh_text else ONE
   objective, loss_state, model = objective_of(kind, mesh)
-  start = transformer.init_params(transformer.build(CONFIG, ONE, length=32), jax.random.key(0), ONE)
-  start |= {'score': jax.random.normal(jax.random.key(1), (16, 1))}
   shapes = transformer.abstract_params(model, mesh)
-  params = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), start, shapes)
+  params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), started(), shapes)
   init = lambda params: step_lib.init_state(params, OPTIMIZER.tx, 0, loss_state)
   places = jax.tree.map(lambda x: x.sharding, step_lib.abstract_state(mesh, shapes, OPTIMIZER.tx, 0, loss_state))
   state = jax.jit(init, out_shardings=places)(params)
