@@ -14,7 +14,6 @@ import re
 from typing import Any
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -415,7 +414,7 @@ case(
 case(
     'bco',
     'after many steps, whose mean d stays: sigmoid(beta z - d) is the share of desirable',
-    _of(unpaired.bco, beta=1.0, state=(jnp.float32(-0.3), jnp.float32(1e9))),
+    _of(unpaired.bco, beta=1.0, state=(np.float32(-0.3), np.float32(1e9))),
     tree.singles(),
     lambda policy: (shown(policy.z), logit(shown(SHARE)) - 0.3),
 )
