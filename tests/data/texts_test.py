@@ -39,6 +39,39 @@ class TestTagged:
       texts.tagged(record, letters, row_length=40)
 
 
+class TestQuantiled:
+
+  def test_tags_each_response_with_the_range_of_its_score(self, letters):
+    record = {'prompt': 'ab', 'completions': ['a', 'b', 'c', 'd'], 'scores': [0.5, -1, 2, 0.4]}
+    groups = texts.quantiled(record, letters, row_length=40, edges=(0.0, 0.5), tag='{}/{} ')
+    said = [text_of(letters, g.sequences[0]) for g in groups]
+    assert said == ['3/3 ab[a</s>]', '1/3 ab[b</s>]', '3/3 ab[c</s>]', '2/3 ab[d</s>]']
+    assert [g.labels for g in groups] == [{'score': 0.5}, {'score': -1.0}, {'score': 2.0}, {'score': 0.4}]
+
+  def test_reads_single_responses_too(self, letters):
+    record = {'prompt': 'ab', 'completion': 'a', 'score': -1, 'append_eos': False}
+    (group,) = texts.quantiled(record, letters, row_length=40, edges=[0])
+    assert text_of(letters, group.sequences[0]) == 'Reward 1 of 2: ab[a]'
+
+  def test_takes_lists_of_equal_scores(self, letters):
+    record = {'prompt': 'ab', 'completions': ['a'], 'ranks': [1]}
+    (group,) = texts.quantiled(record, letters, row_length=40, edges=[0])
+    assert group.labels == {'score': -1.0}
+
+  @pytest.mark.parametrize('edges', [(), (1, 1), (2, 1), (0.5, float('nan'))])
+  def test_refuses_edges_that_do_not_increase(self, letters, edges):
+    with pytest.raises(types.UsageError, match='texts.quantiled.edges = .*: numbers that increase'):
+      texts.quantiled({'prompt': 'a', 'completion': 'b', 'score': 1}, letters, row_length=40, edges=edges)
+
+  def test_says_what_is_missing_or_no_text(self, letters):
+    with pytest.raises(types.RunError, match='wanted prompt \\+ completion \\+ score or .* for the edges \\(0,\\)'):
+      texts.quantiled({'prompt': 'a', 'completion': 'b'}, letters, row_length=40, edges=(0,))
+    with pytest.raises(types.RunError, match='column score: '):
+      texts.quantiled({'prompt': 'a', 'completion': 'b', 'score': 'x'}, letters, row_length=40, edges=(0,))
+    with pytest.raises(types.RunError, match='list where text is wanted'):
+      texts.quantiled({'prompt': [], 'completion': 'b', 'score': 1}, letters, row_length=40, edges=(0,))
+
+
 class TestHindsight:
 
   def test_learns_the_rejected_and_then_the_chosen_response(self, letters):
