@@ -1,9 +1,6 @@
 """Evaluation: sums over held-out batches, what is sampled and how it is judged, samples.md."""
 
-import json
 import math
-import pathlib
-import shutil
 import types as pytypes
 
 import jax
@@ -16,7 +13,6 @@ from jaxalign import masked
 from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
 from jaxalign.data import examples
-from jaxalign.data import templates
 from jaxalign.data import tokenizers
 from jaxalign.models import architecture
 from jaxalign.models import transformer
@@ -110,21 +106,6 @@ class TestSample:
     # Random weights with a single likely token: the greedy one, over and over.
     found = self.draw(model_and_params, tokenizer, temperature=0.0, max_new_tokens=30, per_prompt=8)
     assert found.metrics['distinct_2'] < 0.3
-
-
-class TestStopIds:
-
-  @pytest.mark.parametrize(
-      'template,ends', [('gemma', ['<eos>', '<end_of_turn>']), ('chatml', ['<eos>', '<|im_end|>'])]
-  )
-  def test_are_eos_and_what_the_template_ends_a_turn_with(self, tmp_path, template, ends):
-    shutil.copy(pathlib.Path(__file__).parent / 'goldens' / 'templates' / 'tokenizer.json', tmp_path)
-    config = {'bos_token': '<bos>', 'eos_token': '<eos>', 'chat_template': templates.BY_NAME[template]}
-    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
-    tokenizer = tokenizers.load(tmp_path)
-    named = {i: name for name, i in tokenizer.special_tokens.items()}
-    assert sorted(named[i] for i in evaluate._stop_ids(tokenizer, chat=True)) == sorted(ends)
-    assert evaluate._stop_ids(tokenizer, chat=False) == (tokenizer.eos_id,)
 
 
 class TestPromptIds:
