@@ -47,6 +47,9 @@ class Samples:
     temperature: of sampling, 0 is greedy.
     judge: scores responses (text) with one number each; None judges nothing.
     shown: prompts that are written to samples.md.
+    prefix: what asks for a good response where training wrote tags before prompts: it is put before each of `prompts`,
+      and of held-out data those are taken that begin with it.
+    suffix: the same behind each prompt.
   """
 
   prompts: Callable[[], Sequence[str]] | None = None
@@ -56,6 +59,8 @@ class Samples:
   temperature: float = 1.0
   judge: Callable[[Sequence[str]], Sequence[float]] | None = None
   shown: int = 8
+  prefix: str = ''
+  suffix: str = ''
 
 
 class Sampled(NamedTuple):
@@ -143,18 +148,20 @@ def prompt_ids(
     held: the held-out data.
     context: tokens of the longest sequence that the model is meant for.
   """
+  suffix = examples.to_ids(tokenizer, samples.suffix, continuation=True, special=False)
   if samples.prompts is not None:
-    return [examples.prompt_ids(tokenizer, text) for text in list(samples.prompts())[: samples.count]]
+    texts = list(samples.prompts())[: samples.count]
+    return [examples.prompt_ids(tokenizer, samples.prefix + text) + suffix for text in texts]
   if held is None:
     return []
   found: list[list[int]] = []
   for index in range(len(held.dataset)):
     if len(found) == samples.count:
       break
-    sequence = held.dataset[index].sequences[0]
-    ids = sequence.ids[: max(1, int(np.argmax(sequence.mask > 0)))].tolist()
-    if len(ids) + samples.max_new_tokens <= context:
-      found.append(ids)
+    group = held.dataset[index]
+    ids = group.sequences[0].ids[: max(1, group.prompt_tokens)].tolist()
+    if len(ids + suffix) + samples.max_new_tokens <= context and tokenizer.decode(ids).startswith(samples.prefix):
+      found.append(ids + suffix)
   return found
 
 
