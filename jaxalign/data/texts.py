@@ -172,12 +172,22 @@ def weighted(
 
 
 def _weights(tokenizer, sequence: examples.Sequence, spans: list[tuple[float, float, float]], outside: float):
-  ids, found = sequence.ids[sequence.mask].tolist(), []
-  for count in range(len(ids)):
-    start = len(tokenizer.decode(ids[:count], continuation=True))
+  found = []
+  for start in _starts(tokenizer, sequence.ids[sequence.mask].tolist()):
     inside = [weight for low, high, weight in spans if low <= start < high]
     found.append(inside[-1] if inside else outside)
   return np.array(found, np.float32)
+
+
+def _starts(tokenizer, ids: list[int]) -> list[int]:
+  """The place in the text of each token's first character, of which it may be only some bytes."""
+  found, whole, first = [], 0, 0  # whole characters before the token `first`
+  for count in range(len(ids)):
+    text = tokenizer.decode(ids[first:count], continuation=True)
+    if not text.endswith('\ufffd'):  # as which bytes of an unfinished character are decoded
+      whole, first, text = whole + len(text), count, ''
+    found.append(whole + len(text.rstrip('\ufffd')))
+  return found
 
 
 def _spans(values: Mapping[str, Any], name: str) -> list[tuple[float, float, float]]:

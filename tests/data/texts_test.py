@@ -98,6 +98,33 @@ class TestWeighted:
     group = texts.weighted(PAIR, letters, row_length=40)
     np.testing.assert_array_equal(group.sequences[1].labels['weight'], [1, 1, 1, 1])
 
+  def test_counts_characters_where_tokens_are_bytes_of_them(self, letters):
+    record = PAIR | {'chosen': 'aé😀b😀', 'chosen_spans': [[1, 2, 2], [2, 3, 3], [3, 4, 4], [4, 5, 5]]}
+    chosen, _ = texts.weighted(record, letters, row_length=40).sequences
+    np.testing.assert_array_equal(chosen.labels['weight'], [1, 2, 2, 3, 3, 3, 3, 4, 5, 5, 5, 5, 1])
+
+  def test_keeps_count_behind_signs_of_bytes_that_are_none(self, letters):
+    said = '\ufffd' * 9 + 'abb'
+    record = PAIR | {'chosen': said, 'chosen_spans': [[10, 11, 2], [11, 12, 3]]}
+    chosen, _ = texts.weighted(record, letters, row_length=60).sequences
+    assert chosen.labels['weight'][-3:].tolist() == [2, 3, 1]
+
+  def test_counts_words_of_sentencepiece(self, sentencepiece_model):
+    tokenizer = tokenizers.load(sentencepiece_model)
+    said = ' the cat  sat on é the mat'
+    record = PAIR | {'chosen': said, 'chosen_spans': [[i, i + 1, i + 2] for i in range(len(said))]}
+    chosen, _ = texts.weighted(record, tokenizer, row_length=60).sequences
+    ids = chosen.ids[chosen.mask].tolist()
+    places = [len(tokenizer.decode(ids[:i], continuation=True).rstrip('\ufffd')) for i in range(len(ids) - 1)]
+    assert chosen.labels['weight'].tolist() == [*(place + 2 for place in places), 1.0]
+
+  def test_takes_time_in_proportion_to_the_response(self, letters, monkeypatch):
+    decoded, decode = [], letters.decode
+    count = lambda ids, **options: decoded.append(len(ids)) or decode(ids, **options)
+    monkeypatch.setattr(letters, 'decode', count)
+    texts.weighted(PAIR | {'chosen': 'aé' * 100}, letters, row_length=400)
+    assert sum(decoded) < 3 * 300
+
   @pytest.mark.parametrize('spans', ['0-1', [[0, 1]], [[0, 1, 'x']], [3], [[0, 1, float('nan')]]])
   def test_refuses_spans_that_are_none(self, letters, spans):
     with pytest.raises(types.RunError, match='column chosen_spans: .*\\[start, end, weight\\]'):
