@@ -41,8 +41,8 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         flags.DEFINE_string,
         'data',
         None,
-        f'Training data (with --mode=score: what is scored): {_DATA}; a slice [a:b] may follow; a mixture is'
-        ' A:0.7,B:0.3. Default: the built-in data of the algorithm.',
+        f'Training data (with --mode=score: what is scored; with --mode=sample: what has prompts): {_DATA}; a'
+        ' slice [a:b] may follow; a mixture is A:0.7,B:0.3. Default: the built-in data of the algorithm.',
     ),
     (flags.DEFINE_string, 'eval_data', None, 'Held-out data, written as --data; empty for none.'),
     (flags.DEFINE_string, 'data_dir', None, 'Where TFDS data sets lie.'),
@@ -89,13 +89,14 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
     (flags.DEFINE_multi_string, 'gin_file', [], 'A gin file of your own, applied after those of the algorithm.'),
     (flags.DEFINE_multi_string, 'gin', [], "A gin binding, applied last, as 'preference.dpo.beta=0.2'."),
     (flags.DEFINE_string, 'checkpoint', None, 'For --mode=eval, sample and score: a workdir, or one checkpoint in it.'),
-    (flags.DEFINE_multi_string, 'prompt', [], 'For --mode=sample: what to continue.'),
+    (flags.DEFINE_multi_string, 'prompt', [], 'For --mode=sample: what to continue, instead of --data.'),
     (
         flags.DEFINE_bool,
         'chat',
         False,
         'For --mode=sample: --prompt is what a user says; the chat template (or that of HH) writes it.',
     ),
+    (_POSITIVE, 'samples_per_prompt', 1, 'For --mode=sample: responses to each prompt. Default: 1.'),
     (_POSITIVE, 'max_new_tokens', 128, 'For --mode=sample: length of the response. Default: 128.'),
     (
         functools.partial(flags.DEFINE_float, lower_bound=0.0),
@@ -128,14 +129,14 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
 _OPTIMIZING = ('workdir', 'steps', 'log_every', 'eval_every', 'save_every')
 _OF_TRAINING = ('algo', 'model', 'tokenizer', 'data', 'lora', *_OPTIMIZING)
 _OF_DATA = ('eval_data', 'data_dir', 'cache_dir', 'skip_bad_records', 'gin_file', 'gin')
-_OF_SAMPLING = ('prompt', 'chat', 'max_new_tokens', 'temperature')
+_OF_SAMPLING = ('prompt', 'chat', 'samples_per_prompt', 'max_new_tokens', 'temperature')
 _OF_SCORING = ('per', 'row_length')
 _but = lambda names, *out: tuple(name for name in names if name not in out)
 _UNREAD: dict[str, tuple[str, ...]] = {
     'train': ('checkpoint', *_OF_SAMPLING, *_OF_SCORING),
     'show': ('checkpoint', *_OF_SAMPLING, *_OF_SCORING),
     'eval': (*_OF_TRAINING, *_OF_SAMPLING, *_OF_SCORING),
-    'sample': (*_but(_OF_TRAINING, 'model'), *_OF_DATA, *_OF_SCORING),
+    'sample': (*_but(_OF_TRAINING, 'model', 'data'), *_but(_OF_DATA, 'data_dir'), *_OF_SCORING),
     'score': (*_but(_OF_TRAINING, 'model', 'data'), *_OF_SAMPLING, 'eval_data', 'gin_file', 'gin', 'seed'),
 }
 _INSTEAD = {

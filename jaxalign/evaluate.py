@@ -25,7 +25,6 @@ from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import streams as streams_lib
 from jaxalign import types
-from jaxalign.data import chat as chat_lib
 from jaxalign.data import examples
 from jaxalign.data import loader
 from jaxalign.data import tokenizers
@@ -49,6 +48,9 @@ class Samples:
     temperature: of sampling, 0 is greedy.
     judge: scores responses (text) with one number each; None judges nothing.
     shown: prompts that are written to samples.md.
+    prefix: what asks for a good response where training wrote tags before prompts: it is put before each of `prompts`,
+      and of held-out data those are taken that begin with it.
+    suffix: the same behind each prompt.
   """
 
   prompts: Callable[[], Sequence[str]] | None = None
@@ -58,6 +60,8 @@ class Samples:
   temperature: float = 1.0
   judge: Callable[[Sequence[str]], Sequence[float]] | None = None
   shown: int = 8
+  prefix: str = ''
+  suffix: str = ''
 
 
 class Sampled(NamedTuple):
@@ -145,18 +149,20 @@ def prompt_ids(
     held: the held-out data.
     context: tokens of the longest sequence that the model is meant for.
   """
+  suffix = examples.to_ids(tokenizer, samples.suffix, continuation=True, special=False)
   if samples.prompts is not None:
-    return [examples.prompt_ids(tokenizer, text) for text in list(samples.prompts())[: samples.count]]
+    texts = list(samples.prompts())[: samples.count]
+    return [examples.prompt_ids(tokenizer, samples.prefix + text) + suffix for text in texts]
   if held is None:
     return []
   found: list[list[int]] = []
   for index in range(len(held.dataset)):
     if len(found) == samples.count:
       break
-    sequence = held.dataset[index].sequences[0]
-    ids = sequence.ids[: max(1, int(np.argmax(sequence.mask > 0)))].tolist()
-    if len(ids) + samples.max_new_tokens <= context:
-      found.append(ids)
+    group = held.dataset[index]
+    ids = group.sequences[0].ids[: max(1, group.prompt_tokens)].tolist()
+    if len(ids + suffix) + samples.max_new_tokens <= context and tokenizer.decode(ids).startswith(samples.prefix):
+      found.append(ids + suffix)
   return found
 
 
@@ -247,71 +253,6 @@ def evaluate(
     evaluator = Evaluator(job, recipe, loaded.model, loaded.tokenizer, streams, samples, counter, {}, live)
     found = evaluator.whole(loaded.params, loss_state)
   return found.held_out | {f'eval/{name}': value for name, value in found.sampled.metrics.items()}
-
-
-def respond(
-    spec: str,
-    mesh: jax.sharding.Mesh,
-    prompts: Sequence[str],
-    *,
-    chat: bool,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-) -> list[str]:
-  """Samples one response to each prompt from a checkpoint or a Hugging Face directory.
-
-  Args:
-    spec: as for `--model`.
-    mesh: where the model lies.
-    prompts: texts.
-    chat: whether a prompt is what a user says, to be written by the tokenizer's chat template.
-    max_new_tokens: length at which a response is cut.
-    temperature: of sampling, 0 is greedy.
-    seed: of sampling.
-
-  Raises:
-    UsageError: a prompt is empty, or too long for the model's context, or the model is a reward model.
-    RunError: the chat template fails.
-  """
-  with jax.set_mesh(mesh):
-    loaded = recipe_lib.load(spec, mesh)
-    if loaded.model.config.score_outputs:
-      raise types.UsageError(f'{spec}: a reward model scores responses and writes none')
-    tokenizer = loaded.tokenizer
-    said = lambda prompt: [{'role': 'user', 'content': prompt}] if chat else prompt
-    ids = [examples.prompt_ids(tokenizer, said(prompt)) for prompt in prompts]
-    _check_context(ids, max_new_tokens, loaded.model.config.max_length)
-    drawn = sampling.sample(
-        loaded.model,
-        loaded.params,
-        ids,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        stop_ids=_stop_ids(tokenizer, chat),
-    )
-  return [tokenizer.decode(one.ids, continuation=not chat) for one in drawn]
-
-
-def _stop_ids(tokenizer: tokenizers.Tokenizer, chat: bool) -> tuple[int, ...]:
-  """EOS and, in a chat, the special token with which the template ends a turn, where that is another."""
-  if not chat:
-    return (tokenizer.eos_id,)
-  template = chat_lib.pick(None, tokenizer.chat_template)
-  text = chat_lib.end_of_turn(template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
-  ends = tokenizer.encode(text, continuation=True, special=True)[:1]
-  return tuple({tokenizer.eos_id, *(i for i in ends if i in tokenizer.special_tokens.values())})
-
-
-def _check_context(prompts: list[list[int]], max_new_tokens: int, context: int) -> None:
-  if not all(prompts):
-    raise types.UsageError('--prompt: an empty prompt has no token to begin with (this tokenizer has no BOS)')
-  longest = max(map(len, prompts))
-  if longest + max_new_tokens > context:
-    raise types.UsageError(
-        f'--prompt: {longest} tokens and --max_new_tokens={max_new_tokens} exceed the context of the model, {context}'
-    )
 
 
 def write_samples(path: pathlib.Path, before: Sampled, after: Sampled) -> None:

@@ -32,8 +32,8 @@ from jaxalign import catalog
 from jaxalign import checkpoint
 from jaxalign import command
 from jaxalign import config
-from jaxalign import evaluate
 from jaxalign import recipe as recipe_lib
+from jaxalign import respond
 from jaxalign import score
 from jaxalign import sharding
 from jaxalign import streams
@@ -285,21 +285,22 @@ def _evaluate(args: flags.FlagValues) -> None:
 
 def _sample(args: flags.FlagValues) -> None:
   spec = _model_of(args)
-  if not args.prompt:
-    raise types.UsageError("--mode=sample needs --prompt='...' (repeatable)")
+  if bool(args.prompt) == bool(args.data):
+    raise types.UsageError("--mode=sample needs --prompt='...' (repeatable), or --data=SPEC with prompts: one of them")
   _start(args)
-  responses = evaluate.respond(
-      spec,
-      sharding.make_mesh(args.mesh, args.dcn_mesh),
-      args.prompt,
-      chat=args.chat,
-      max_new_tokens=args.max_new_tokens,
-      temperature=args.temperature,
-      seed=args.seed or 0,
-  )
-  for prompt, response in zip(args.prompt, responses):
-    if jax.process_index() == 0:
-      sys.stdout.write(f'{prompt}\n\n{response.strip()}\n\n' if args.chat else f'{prompt}{response}\n')
+  options = {'chat': args.chat, 'per_prompt': args.samples_per_prompt}
+  options |= {'max_new_tokens': args.max_new_tokens, 'temperature': args.temperature}
+  if args.data:
+    found = respond.to_records(_job(args, {'model_spec': spec, 'eval_data': ''}), **options)
+    lines = [json.dumps(record) + '\n' for record in found]
+  else:
+    mesh = sharding.make_mesh(args.mesh, args.dcn_mesh)
+    responses = respond.respond(spec, mesh, args.prompt, seed=args.seed or 0, **options)
+    prompts = [prompt for prompt in args.prompt for _ in range(args.samples_per_prompt)]
+    write = '{0}\n\n{2}\n\n' if args.chat else '{0}{1}\n'
+    lines = [write.format(prompt, text, text.strip()) for prompt, text in zip(prompts, responses)]
+  if jax.process_index() == 0:
+    sys.stdout.writelines(lines)
 
 
 def _score(args: flags.FlagValues) -> None:

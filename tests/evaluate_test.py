@@ -1,9 +1,7 @@
 """Evaluation: sums over held-out batches, what is sampled and how it is judged, samples.md."""
 
-import json
+import dataclasses
 import math
-import pathlib
-import shutil
 import types as pytypes
 
 import jax
@@ -11,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign import config
 from jaxalign import evaluate
 from jaxalign import masked
 from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
 from jaxalign.data import examples
-from jaxalign.data import templates
+from jaxalign.data import texts
 from jaxalign.data import tokenizers
 from jaxalign.models import architecture
 from jaxalign.models import transformer
@@ -112,26 +111,11 @@ class TestSample:
     assert found.metrics['distinct_2'] < 0.3
 
 
-class TestStopIds:
-
-  @pytest.mark.parametrize(
-      'template,ends', [('gemma', ['<eos>', '<end_of_turn>']), ('chatml', ['<eos>', '<|im_end|>'])]
-  )
-  def test_are_eos_and_what_the_template_ends_a_turn_with(self, tmp_path, template, ends):
-    shutil.copy(pathlib.Path(__file__).parent / 'goldens' / 'templates' / 'tokenizer.json', tmp_path)
-    config = {'bos_token': '<bos>', 'eos_token': '<eos>', 'chat_template': templates.BY_NAME[template]}
-    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
-    tokenizer = tokenizers.load(tmp_path)
-    named = {i: name for name, i in tokenizer.special_tokens.items()}
-    assert sorted(named[i] for i in evaluate._stop_ids(tokenizer, chat=True)) == sorted(ends)
-    assert evaluate._stop_ids(tokenizer, chat=False) == (tokenizer.eos_id,)
-
-
 class TestPromptIds:
 
   def held(self, *lengths):
     sequence = lambda n: examples.Sequence(np.arange(n + 2, dtype=np.int32), np.arange(n + 2) >= n)
-    dataset = [examples.Group((sequence(n), sequence(n)), {}) for n in lengths]
+    dataset = [examples.Group((sequence(n), sequence(n)), {}, prompt_tokens=n) for n in lengths]
     return pytypes.SimpleNamespace(dataset=dataset)
 
   def test_takes_texts_where_there_are_some(self, tokenizer):
@@ -146,6 +130,44 @@ class TestPromptIds:
   def test_passes_over_those_that_leave_no_room_for_a_response(self, tokenizer):
     found = evaluate.prompt_ids(evaluate.Samples(count=2, max_new_tokens=60), tokenizer, self.held(5, 3, 4, 2), 64)
     assert found == [[0, 1, 2], [0, 1, 2, 3]]
+
+  def test_asks_for_good_responses_as_training_tagged_them(self, tokenizer):
+    samples = evaluate.Samples(prompts=lambda: ['Tom'], prefix='Good: ', suffix='\n\nWell:')
+    (found,) = evaluate.prompt_ids(samples, tokenizer, None, 512)
+    suffix = tokenizer.encode('\n\nWell:', continuation=True)
+    assert found == [tokenizer.bos_id, *tokenizer.encode('Good: Tom'), *suffix]
+    assert tokenizer.decode(found) == 'Good: Tom\n\nWell:'
+
+  def test_takes_held_out_prompts_that_are_tagged_as_good(self, tokenizer):
+    pair = lambda text: {'prompt': text, 'chosen': ' yes', 'rejected': ' no'}
+    tagged = lambda text: texts.tagged(pair(text), tokenizer, row_length=99)[::-1]
+    held = pytypes.SimpleNamespace(dataset=[*tagged('Tom'), *tagged('The cat')])
+    found = evaluate.prompt_ids(evaluate.Samples(prefix='Good: '), tokenizer, held, 512)
+    assert [tokenizer.decode(ids) for ids in found] == ['Good: Tom', 'Good: The cat']
+
+  def test_leaves_out_what_hindsight_writes_between(self, tokenizer):
+    pair = {'prompt': 'Tom', 'chosen': ' yes', 'rejected': ' no'}
+    group = texts.hindsight(pair, tokenizer, row_length=99, bad=' Bad:', good=' Good:')
+    held = pytypes.SimpleNamespace(dataset=[group])
+    samples = evaluate.Samples(suffix=' Good:', max_new_tokens=20)
+    (found,) = evaluate.prompt_ids(samples, tokenizer, held, 512)
+    assert tokenizer.decode(found) == 'Tom Good:'
+    # Its tokens are those that training reads before a good response.
+    ids, suffix = group.sequences[0].ids.tolist(), found[group.prompt_tokens :]
+    assert any(ids[i : i + len(suffix)] == suffix for i in range(group.prompt_tokens, len(ids)))
+    assert evaluate.prompt_ids(samples, tokenizer, held, 20 + len(found) - 1) == []
+
+  @pytest.mark.parametrize('algo', ['csft', 'c_rlft', 'hindsight'])
+  def test_files_of_tags_sample_with_them(self, algo, tokenizer):
+    config.parse(algo, files=[], user_files=[], bindings=[])
+    samples, example_fn = (config.get(name)() for name in ('evaluate.Samples', 'recipe.Recipe'))
+    record = {'prompt': 'Tom', 'chosen': ' yes', 'rejected': ' no'}
+    groups = example_fn.example_fn(record, tokenizer, row_length=99)
+    group = groups[0] if isinstance(groups, list) else groups
+    read = tokenizer.decode(group.sequences[0].ids[:-1])
+    (asked,) = evaluate.prompt_ids(dataclasses.replace(samples, prompts=lambda: ['Tom']), tokenizer, None, 512)
+    assert read.endswith(tokenizer.decode(asked).removeprefix('Tom') + ' yes')
+    assert samples.prefix or samples.suffix
 
   def test_finds_none_where_nothing_is_held_out(self, tokenizer):
     assert evaluate.prompt_ids(evaluate.Samples(), tokenizer, None, 512) == []

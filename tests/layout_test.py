@@ -29,7 +29,7 @@ ROWS = (
     ('step',),
     ('checkpoint',),
     ('loop', 'recipe'),
-    ('score', 'streams'),
+    ('respond', 'score', 'streams'),
     ('evaluate',),
     ('train',),
     ('catalog', 'command'),

@@ -20,6 +20,7 @@ from jaxalign import checkpoint
 from jaxalign import recipe
 from jaxalign import sharding
 from jaxalign import types
+from jaxalign.data import tokenizers
 from jaxalign.models import hf
 from jaxalign.models import merging
 
@@ -44,6 +45,18 @@ def _origin(loaded: checkpoint.Loaded, spec: str) -> dict | None:
   return loaded.run['hf_config'] if recipe.is_checkpoint(path) else hf.read_json(path / 'config.json')
 
 
+def _check_tokenizers(spec: str, first: tokenizers.Tokenizer, other_spec: str, other: tokenizers.Tokenizer) -> None:
+  """Raises UsageError where an id means one token here and another there; chat templates may differ."""
+  if first.fingerprint == other.fingerprint:
+    return
+  for i in range(max(first.vocab_size, other.vocab_size)):
+    text = lambda one, i=i: one.decode([i], continuation=True, skip_special=False) if i < one.vocab_size else None
+    if text(first) != text(other):
+      raise types.UsageError(
+          f'{other_spec}: its tokenizer is not that of {spec}: token {i} is {text(other)!r}, there {text(first)!r}'
+      )
+
+
 def merge(args: argparse.Namespace) -> None:
   """Loads, merges and writes."""
   for name in ('base', 'weights', 'alpha', 'share', 'density', 'scale'):
@@ -66,6 +79,7 @@ def merge(args: argparse.Namespace) -> None:
   for spec, one in zip(specs[1:], loaded[1:]):
     if one.model.config != loaded[0].model.config:
       raise types.UsageError(f'{spec}: its configuration is not that of {specs[0]}')
+    _check_tokenizers(specs[0], loaded[0].tokenizer, spec, one.tokenizer)
   base, tuned = loaded[0].params, [one.params for one in loaded[1 if args.base else 0 :]]
   if args.method == 'linear':
     params = merging.linear(tuned, weights)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -226,11 +227,107 @@ def triple(
   return examples.of_texts(texts, tokenizer, row_length, labels={}, append_eos=eos)
 
 
-def scored_list(record: records.Record, columns: Mapping[str, str] | None) -> tuple[Any, list[Any], np.ndarray, bool]:
-  """Prompt, responses and scores of a list of two or more, and whether their ends are learned; see `ranked`.
+def selected(
+    record: records.Record,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    row_length: int,
+    threshold: float = -math.inf,
+    most: int = 1,
+    template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> list[examples.Group]:
+  """Demonstrations out of a scored list: the best responses of it, K = 1 each, with the label `score`.
+
+  The best one alone is RAFT, or best-of-n sampling (Dong et al., 2023, https://arxiv.org/abs/2304.06767); those that
+  reach a threshold are the Improve step of ReST (Gulcehre et al., 2023, https://arxiv.org/abs/2308.08998, Sec. 3).
+  Equal texts are taken once.
+
+  Args:
+    record: see `ranked`; responses may all have the same score.
+    tokenizer: turns text into ids.
+    row_length: see `examples.supervised`.
+    threshold: the least score of what is taken.
+    most: responses that are taken of a list, at most; of equally good ones the first.
+    template: see `chat.pick`; for messages only.
+    columns: see `ranked`.
 
   Raises:
-    Dropped: there are fewer than two responses, or all have the same score.
+    Dropped: no response reaches the threshold, or there is nothing to learn.
+    RunError: see `ranked`.
+  """
+  prompt, found, scores, eos = listed(record, columns)
+  order = [int(i) for i in np.argsort(-scores, kind='stable') if scores[i] >= threshold]
+  taken = [i for place, i in enumerate(order) if found[i] not in [found[j] for j in order[:place]]][:most]
+  if not taken:
+    # The threshold is told, as two of them could take the same of all records that `probes` knows.
+    raise examples.Dropped(f'no response with a score of {threshold!r} or more')
+  groups = []
+  for i in taken:
+    text = examples.prompted_text(tokenizer, {'prompt': prompt, '': found[i]}, '', template)
+    labels = {'score': float(scores[i])}
+    groups.append(examples.of_texts([text], tokenizer, row_length, labels=labels, append_eos=eos))
+  return groups
+
+
+def negative(
+    record: records.Record,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    row_length: int,
+    most: int = 11,
+    template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> examples.Group:
+  """A response that nobody wants, and behind it the model's own samples, which stand in for what is wanted.
+
+  The record has `prompt`, `rejected` and `samples` (a list, as `--mode=sample --samples_per_prompt` makes it), or is a
+  scored list, see `ranked`, whose worst response is the rejected one and whose others are the samples. It is the data
+  of D2O (Duan et al., 2024, https://arxiv.org/abs/2403.03419), where 11 samples are taken.
+
+  Args:
+    record: the columns above.
+    tokenizer: turns text into ids.
+    row_length: see `examples.supervised`.
+    most: samples of a group, the first of the list; the group has one response more.
+    template: see `chat.pick`; for messages only.
+    columns: what the record calls the columns above, where it is something else.
+
+  Raises:
+    Dropped: no sample differs from the rejected response, or there is nothing to learn.
+    RunError: a column is missing or of the wrong kind, or the chat template fails.
+  """
+  values = records.known(record, columns)
+  if {'prompt', 'rejected', 'samples'} <= set(values):
+    prompt, rejected, samples, eos = *map(values.get, ('prompt', 'rejected', 'samples')), records.append_eos(values)
+    if not isinstance(samples, list | tuple):
+      raise types.RunError('column samples: a list of responses is wanted')
+  elif 'completions' in values:
+    prompt, found, scores, eos = scored_list(record, columns)
+    worst = int(np.argmin(scores))
+    rejected, samples = found[worst], found[:worst] + found[worst + 1 :]
+  else:
+    raise records.missing(record, columns, ('prompt', 'rejected', 'samples'), ('prompt', 'completions', 'scores'))
+  samples = [sample for sample in samples if sample != rejected][:most]
+  if not samples:
+    raise examples.Dropped('no sample that differs from the rejected response')
+  both = [rejected, *samples]
+  texts = [examples.prompted_text(tokenizer, {'prompt': prompt, '': one}, '', template) for one in both]
+  return examples.of_texts(texts, tokenizer, row_length, labels={}, append_eos=eos)
+
+
+def scored_list(record: records.Record, columns: Mapping[str, str] | None) -> tuple[Any, list[Any], np.ndarray, bool]:
+  """As `listed`; raises Dropped where there are fewer than two responses, or all have the same score."""
+  prompt, found, scores, eos = listed(record, columns)
+  if len(found) < 2 or np.all(scores == scores[0]):
+    raise examples.Dropped('nothing to rank: fewer than two responses, or equal scores')
+  return prompt, found, scores, eos
+
+
+def listed(record: records.Record, columns: Mapping[str, str] | None) -> tuple[Any, list[Any], np.ndarray, bool]:
+  """Prompt, responses and scores of a list, and whether their ends are learned; see `ranked`.
+
+  Raises:
     RunError: a column is missing or of the wrong kind.
   """
   values = records.known(record, columns)
@@ -241,6 +338,4 @@ def scored_list(record: records.Record, columns: Mapping[str, str] | None) -> tu
     raise types.RunError('column completions: a list of responses is wanted')
   name = 'scores' if 'scores' in values else 'ranks'
   scores = records.numbers(values, name, len(found)) * (1.0 if name == 'scores' else -1.0)
-  if len(found) < 2 or np.all(scores == scores[0]):
-    raise examples.Dropped('nothing to rank: fewer than two responses, or equal scores')
   return values['prompt'], list(found), scores, records.append_eos(values)

@@ -51,6 +51,12 @@ _PROBES: tuple[records.Record, ...] = (
     {'prompt': 'a b', 'chosen': ' c', 'rejected': ' d', 'margin': 0.5, 'append_eos': False},
     {'chosen': _TALK, 'rejected': [_TALK[0], {'role': 'assistant', 'content': ''}]},
     {'prompt': 'a', 'completions': [f'b {i}' for i in range(40)], 'scores': [i % 7 + i / 50 for i in range(40)]},
+    {'prompt': 'a', 'completions': ['b', 'c'], 'scores': [-1e30, -1e31]},
+    {
+        'prompt': _TALK[:1],
+        'rejected': [_OTHER],
+        'samples': [[{'role': 'assistant', 'content': f'{i}'}] for i in range(40)],
+    },
     {'prompt': _TALK[:1], 'completions': [_TALK[1:], [{'role': 'assistant', 'content': 'e'}]], 'scores': [0.5, 2]},
     {'prompt': _TALK[:1], 'completions': ['c', 'd\n'], 'labels': [1, 0]},
     {'prompt': _TALK[:1], 'chosen': _TALK[1:], 'rejected': [_OTHER], 'gold': [{'role': 'assistant', 'content': 'g'}]},

@@ -1,6 +1,7 @@
 """Examples that say more in their text than a response: tags, hindsight, spans that count more, earlier steps."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any
@@ -46,6 +47,54 @@ def tagged(
     text = examples.Text((good if desirable else bad) + prompt, [(response, True)], special=False)
     labels, eos = {'desirable': desirable}, records.append_eos(values)
     groups.append(examples.of_texts([text], tokenizer, row_length, labels=labels, append_eos=eos))
+  return groups
+
+
+def quantiled(
+    record: records.Record,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    row_length: int,
+    edges: Sequence[float],
+    tag: str = 'Reward {} of {}: ',
+    columns: Mapping[str, str] | None = None,
+) -> list[examples.Group]:
+  """Responses behind a tag that says in which range their score lies, and the prompt: sample behind the best one.
+
+  The tags of Quark (Lu et al., 2022, https://arxiv.org/abs/2205.13636), where the ranges are quantiles of the rewards;
+  those of five are `numpy.quantile(scores, (0.2, 0.4, 0.6, 0.8))`. The label `score` stays.
+
+  Args:
+    record: `prompt`, `completion` and `score`, or a scored list, see `feedback.ranked`; of text.
+    tokenizer: turns text into ids.
+    row_length: see `examples.supervised`.
+    edges: where ranges meet, increasing; a score at an edge is in the range above it.
+    tag: what precedes a prompt: written with the number of the range, 1 for the lowest, and how many there are.
+    columns: what the record calls the columns above, where it is something else.
+
+  Raises:
+    UsageError: the edges do not increase.
+    Dropped: there is nothing to learn.
+    RunError: a column is missing or of the wrong kind.
+  """
+  if not edges or any(not low < high for low, high in zip(edges, [*edges[1:], math.inf])):
+    raise types.UsageError(f'texts.quantiled.edges = {edges!r}: numbers that increase are wanted')
+  values = records.known(record, columns)
+  if {'prompt', 'completion', 'score'} <= set(values):
+    found, eos = [values['completion']], records.append_eos(values)
+    scores = np.array([records.number(values, 'score')])
+  elif 'completions' in values:
+    _, found, scores, eos = feedback.listed(record, columns)
+  else:
+    # The edges are told, as others could put all records that `probes` knows into the same ranges.
+    wanted = records.missing(record, columns, ('prompt', 'completion', 'score'), ('prompt', 'completions', 'scores'))
+    raise types.RunError(f'{wanted}; scores are wanted for the edges {edges!r}')
+  groups = []
+  for response, score in zip(found, scores):
+    _check_text(values['prompt'], response)
+    prompt = tag.format(int(np.searchsorted(edges, score, 'right')) + 1, len(edges) + 1) + values['prompt']
+    text = examples.Text(prompt, [(response, True)], special=False)
+    groups.append(examples.of_texts([text], tokenizer, row_length, labels={'score': float(score)}, append_eos=eos))
   return groups
 
 
@@ -123,12 +172,22 @@ def weighted(
 
 
 def _weights(tokenizer, sequence: examples.Sequence, spans: list[tuple[float, float, float]], outside: float):
-  ids, found = sequence.ids[sequence.mask].tolist(), []
-  for count in range(len(ids)):
-    start = len(tokenizer.decode(ids[:count], continuation=True))
+  found = []
+  for start in _starts(tokenizer, sequence.ids[sequence.mask].tolist()):
     inside = [weight for low, high, weight in spans if low <= start < high]
     found.append(inside[-1] if inside else outside)
   return np.array(found, np.float32)
+
+
+def _starts(tokenizer, ids: list[int]) -> list[int]:
+  """The place in the text of each token's first character, of which it may be only some bytes."""
+  found, whole, first = [], 0, 0  # whole characters before the token `first`
+  for count in range(len(ids)):
+    text = tokenizer.decode(ids[first:count], continuation=True)
+    if not text.endswith('\ufffd'):  # as which bytes of an unfinished character are decoded
+      whole, first, text = whole + len(text), count, ''
+    found.append(whole + len(text.rstrip('\ufffd')))
+  return found
 
 
 def _spans(values: Mapping[str, Any], name: str) -> list[tuple[float, float, float]]:

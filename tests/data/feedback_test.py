@@ -183,6 +183,59 @@ class TestTriple:
         feedback.triple(LIST | change, letters, row_length=20)
 
 
+class TestSelected:
+
+  def test_is_the_best_response(self, letters, said):
+    (group,) = feedback.selected(LIST, letters, row_length=20)
+    assert [said(s) for s in group.sequences] == ['b'] and group.labels == {'score': 0.9}
+    assert group.sequences[0].ids[-1] == letters.eos_id
+
+  def test_are_those_that_reach_the_threshold_and_no_more_than_most(self, letters, said):
+    read = lambda **options: [
+        said(g.sequences[0]) for g in feedback.selected(LIST, letters, row_length=20, most=9, **options)
+    ]
+    assert read() == ['b', 'aa', 'bb', 'a']
+    assert read(threshold=0.5) == ['b', 'aa', 'bb']
+    with pytest.raises(examples.Dropped, match='no response with a score of 0.95 or more'):
+      read(threshold=0.95)
+    assert len(feedback.selected(LIST, letters, row_length=20, most=2)) == 2
+
+  def test_takes_equal_texts_once_and_equal_scores_too(self, letters, said):
+    record = {'prompt': 'ab', 'completions': ['a', 'a', 'b'], 'scores': [1, 1, 1], 'append_eos': False}
+    groups = feedback.selected(record, letters, row_length=20, most=2)
+    assert [said(g.sequences[0]) for g in groups] == ['a', 'b']
+    assert groups[0].sequences[0].ids[-1] != letters.eos_id
+
+  def test_writes_messages_by_the_template(self, letters, said):
+    turn = lambda role, text: [{'role': role, 'content': text}]
+    record = {'prompt': turn('user', 'q'), 'completions': [turn('assistant', 'x'), 'y'], 'ranks': [2, 1]}
+    groups = feedback.selected(record, letters, row_length=60, template='hh', most=2)
+    assert [said(g.sequences[0]).strip() for g in groups] == ['y', 'x']
+
+
+class TestNegative:
+
+  def test_is_the_rejected_response_before_samples(self, letters, said):
+    record = {'prompt': 'ab', 'rejected': 'x', 'samples': ['a', 'x', 'b', 'c']}
+    group = feedback.negative(record, letters, row_length=20, most=2)
+    assert [said(s) for s in group.sequences] == ['x', 'a', 'b'] and group.labels == {}
+    assert all(s.ids[:3].tolist() == [0, *letters.encode('ab')] for s in group.sequences)
+    assert len(feedback.negative(record, letters, row_length=20).sequences) == 4
+
+  def test_of_a_list_is_its_worst_before_the_others(self, letters, said):
+    group = feedback.negative(LIST | {'scores': [0.5, 0.1, 0.9, 0.7]}, letters, row_length=20)
+    assert [said(s) for s in group.sequences] == ['b', 'a', 'aa', 'bb']
+
+  def test_drops_and_refuses_what_it_cannot_use(self, letters):
+    record = {'prompt': 'ab', 'rejected': 'x', 'samples': ['x']}
+    with pytest.raises(examples.Dropped, match='no sample that differs'):
+      feedback.negative(record, letters, row_length=20)
+    with pytest.raises(types.RunError, match='column samples: a list of responses is wanted'):
+      feedback.negative(record | {'samples': 'abc'}, letters, row_length=20)
+    with pytest.raises(types.RunError, match='wanted prompt \\+ rejected \\+ samples or prompt'):
+      feedback.negative({'prompt': 'ab', 'rejected': 'x'}, letters, row_length=20)
+
+
 class TestLabelsOfPairs:
 
   def test_are_what_the_record_says(self, letters):

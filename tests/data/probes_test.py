@@ -71,6 +71,13 @@ class TestDescribe:
           (feedback.binary, {'template': _SHORT}),
           (scored.steps, {'template': _SHORT}),
           (scored.responses, {'per': 'step'}),
+          (feedback.selected, {'most': 4}),
+          (feedback.selected, {'threshold': 0.8}),
+          (feedback.selected, {'template': _SHORT}),
+          (feedback.negative, {'most': 4}),
+          (feedback.negative, {'template': _SHORT}),
+          (functools.partial(texts.quantiled, edges=(0.8, 0.9)), {'edges': (0.8, 0.91)}),
+          (functools.partial(texts.quantiled, edges=(0.8,)), {'tag': '{}/{}'}),
           (texts.weighted, {'outside': 0.0}),
           (texts.tagged, {'good': 'Yes: '}),
           (texts.hindsight, {'bad': 'No: '}),
@@ -79,3 +86,10 @@ class TestDescribe:
   def test_differs_by_every_option(self, letters, function, options):
     keys = [probes.describe(fn, letters, row_length=64) for fn in (function, functools.partial(function, **options))]
     assert keys[0] != keys[1]
+
+  def test_differs_by_thresholds_that_take_the_same(self, letters):
+    keys = {
+        probes.describe(functools.partial(feedback.selected, threshold=threshold), letters, row_length=64)
+        for threshold in (0.8, 0.85)
+    }
+    assert len(keys) == 2

@@ -39,6 +39,39 @@ class TestTagged:
       texts.tagged(record, letters, row_length=40)
 
 
+class TestQuantiled:
+
+  def test_tags_each_response_with_the_range_of_its_score(self, letters):
+    record = {'prompt': 'ab', 'completions': ['a', 'b', 'c', 'd'], 'scores': [0.5, -1, 2, 0.4]}
+    groups = texts.quantiled(record, letters, row_length=40, edges=(0.0, 0.5), tag='{}/{} ')
+    said = [text_of(letters, g.sequences[0]) for g in groups]
+    assert said == ['3/3 ab[a</s>]', '1/3 ab[b</s>]', '3/3 ab[c</s>]', '2/3 ab[d</s>]']
+    assert [g.labels for g in groups] == [{'score': 0.5}, {'score': -1.0}, {'score': 2.0}, {'score': 0.4}]
+
+  def test_reads_single_responses_too(self, letters):
+    record = {'prompt': 'ab', 'completion': 'a', 'score': -1, 'append_eos': False}
+    (group,) = texts.quantiled(record, letters, row_length=40, edges=[0])
+    assert text_of(letters, group.sequences[0]) == 'Reward 1 of 2: ab[a]'
+
+  def test_takes_lists_of_equal_scores(self, letters):
+    record = {'prompt': 'ab', 'completions': ['a'], 'ranks': [1]}
+    (group,) = texts.quantiled(record, letters, row_length=40, edges=[0])
+    assert group.labels == {'score': -1.0}
+
+  @pytest.mark.parametrize('edges', [(), (1, 1), (2, 1), (0.5, float('nan'))])
+  def test_refuses_edges_that_do_not_increase(self, letters, edges):
+    with pytest.raises(types.UsageError, match='texts.quantiled.edges = .*: numbers that increase'):
+      texts.quantiled({'prompt': 'a', 'completion': 'b', 'score': 1}, letters, row_length=40, edges=edges)
+
+  def test_says_what_is_missing_or_no_text(self, letters):
+    with pytest.raises(types.RunError, match='wanted prompt \\+ completion \\+ score or .* for the edges \\(0,\\)'):
+      texts.quantiled({'prompt': 'a', 'completion': 'b'}, letters, row_length=40, edges=(0,))
+    with pytest.raises(types.RunError, match='column score: '):
+      texts.quantiled({'prompt': 'a', 'completion': 'b', 'score': 'x'}, letters, row_length=40, edges=(0,))
+    with pytest.raises(types.RunError, match='list where text is wanted'):
+      texts.quantiled({'prompt': [], 'completion': 'b', 'score': 1}, letters, row_length=40, edges=(0,))
+
+
 class TestHindsight:
 
   def test_learns_the_rejected_and_then_the_chosen_response(self, letters):
@@ -64,6 +97,33 @@ class TestWeighted:
   def test_without_spans_weighs_all_alike(self, letters):
     group = texts.weighted(PAIR, letters, row_length=40)
     np.testing.assert_array_equal(group.sequences[1].labels['weight'], [1, 1, 1, 1])
+
+  def test_counts_characters_where_tokens_are_bytes_of_them(self, letters):
+    record = PAIR | {'chosen': 'aé😀b😀', 'chosen_spans': [[1, 2, 2], [2, 3, 3], [3, 4, 4], [4, 5, 5]]}
+    chosen, _ = texts.weighted(record, letters, row_length=40).sequences
+    np.testing.assert_array_equal(chosen.labels['weight'], [1, 2, 2, 3, 3, 3, 3, 4, 5, 5, 5, 5, 1])
+
+  def test_keeps_count_behind_signs_of_bytes_that_are_none(self, letters):
+    said = '\ufffd' * 9 + 'abb'
+    record = PAIR | {'chosen': said, 'chosen_spans': [[10, 11, 2], [11, 12, 3]]}
+    chosen, _ = texts.weighted(record, letters, row_length=60).sequences
+    assert chosen.labels['weight'][-3:].tolist() == [2, 3, 1]
+
+  def test_counts_words_of_sentencepiece(self, sentencepiece_model):
+    tokenizer = tokenizers.load(sentencepiece_model)
+    said = ' the cat  sat on é the mat'
+    record = PAIR | {'chosen': said, 'chosen_spans': [[i, i + 1, i + 2] for i in range(len(said))]}
+    chosen, _ = texts.weighted(record, tokenizer, row_length=60).sequences
+    ids = chosen.ids[chosen.mask].tolist()
+    places = [len(tokenizer.decode(ids[:i], continuation=True).rstrip('\ufffd')) for i in range(len(ids) - 1)]
+    assert chosen.labels['weight'].tolist() == [*(place + 2 for place in places), 1.0]
+
+  def test_takes_time_in_proportion_to_the_response(self, letters, monkeypatch):
+    decoded, decode = [], letters.decode
+    count = lambda ids, **options: decoded.append(len(ids)) or decode(ids, **options)
+    monkeypatch.setattr(letters, 'decode', count)
+    texts.weighted(PAIR | {'chosen': 'aé' * 100}, letters, row_length=400)
+    assert sum(decoded) < 3 * 300
 
   @pytest.mark.parametrize('spans', ['0-1', [[0, 1]], [[0, 1, 'x']], [3], [[0, 1, float('nan')]]])
   def test_refuses_spans_that_are_none(self, letters, spans):

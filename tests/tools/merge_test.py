@@ -1,12 +1,17 @@
 """Models merged from the command line."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 
 from jaxalign import checkpoint
 from jaxalign import recipe
 from jaxalign import sharding
+from jaxalign.data import templates
 from tools import merge
 
 STORIES = 'builtin:stories260K'
@@ -54,3 +59,21 @@ class TestMain:
     assert merge.main([*args, f'--output={tmp_path / "out"}']) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
+
+  def test_refuses_other_tokenizers_but_not_other_templates(self, tmp_path, capsys):
+    shutil.copytree(recipe.asset('stories260K'), tmp_path / 'chat')
+    config = {'bos_token': '<s>', 'eos_token': '</s>', 'chat_template': templates.BY_NAME['chatml']}
+    (tmp_path / 'chat' / 'tokenizer_config.json').write_text(json.dumps(config))
+    args = 'linear', '--models', STORIES, str(tmp_path / 'chat'), f'--output={tmp_path / "out"}'
+    assert merge.main(args) == 0, capsys.readouterr().err
+    shutil.copytree(recipe.asset('stories260K'), tmp_path / 'other')
+    (model,) = (tmp_path / 'other').glob('*.model')
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(model.read_bytes())
+    proto.pieces[400].piece, proto.pieces[401].piece = proto.pieces[401].piece, proto.pieces[400].piece
+    model.write_bytes(proto.SerializeToString())
+    args = 'linear', '--models', STORIES, str(tmp_path / 'other'), f'--output={tmp_path / "none"}'
+    assert merge.main(args) == 2
+    said = capsys.readouterr().err
+    assert f"other: its tokenizer is not that of {STORIES}: token 400 is '" in said and said.count('\n') == 1
+    assert not (tmp_path / 'none').exists()

@@ -1,0 +1,96 @@
+"""What a model answers: where it stops, and to which records."""
+
+import json
+import pathlib
+import shutil
+import types as pytypes
+
+import pytest
+
+from jaxalign import main
+from jaxalign import recipe as recipe_lib
+from jaxalign import respond
+from jaxalign.data import feedback
+from jaxalign.data import templates
+from jaxalign.data import tokenizers
+
+STORIES = 'builtin:stories260K'
+
+
+class TestStopIds:
+
+  @pytest.mark.parametrize(
+      'template,ends', [('gemma', ['<eos>', '<end_of_turn>']), ('chatml', ['<eos>', '<|im_end|>'])]
+  )
+  def test_are_eos_and_what_the_template_ends_a_turn_with(self, tmp_path, template, ends):
+    shutil.copy(pathlib.Path(__file__).parent / 'goldens' / 'templates' / 'tokenizer.json', tmp_path)
+    config = {'bos_token': '<bos>', 'eos_token': '<eos>', 'chat_template': templates.BY_NAME[template]}
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
+    tokenizer = tokenizers.load(tmp_path)
+    named = {i: name for name, i in tokenizer.special_tokens.items()}
+    assert sorted(named[i] for i in respond._stop_ids(tokenizer, chat=True)) == sorted(ends)
+    assert respond._stop_ids(tokenizer, chat=False) == (tokenizer.eos_id,)
+
+
+class TestToRecords:
+
+  def run(self, tmp_path, capsys, rows, *flags, code=0):
+    path = tmp_path / 'in.jsonl'
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    args = 'jaxalign', '--mode=sample', f'--model={STORIES}', f'--data=jsonl:{path}', '--max_new_tokens=8', *flags
+    assert main.main(args) == code
+    said = capsys.readouterr()
+    return [json.loads(line) for line in said.out.splitlines()] if code == 0 else said.err.splitlines()[-1]
+
+  def test_adds_samples_to_each_record(self, tmp_path, capsys):
+    rows = [{'prompt': 'Once upon a time', 'rejected': ' no', 'id': 7}, {'prompt': 'Tom', 'rejected': ' no'}]
+    found = self.run(tmp_path, capsys, rows, '--samples_per_prompt=3')
+    assert [{**record, 'samples': 0} for record in found] == [
+        {**row, 'samples': 0, 'append_eos': False} for row in rows
+    ]
+    assert all(len(record['samples']) == 3 for record in found)
+    assert len(set(found[1]['samples'])) == 3
+    # The first of each is what the prompt alone is continued with.
+    args = 'jaxalign', '--mode=sample', f'--model={STORIES}', '--prompt=Once upon a time', '--max_new_tokens=8'
+    assert main.main([*args, '--samples_per_prompt=2']) == 0
+    assert capsys.readouterr().out == ''.join(f'Once upon a time{text}\n' for text in found[0]['samples'][:2])
+
+  def test_is_what_negative_reads(self, tmp_path, capsys):
+    rows = [{'prompt': 'Tom', 'chosen': ' yes', 'rejected': ' no'}]
+    (record,) = self.run(tmp_path, capsys, rows, '--samples_per_prompt=3')
+    tokenizer = tokenizers.load(recipe_lib.asset('stories260K'))
+    group = feedback.negative(record, tokenizer, row_length=64)
+    texts = [tokenizer.decode(s.ids[s.mask], continuation=True) for s in group.sequences]
+    assert texts == [' no', *record['samples']]
+
+  def test_keeps_the_end_where_all_came_to_theirs(self, tmp_path, capsys, monkeypatch):
+    sampled = [pytypes.SimpleNamespace(ids=[5], finished=finished) for finished in (True, True, True, False)]
+    monkeypatch.setattr(respond.sampling, 'sample', lambda *args, **options: sampled)
+    found = self.run(tmp_path, capsys, [{'prompt': 'a'}, {'prompt': 'b'}], '--samples_per_prompt=2')
+    assert [record.get('append_eos') for record in found] == [None, False]
+
+  def test_answers_messages(self, tmp_path, capsys):
+    turns = [{'role': 'user', 'content': 'Hi'}]
+    found = self.run(tmp_path, capsys, [{'prompt': turns}], '--temperature=0')
+    said = self.run(tmp_path, capsys, [{'prompt': 'Hi'}], '--temperature=0', '--chat')
+    plain = self.run(tmp_path, capsys, [{'prompt': 'Hi'}], '--temperature=0')
+    assert found[0]['samples'] == said[0]['samples'] != plain[0]['samples']
+
+  def test_leaves_out_prompts_without_room(self, tmp_path, capsys):
+    found = self.run(tmp_path, capsys, [{'prompt': 'Tom ' * 600}, {'prompt': 'Tom'}])
+    assert [record['prompt'] for record in found] == ['Tom']
+
+  @pytest.mark.parametrize(
+      'rows,said',
+      [
+          ([{'prompt': 'a'}, {'text': 'a'}], 'in.jsonl:2: a column is missing: wanted prompt, found text'),
+          ([{'prompt': 3}], 'in.jsonl:1: column prompt: int where text or a list of messages is wanted'),
+          ([{'prompt': 'a'}, {'prompt': [{'role': 'user', 'content': 'b'}]}], 'prompts are text and messages'),
+          ([{'prompt': 'Tom ' * 600}], 'no record is left'),
+      ],
+  )
+  def test_says_which_record_has_no_prompt(self, tmp_path, capsys, rows, said):
+    assert said in self.run(tmp_path, capsys, rows, code=1)
+
+  def test_takes_prompts_of_one_place(self, tmp_path, capsys):
+    assert 'one of them' in self.run(tmp_path, capsys, [{'prompt': 'a'}], '--prompt=b', code=2)
