@@ -43,7 +43,7 @@ class TrainState:
 class StepMetrics(NamedTuple):
   """Metrics of one step: means yet to be taken, to be added over steps, and gauges, of which the newest counts."""
 
-  means: dict[str, masked.Weighted]
+  means: dict[str, masked.Sum]
   gauges: dict[str, types.Array]
 
 
@@ -180,7 +180,7 @@ def _flat(stats):
 
 def make_eval_step(
     objective: objectives.Objective,
-) -> Callable[[types.PyTree, types.PyTree, types.Batch, types.PyTree], dict[str, masked.Weighted]]:
+) -> Callable[[types.PyTree, types.PyTree, types.Batch, types.PyTree], dict[str, masked.Sum]]:
   """Builds `evaluate(params, frozen, batch, loss_state) -> metrics`, sums over the micro-batches of `batch`."""
 
   def evaluate(params, frozen, batch, loss_state):

@@ -83,6 +83,7 @@ class Stats:
       because the difference of two sums of hundreds of nats loses what is left of float32. It carries the policy's
       gradient.
     rewards_GK: scores of a head with one output, at the last token of each response.
+    outputs_GKO: what a head with several outputs makes of the last token of each response.
     scores_BTO: float32 outputs of a head that scores, for every token that was read.
     sharpness_GK: of the policy: sum over the response of log sum_v p_v^2 of each target, without gradient.
     rows: of the policy: where the responses' tokens are, for losses that weigh tokens (`masked.totals`).
@@ -97,6 +98,7 @@ class Stats:
   tokens_GK: Array = None
   logratios_GK: Array = None
   rewards_GK: Array = None
+  outputs_GKO: Array = None
   scores_BTO: Array = None
   sharpness_GK: Array = None
   rows: Any = None
@@ -111,7 +113,7 @@ class LossOut:
   Attributes:
     per_item: `[G]` (a value per group) or `[B, T]` (per token).
     metrics: values by name, each of shape `[G]` or `[G, K]` for groups, `[B, T]` for tokens; averaged as the loss is.
-      Of groups also `masked.Weighted` of such values, for means over some of them.
+      Of groups also `masked.Weighted` of such values, for means over some of them, and the other sums of `masked`.
     state: the new loss state, the one passed in where the loss has none.
   """
 

@@ -33,6 +33,7 @@ FIRST_LOSS = {
     'sppo_hard': 50.0,
     'cal_dpo': LOG_2 + 25.0,
     'dro': None,
+    'rm_classes': math.log(3),
 }
 
 
