@@ -34,6 +34,7 @@ FIRST_LOSS = {
     'cal_dpo': LOG_2 + 25.0,
     'dro': None,
     'rm_classes': math.log(3),
+    'preference_model': LOG_2,
 }
 
 

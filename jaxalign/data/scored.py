@@ -1,7 +1,6 @@
 """Examples for models that score whole responses, made of the examples for models that write them."""
 
 from collections.abc import Mapping
-from collections.abc import Sequence
 import dataclasses
 import math
 
@@ -41,19 +40,19 @@ def comparison(
     RunError: as `examples.preference` does.
   """
   pair = examples.preference(record, tokenizer, row_length=row_length - 1, template=template, columns=columns)
-  return dataclasses.replace(pair, sequences=tuple(map(_scored, pair.sequences)))
+  return dataclasses.replace(pair, sequences=tuple(map(at_end, pair.sequences)))
 
 
 def ranked(record: records.Record, tokenizer: tokenizers.Tokenizer, *, row_length: int, **options) -> examples.Group:
   """A scored list for a reward model, see `feedback.ranked`, of which one slot counts in each response."""
   group = feedback.ranked(record, tokenizer, row_length=row_length - 1, **options)
-  return dataclasses.replace(group, sequences=tuple(map(_scored, group.sequences)))
+  return dataclasses.replace(group, sequences=tuple(map(at_end, group.sequences)))
 
 
 def binary(record: records.Record, tokenizer: tokenizers.Tokenizer, *, row_length: int, **options):
   """Responses that are right or not for a reward model, see `feedback.binary`, of which one slot counts in each."""
   groups = feedback.binary(record, tokenizer, row_length=row_length - 1, **options)
-  return [dataclasses.replace(group, sequences=tuple(map(_scored, group.sequences))) for group in groups]
+  return [dataclasses.replace(group, sequences=tuple(map(at_end, group.sequences))) for group in groups]
 
 
 def attributes(
@@ -61,7 +60,7 @@ def attributes(
     tokenizer: tokenizers.Tokenizer,
     *,
     row_length: int,
-    attributes: Sequence[str],
+    attributes: tuple[str, ...],
     template: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> examples.Group:
@@ -126,7 +125,7 @@ def classified(
 
 def _labelled(record, tokenizer, row_length: int, template, columns, labels) -> examples.Group:
   group = examples.supervised(record, tokenizer, row_length=row_length - 1, template=template, columns=columns)
-  return dataclasses.replace(group, sequences=tuple(map(_scored, group.sequences)), labels=labels)
+  return dataclasses.replace(group, sequences=tuple(map(at_end, group.sequences)), labels=labels)
 
 
 def responses(
@@ -156,7 +155,7 @@ def responses(
   if per == 'step':
     return steps(record, tokenizer, row_length=row_length, template=template, columns=columns, labelled=False)
   group = plain(record, tokenizer, row_length=row_length - 1, template=template, columns=columns)
-  marked = _scored if per == 'response' else lambda sequence: _marked(sequence.ids, sequence.mask)
+  marked = at_end if per == 'response' else lambda sequence: _marked(sequence.ids, sequence.mask)
   return dataclasses.replace(group, sequences=tuple(map(marked, group.sequences)))
 
 
@@ -232,8 +231,8 @@ def steps(
   return examples.Group((sequence,), {}, truncated=len(ends) < len(texts), prompt_tokens=prompt_tokens)
 
 
-def _scored(sequence: examples.Sequence) -> examples.Sequence:
-  """The same, with a score where the last token has been read."""
+def at_end(sequence: examples.Sequence) -> examples.Sequence:
+  """The same sequence with a score where its last token has been read, behind which another is added."""
   return _marked(sequence.ids, np.arange(len(sequence.ids)) == len(sequence.ids) - 1)
 
 
