@@ -6,7 +6,7 @@
   done
   python tools/ensemble.py rm0.jsonl rm1.jsonl rm2.jsonl --how=uncertainty --penalty=0.5 --output=all.jsonl
 
-It reads what `--mode=score` prints, so members may differ in size, tokenizer and mesh, and another way of combining them
+It reads what `--mode=score` prints: members may differ in size, tokenizer and mesh, and another way of combining them
 costs nothing. `--output` has the same form. Of records of two responses, the first being the better one, a table on the
 terminal gives accuracy, Brier score and expected calibration error of sigmoid(r_1 - r_2).
 """
