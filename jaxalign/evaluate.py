@@ -72,7 +72,7 @@ class Sampled(NamedTuple):
 
 
 def held_out(
-    eval_step: Callable[[types.PyTree, types.Batch], Mapping[str, masked.Weighted]],
+    eval_step: Callable[[types.PyTree, types.Batch], Mapping[str, masked.Sum]],
     params: types.PyTree,
     batches: Iterable[types.Batch],
 ) -> dict[str, float]:
@@ -81,14 +81,14 @@ def held_out(
   Returns:
     'eval/NAME' for each metric, `eval/n` (groups, or target tokens), and for accuracies their binomial standard error.
   """
-  host: dict[str, masked.Weighted] = {}
+  host: dict[str, Any] = {}
   for sums in _one_behind(eval_step(params, batch) for batch in batches):
     for name, pair in jax.device_get(sums).items():
-      # In Python's double precision: weights are counts, which float32 rounds from 2^24 on.
-      before = host.get(name, masked.Weighted(0.0, 0.0))
-      host[name] = masked.Weighted(before.sum + float(pair.sum), before.weight + float(pair.weight))
-  values = {f'eval/{name}': pair.sum / max(pair.weight, 1e-30) for name, pair in host.items()}
-  values['eval/n'] = host['loss'].weight
+      # In double precision: weights are counts, which float32 rounds from 2^24 on.
+      new = jax.tree.map(np.float64, pair)
+      host[name] = jax.tree.map(np.add, host[name], new) if name in host else new
+  values = {f'eval/{name}': float(pair.mean()) for name, pair in host.items()}
+  values['eval/n'] = float(host['loss'].weight)
   for name in ('rewards/accuracies', 'accuracy', 'length_only/accuracies'):
     if name in host:
       p = min(1.0, max(0.0, values[f'eval/{name}']))

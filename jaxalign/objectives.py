@@ -23,7 +23,7 @@ class Sums(NamedTuple):
   """What an objective returns beside the summed loss: the weight to divide it by, metrics, and the new loss state."""
 
   weight: types.Array
-  metrics: Mapping[str, masked.Weighted]
+  metrics: Mapping[str, masked.Sum]
   loss_state: types.PyTree
 
 
@@ -110,8 +110,10 @@ def reward(*, model: transformer.Transformer, loss_fn: tracing.LossFn, needs: tr
   def loss(stats, batch, loss_state):
     # The position of its last token tells how long a response is, as all of a group follow the same prompt.
     length_GK = masked.totals(batch.positions_BT, batch)
+    several = 'policy.outputs_GKO' in needs.fields and 'policy.rewards_GK' not in needs.fields
     policy = types.Stats(
-        rewards_GK=_rewards(stats['scores'], batch),
+        rewards_GK=None if several else _rewards(stats['scores'], batch),
+        outputs_GKO=jax.vmap(lambda x_BT: masked.totals(x_BT, batch), -1, -1)(stats['scores']),
         tokens_GK=length_GK,
         valid_GK=masked.valid(batch),
         valid_G=masked.valid_groups(batch),
@@ -210,12 +212,13 @@ def _per_token(out: types.LossOut, stats, batch: types.Batch) -> tuple[jax.Array
   return loss.sum, Sums(loss.weight, {'loss': loss, **metrics, **_token_metrics(stats, batch)}, out.state)
 
 
-def _group_metrics(out: types.LossOut, batch: types.Batch) -> dict[str, masked.Weighted]:
+def _group_metrics(out: types.LossOut, batch: types.Batch) -> dict[str, masked.Sum]:
   valid_G, valid_GK = masked.valid_groups(batch), masked.valid(batch)
 
   def weigh(x):
-    if isinstance(x, masked.Weighted):
-      return masked.Weighted(*(masked.weighted(part, valid_G).sum for part in x))
+    if isinstance(x, tuple):
+      there = lambda part: valid_G.reshape(-1, *[1] * (part.ndim - 1)) > 0
+      return type(x)(*(jnp.sum(jnp.where(there(part), part, 0.0), axis=0) for part in x))
     return masked.weighted(x, valid_G if x.ndim == 1 else valid_GK)
 
   return {'loss': weigh(out.per_item)} | {name: weigh(x) for name, x in out.metrics.items()}

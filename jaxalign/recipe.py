@@ -42,6 +42,7 @@ class Recipe:
     objective: from `objectives`; what it needs of the batch is what the examples provide.
     loss_fn: from `losses`, or a function of the user's own.
     example_fn: from `data.examples`: a record to a group of sequences.
+    scored_fn: the same of a record whose responses are to be scored; None reads them as they are, see `score`.
     mismatched: whether each record is given another one, see `data.feedback.mismatched`.
     data: what is trained on where there is no `--data`.
     eval_data: what is held out then.
@@ -66,6 +67,7 @@ class Recipe:
   data: str
   eval_data: str = ''
   mismatched: bool = False
+  scored_fn: Callable | None = None
   model: architecture.Config | None = None
   score_outputs: int = 0
   score_bias: bool = False

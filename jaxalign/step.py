@@ -46,7 +46,7 @@ class TrainState:
 class StepMetrics(NamedTuple):
   """Metrics of one step: means yet to be taken, to be added over steps, and gauges, of which the newest counts."""
 
-  means: dict[str, masked.Weighted]
+  means: dict[str, masked.Sum]
   gauges: dict[str, types.Array]
 
 
@@ -208,7 +208,7 @@ def _flat(stats):
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stats)
 
 
-def make_eval_step(objective: objectives.Objective) -> Callable[..., dict[str, masked.Weighted]]:
+def make_eval_step(objective: objectives.Objective) -> Callable[..., dict[str, masked.Sum]]:
   """Builds `evaluate(params, frozen, batch, loss_state, ref=None) -> metrics`, sums over the batch's micro-batches."""
 
   def evaluate(params, frozen, batch, loss_state, ref=None):

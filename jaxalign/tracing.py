@@ -82,6 +82,7 @@ def trace(
   index = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   table, tokens = number(2, group_size), number(2, 4)
   of = {'GK': table, 'BT': tokens, 'BTO': number(2, 4, outputs), 'G': number(2)}
+  of['GKO'] = number(2, group_size, outputs)
   shapes: dict[str, Any] = {field: of.get(field.rpartition('_')[2]) for field in types.Stats.__dataclass_fields__}
   shapes['rows'] = types.Rows(tokens, index(2, 4), index(2, 2), index(2, 2), 2, group_size)
   given = dict.fromkeys(labels, table) | dict.fromkeys(token_labels, tokens)

@@ -83,6 +83,7 @@ class Stats:
       because the difference of two sums of hundreds of nats loses what is left of float32. It carries the policy's
       gradient.
     rewards_GK: scores of a head with one output, at the last token of each response.
+    outputs_GKO: what a head with several outputs makes of the last token of each response.
     scores_BTO: float32 outputs of a head that scores, for every token that was read.
     kl_BT: of a live reference only: the exact divergence KL(reference || policy) between the next-token distributions
       at each target, in nats. It carries the policy's gradient.
@@ -103,6 +104,7 @@ class Stats:
   tokens_GK: Array = None
   logratios_GK: Array = None
   rewards_GK: Array = None
+  outputs_GKO: Array = None
   scores_BTO: Array = None
   kl_BT: Array = None
   entropy_GK: Array = None
@@ -121,7 +123,7 @@ class LossOut:
   Attributes:
     per_item: `[G]` (a value per group) or `[B, T]` (per token).
     metrics: values by name, each of shape `[G]` or `[G, K]` for groups, `[B, T]` for tokens; averaged as the loss is.
-      Of groups also `masked.Weighted` of such values, for means over some of them.
+      Of groups also `masked.Weighted` of such values, for means over some of them, and the other sums of `masked`.
     state: the new loss state, the one passed in where the loss has none.
   """
 

@@ -15,6 +15,7 @@ from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import sharding
 from jaxalign import step as step_lib
+from jaxalign import tracing
 from jaxalign import types
 from jaxalign.losses import batchwise
 from jaxalign.losses import reward
@@ -55,7 +56,7 @@ def objective_of(kind, mesh):
     loss, objective = _of(reward.length_debiased, penalty=3.0), objectives.reward
   else:
     loss, objective = together, _of(objectives.preference, dense=())
-  needs = objectives.trace(loss, group_size=2, labels=('desirable', 'group'))
+  needs = tracing.trace(loss, group_size=2, labels=('desirable', 'group'))
   return objective(model=model, loss_fn=loss, needs=needs), needs.state, model
 
 
@@ -151,5 +152,5 @@ class TestNeeds:
 
   @pytest.mark.parametrize('name', COUPLED)
   def test_tell_that_each_sees_the_whole_step(self, name):
-    needs = objectives.trace(COUPLED[name], group_size=2, labels=('desirable', 'group'))
+    needs = tracing.trace(COUPLED[name], group_size=2, labels=('desirable', 'group'))
     assert needs.whole_step
