@@ -251,6 +251,15 @@ def load(directory: str | pathlib.Path, mesh: jax.sharding.Mesh) -> Loaded:
   return Loaded(model, params, tokenizers.load(folder / 'tokenizer'), run, step)
 
 
+def writer(loaded: Loaded) -> Loaded:
+  """The same, without the head that gave a policy's values while it was trained: it writes, and scores nothing."""
+  if not loaded.run.get('writes') or not loaded.model.config.score_outputs:
+    return loaded
+  config = dataclasses.replace(loaded.model.config, score_outputs=0, score_bias=False)
+  params = {name: value for name, value in loaded.params.items() if name not in lora_lib.HEAD}
+  return loaded._replace(model=loaded.model.clone(config=config), params=params)
+
+
 def merged(loaded: Loaded) -> types.PyTree:
   """The parameters of a checkpoint as those of a model without adapters."""
   return lora_lib.merge(loaded.params, loaded.model.lora) if loaded.model.lora is not None else loaded.params

@@ -31,6 +31,11 @@ class Needs(NamedTuple):
     return any(field.startswith('ref.') for field in self.fields)
 
   @property
+  def writes(self) -> bool:
+    """Whether it reads log-probabilities of the policy, which is then trained to write, not only to score."""
+    return any(field.startswith(('policy.logps', 'ref.')) for field in self.fields)
+
+  @property
   def live(self) -> bool:
     """Whether it reads of the reference what cannot be kept on disk."""
     return bool(self.fields & {'ref.kl_BT', 'ref.entropy_GK'})

@@ -29,7 +29,7 @@ from jaxalign.models import transformer
 
 def export(directory: str, output: pathlib.Path, dtype: str | None) -> None:
   """Writes the newest checkpoint in `directory` to `output`."""
-  loaded = checkpoint.load(directory, sharding.make_mesh('', devices=jax.local_devices()[:1]))
+  loaded = checkpoint.writer(checkpoint.load(directory, sharding.make_mesh('', devices=jax.local_devices()[:1])))
   origin = loaded.run['hf_config']
   dtype = dtype or (origin or {}).get('dtype') or (origin or {}).get('torch_dtype') or 'float32'
   count = hf_export.write(
@@ -41,7 +41,7 @@ def export(directory: str, output: pathlib.Path, dtype: str | None) -> None:
 
 def export_adapter(directory: str, output: pathlib.Path) -> None:
   """Writes the adapters of the newest checkpoint in `directory` to `output`."""
-  loaded = checkpoint.load(directory, sharding.make_mesh('', devices=jax.local_devices()[:1]))
+  loaded = checkpoint.writer(checkpoint.load(directory, sharding.make_mesh('', devices=jax.local_devices()[:1])))
   if loaded.model.lora is None:
     raise types.UsageError(f'--checkpoint={directory}: it holds no adapters; leave --adapter out')
   family = (loaded.run['hf_config'] or {}).get('model_type', 'llama')

@@ -27,7 +27,8 @@ def binary(
   """Single responses, K = 1, with the label `desirable`.
 
   The record has `prompt`, `completion` and `label` (true or false, or 1 or 0), or is a pair, as `examples.preference`
-  reads it, of which both responses are taken: the chosen one is desirable, the rejected one is not.
+  reads it, of which both responses are taken: the chosen one is desirable, the rejected one is not. A column
+  `density_ratio` (at least 0) beside `label` is a label too, see `losses.unpaired.bco`.
 
   Args:
     record: the columns above.
@@ -43,7 +44,10 @@ def binary(
   values = records.known(record, columns)
   if 'label' in values:
     group = examples.supervised(record, tokenizer, row_length=row_length, template=template, columns=columns)
-    return [dataclasses.replace(group, labels={'desirable': records.truth(values, 'label')})]
+    own = {'desirable': records.truth(values, 'label')}
+    if 'density_ratio' in values:
+      own['density_ratio'] = records.number(values, 'density_ratio', 0.0)
+    return [dataclasses.replace(group, labels=own)]
   pair = examples.preference(record, tokenizer, row_length=row_length, template=template, columns=columns)
   labels = {'desirable': 1.0}, {'desirable': 0.0}
   return [dataclasses.replace(pair, sequences=(one,), labels=own) for one, own in zip(pair.sequences, labels)]

@@ -47,13 +47,15 @@ def apo_zero_unpaired(policy, ref, labels, *, state=(), beta: float) -> types.Lo
   return _out(policy, labels, rewards_GK, _either(labels, rewards_GK[:, 0], parts.miss), state)
 
 
-def bco(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
+def bco(policy, ref, labels, *, state=(), beta: float, weighted: bool = False) -> types.LossOut:
   """Binary Classifier Optimization: logistic classification of responses by their reward less its running mean.
 
     loss = -log sigmoid(beta z - d)  or, where undesirable,  -log sigmoid(d - beta z)
 
   d is the mean of beta z over all responses of all steps, this one's among them, pooled as in TRL and without gradient.
-  log 2 at the reference. The paper uses beta 0.01. Its density-ratio weights of prompts (UDM) are not part of it.
+  log 2 at the reference. The paper uses beta 0.01. Where `weighted`, undesirable responses weigh as much as the label
+  `density_ratio` of their prompts says: how much likelier it is among desirable responses than among undesirable ones
+  (`tools/density_ratio.py` makes it; the paper's underlying distribution matching, TRL's `embedding_func`).
 
   References:
     Jung et al., 2024, https://arxiv.org/abs/2404.04656.
@@ -64,7 +66,8 @@ def bco(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
   count = count + here
   new = jnp.sum((jax.lax.stop_gradient(rewards_GK[:, 0]) - mean) * policy.valid_G)
   mean = mean + new / jnp.maximum(count, 1.0)
-  loss_G = _either(labels, rewards_GK[:, 0] - mean, parts.logistic)
+  ratio_G = labels['density_ratio'][:, 0] if weighted else 1.0
+  loss_G = _either(labels, rewards_GK[:, 0] - mean, parts.logistic, down=ratio_G)
   return _out(policy, labels, rewards_GK, loss_G, (mean, count), {'delta': jnp.full_like(policy.valid_G, mean)})
 
 
@@ -88,7 +91,7 @@ def _desirable(labels):
   return labels['desirable'][:, 0] > 0.5
 
 
-def _either(labels, x_G, link: parts.Link, up: float = 1.0, down: float = 1.0):
+def _either(labels, x_G, link: parts.Link, up: float = 1.0, down: float | types.Array = 1.0):
   desirable_G = _desirable(labels)
   return jnp.where(desirable_G, up, down) * link(jnp.where(desirable_G, x_G, -x_G))
 

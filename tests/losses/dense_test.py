@@ -12,6 +12,7 @@ from jaxalign.losses import listwise
 from jaxalign.losses import preference
 from jaxalign.losses import shaped
 from jaxalign.losses import supervised
+from jaxalign.losses import unpaired
 from tests.losses import world as world_lib
 
 _of = functools.partial
@@ -141,6 +142,19 @@ class TestDroV:
     left = d.w.score - d.values_GK[:6] - 0.4 * d.w.z
     found = d.run(_of(listwise.dro_v, tau=0.4)).per_item[:6]
     np.testing.assert_allclose(found, 0.5 * (left**2).mean(axis=1), rtol=1e-4)
+
+
+class TestBco:
+
+  def test_weighs_undesirable_responses_alone_by_their_density_ratio(self):
+    d = Dense(size=1)
+    ratio_G = np.linspace(0.5, 3.0, 8).astype('f')
+    policy, ref = d.w.stats()
+    labels = d.w.given() | {'density_ratio': jnp.asarray(ratio_G)[:, None]}
+    found = unpaired.bco(policy, ref, labels, beta=0.3, weighted=True).per_item[:6]
+    x = 0.3 * d.w.z[:, 0] - (0.3 * d.w.z[:, 0]).mean()
+    wanted = np.where(d.w.desirable > 0.5, sp(-x), ratio_G[:6].astype(np.float64) * sp(x))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
 class TestD2o:
