@@ -126,17 +126,18 @@ class World:
     return len(self.policy) * np.asarray(masked.totals(slope_BT, self.batch))[: len(self.policy)] / self.n
 
 
-def world(groups=5, size=2, seed=0, spread=0.5, same=False, empty=2):
-  """Random responses of 1 to 6 tokens, two a row; `same` has policy equal reference; `empty` places of the table."""
+def world(groups=5, size=2, seed=0, spread=0.5, same=False, empty=2, longest=6, per_row=2):
+  """Random responses of 1 to `longest` tokens; `same` has policy equal reference; `empty` places of the table."""
   rng = np.random.default_rng(seed)
-  lengths = rng.integers(1, 7, (groups, size))
+  lengths = rng.integers(1, longest + 1, (groups, size))
   draw = lambda: [[-rng.uniform(0.1, 2.0, n).astype(np.float32) for n in row] for row in lengths]
   ref = draw()
   policy = ref if same else [[np.minimum(x + rng.normal(0, spread, len(x)).astype('f'), -0.01) for x in g] for g in ref]
   weights = [[rng.uniform(0, 2, n).astype(np.float32) for n in row] for row in lengths]
   places = rng.permutation([(g, k) for g in range(groups) for k in range(size)]).tolist()
-  rows = [[(g, k, [1, 2], [3] * int(lengths[g][k])) for g, k in places[i : i + 2]] for i in range(0, len(places), 2)]
-  batch = packed.micro_batch(rows, groups=groups + empty, size=size, length=20)
+  sequence = lambda g, k: (g, k, [1, 2], [3] * int(lengths[g][k]))
+  rows = [[sequence(*x) for x in places[i : i + per_row]] for i in range(0, len(places), per_row)]
+  batch = packed.micro_batch(rows, groups=groups + empty, size=size, length=10 * per_row)
   arrays = [np.zeros(batch.mask_BT.shape, np.float32) for _ in range(3)]
   for b, row in enumerate(rows):
     for rank, (g, k, _, _) in enumerate(row):
