@@ -6,8 +6,10 @@ checkpoints/tokenizer/        the tokenizer's files
 checkpoints/base/             the parameters the run began with, where its loss has a reference or they are frozen
 checkpoints/start/            the adapters it began with, where those were not new
 checkpoints/STEP/params       trained parameters: adapters alone, where the base is frozen
-checkpoints/STEP/train        optimizer and loss state, step, key, counters
+checkpoints/STEP/train        optimizer state, step, key, counters
 checkpoints/STEP/data         epoch and step of the consumed batches
+checkpoints/STEP/loss         state of a loss that has one
+checkpoints/STEP/reference    what a reference that follows the policy has in place of STEP/params
 """
 
 from collections.abc import Mapping
@@ -124,7 +126,8 @@ class Store:
     check_shapes(self._directory / str(step) / 'params', abstract.params)
     found = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore(), **arrays))
     loss_state = found['loss']['state'] if 'loss' in arrays else abstract.loss_state
-    state = step_lib.TrainState(params=found['params'], loss_state=loss_state, **found['train'])
+    followed = found['reference'] if 'reference' in arrays else ()
+    state = step_lib.TrainState(params=found['params'], loss_state=loss_state, reference=followed, **found['train'])
     return state, found['data']
 
   def close(self) -> None:
@@ -134,10 +137,11 @@ class Store:
 
 
 def _items(state: step_lib.TrainState) -> dict[str, types.PyTree]:
-  """The trees that a checkpoint holds apart: parameters, the state of a loss that has one, and the rest."""
-  rest = {name: value for name, value in vars(state).items() if name not in ('params', 'loss_state')}
+  """The trees that a checkpoint holds apart: parameters, what few runs have, and the rest."""
+  rest = {name: value for name, value in vars(state).items() if name not in ('params', 'loss_state', 'reference')}
   loss = {'loss': {'state': state.loss_state}} if jax.tree.leaves(state.loss_state) else {}
-  return {'params': state.params, 'train': rest} | loss
+  followed = {'reference': state.reference} if jax.tree.leaves(state.reference) else {}
+  return {'params': state.params, 'train': rest} | loss | followed
 
 
 def check_shapes(path: pathlib.Path, abstract: types.PyTree) -> None:
@@ -253,13 +257,20 @@ def merged(loaded: Loaded) -> types.PyTree:
 
 
 def load_reference(directory: str | pathlib.Path, loaded: Loaded, mesh: jax.sharding.Mesh) -> reference.Reference:
-  """Restores what the run of a checkpoint began with; where only adapters were trained, `loaded` has their base.
+  """Restores what the run of a checkpoint is compared with; where only adapters were trained, `loaded` has their base.
+
+  It is what the run began with, or what a reference that follows the policy had become.
 
   Raises:
     RunError: the run kept no reference, as its loss had none, or a file of it is corrupt.
   """
-  folder, _ = find(directory)
+  folder, step = find(directory)
   abstract = transformer.abstract_params(loaded.model, mesh)
+  followed = folder / str(step) / 'reference'
+  if followed.exists():
+    halves = lora_lib.split if loaded.model.lora is not None else lambda whole: (whole, {})
+    moving = _restored(followed, halves(abstract)[0])
+    return reference.Reference.of(loaded.model, moving, halves(loaded.params)[1], follows=True)
   if loaded.model.lora is None:
     return reference.Reference.of(loaded.model, _restored(folder / 'base', abstract), {})
   start = lora_lib.split(abstract)[0]

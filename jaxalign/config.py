@@ -36,9 +36,11 @@ from jaxalign import loop
 from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import recipe
+from jaxalign import reference
 from jaxalign import train
 from jaxalign.data import examples
 from jaxalign.data import feedback
+from jaxalign.data import judged
 from jaxalign.data import loader
 from jaxalign.data import scored
 from jaxalign.data import texts

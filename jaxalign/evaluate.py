@@ -19,6 +19,7 @@ from jaxalign import checkpoint
 from jaxalign import masked
 from jaxalign import metrics
 from jaxalign import recipe as recipe_lib
+from jaxalign import reference
 from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign import step as step_lib
@@ -71,7 +72,7 @@ class Sampled(NamedTuple):
 
 
 def held_out(
-    eval_step: Callable[[types.PyTree, types.Batch], Mapping[str, masked.Weighted]],
+    eval_step: Callable[[types.PyTree, types.Batch], Mapping[str, masked.Sum]],
     params: types.PyTree,
     batches: Iterable[types.Batch],
 ) -> dict[str, float]:
@@ -80,14 +81,14 @@ def held_out(
   Returns:
     'eval/NAME' for each metric, `eval/n` (groups, or target tokens), and for accuracies their binomial standard error.
   """
-  host: dict[str, masked.Weighted] = {}
+  host: dict[str, Any] = {}
   for sums in _one_behind(eval_step(params, batch) for batch in batches):
     for name, pair in jax.device_get(sums).items():
-      # In Python's double precision: weights are counts, which float32 rounds from 2^24 on.
-      before = host.get(name, masked.Weighted(0.0, 0.0))
-      host[name] = masked.Weighted(before.sum + float(pair.sum), before.weight + float(pair.weight))
-  values = {f'eval/{name}': pair.sum / max(pair.weight, 1e-30) for name, pair in host.items()}
-  values['eval/n'] = host['loss'].weight
+      # In double precision: weights are counts, which float32 rounds from 2^24 on.
+      new = jax.tree.map(np.float64, pair)
+      host[name] = jax.tree.map(np.add, host[name], new) if name in host else new
+  values = {f'eval/{name}': float(pair.mean()) for name, pair in host.items()}
+  values['eval/n'] = float(host['loss'].weight)
   for name in ('rewards/accuracies', 'accuracy', 'length_only/accuracies'):
     if name in host:
       p = min(1.0, max(0.0, values[f'eval/{name}']))
@@ -201,28 +202,32 @@ class Evaluator:
       samples: Samples | None,
       counter: metrics.Compilations,
       frozen: types.PyTree,
+      live: reference.Reference | None,
   ):
     model = transformer.without_dropout(model)
-    evaluate_step = counter.counted(step_lib.make_eval_step(recipe_lib.bind(recipe, model, streams.needs)))
+    objective = recipe_lib.bind(recipe, model, streams.needs, live and live.model)
+    evaluate_step = counter.counted(step_lib.make_eval_step(objective))
     self._step = jax.jit(evaluate_step, out_shardings=sharding.named(job.mesh))
+    self._ref = live and live.moving
     self._model, self._tokenizer, self._streams, self._seed = model, tokenizer, streams, job.seed
     self._samples, self._frozen = samples, frozen
     self._prompts = prompt_ids(samples, tokenizer, streams.held, model.config.max_length) if samples is not None else []
 
-  def held_out(self, params: types.PyTree, loss_state: types.PyTree) -> dict[str, float]:
-    """Metrics of the held-out data, none where there is no such data."""
+  def held_out(self, params: types.PyTree, loss_state: types.PyTree, ref: types.PyTree = ()) -> dict[str, float]:
+    """Metrics of the held-out data, none where there is no such data; `ref` is of a reference that follows."""
     if self._streams.held is None:
       return {}
-    run = lambda params, batch: self._step(params, self._frozen, batch, loss_state)
+    ref = ref if jax.tree.leaves(ref) else self._ref
+    run = lambda params, batch: self._step(params, self._frozen, batch, loss_state, ref)
     return held_out(run, params, self._streams.held_batches())
 
-  def whole(self, params: types.PyTree, loss_state: types.PyTree) -> Whole:
+  def whole(self, params: types.PyTree, loss_state: types.PyTree, ref: types.PyTree = ()) -> Whole:
     """Held-out metrics and samples."""
     sampled = Sampled({}, [])
     if self._samples is not None and self._prompts:
       whole = lora.join(params, self._frozen)
       sampled = sample(self._model, whole, self._tokenizer, self._samples, self._prompts, self._seed)
-    return Whole(self.held_out(params, loss_state), sampled)
+    return Whole(self.held_out(params, loss_state, ref), sampled)
 
 
 def evaluate(
@@ -244,7 +249,8 @@ def evaluate(
     ref = lambda: checkpoint.load_reference(directory, loaded, job.mesh)
     streams = streams_lib.open_streams(job, recipe, loaded.tokenizer, ref, steps=0, counter=counter)
     loss_state = checkpoint.load_loss_state(directory, streams.needs.state, job.mesh)
-    evaluator = Evaluator(job, recipe, loaded.model, loaded.tokenizer, streams, samples, counter, {})
+    live = ref().alone() if streams.live else None
+    evaluator = Evaluator(job, recipe, loaded.model, loaded.tokenizer, streams, samples, counter, {}, live)
     found = evaluator.whole(loaded.params, loss_state)
   return found.held_out | {f'eval/{name}': value for name, value in found.sampled.metrics.items()}
 

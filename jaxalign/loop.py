@@ -12,7 +12,6 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from jaxalign import checkpoint
-from jaxalign import masked
 from jaxalign import metrics
 from jaxalign import step as step_lib
 from jaxalign import types
@@ -172,7 +171,7 @@ def _fetch(interval: _Interval, tools: Tools) -> dict[str, float]:
   """Waits for an interval's last step; its means, its newest gauges, its speed and what is constant."""
   fetched = jax.device_get(interval.measured)
   sums = jax.tree.map(lambda *xs: np.sum(xs, axis=0), *(m.means for m in fetched), is_leaf=np.isscalar)
-  values = {name: float(masked.Weighted(*pair).mean()) for name, pair in sums.items()}
+  values = {name: float(pair.mean()) for name, pair in sums.items()}
   gauges = {name: float(value) for name, value in fetched[-1].gauges.items()}
   tokens = sum(int(m.gauges['num_tokens']) for m in fetched)
   speed = tools.clock.lap(tokens, len(fetched))

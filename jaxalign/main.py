@@ -311,9 +311,19 @@ def _score(args: flags.FlagValues) -> None:
     raise types.UsageError(f'--per={args.per}: it is one of {", ".join(scored.PER)}')
   _start(args)
   job = _job(args, {'model_spec': spec, 'eval_data': ''})
-  for one in score.score(job, per=args.per, row_length=args.row_length):
+  for one in score.score(job, per=args.per, row_length=args.row_length, scored_fn=_scored_fn(spec)):
     if jax.process_index() == 0:
       sys.stdout.write(json.dumps(one) + '\n')
+
+
+def _scored_fn(spec: str) -> Any:
+  """`recipe.Recipe.scored_fn` of the run that trained a model, None where there is none."""
+  path = recipe_lib.model_directory(spec)
+  run = checkpoint.read_json(checkpoint.find(path)[0] / 'run.json') if recipe_lib.is_checkpoint(path) else {}
+  if 'recipe.Recipe.scored_fn = @' not in (run.get('bindings') or ''):
+    return None
+  config.parse_saved([run['bindings']], [], [])
+  return config.get('recipe.Recipe')().scored_fn
 
 
 def _model_of(args: flags.FlagValues) -> str:

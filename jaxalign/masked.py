@@ -9,6 +9,11 @@ import jax.numpy as jnp
 from jaxalign import types
 
 
+def _ratio(x: types.Array, weight: types.Array) -> types.Array:
+  """Divides, in the precision of the arguments; x, which is then 0, where the weight is 0."""
+  return x / (weight + (weight == 0).astype(weight.dtype))
+
+
 class Weighted(NamedTuple):
   """A mean that has not been taken yet, so that micro-batches, devices and batches can be added exactly."""
 
@@ -17,7 +22,36 @@ class Weighted(NamedTuple):
 
   def mean(self) -> types.Array:
     """Sum / weight, and 0 where nothing was weighed."""
-    return self.sum / jnp.maximum(self.weight, jnp.finfo(jnp.float32).tiny)
+    return _ratio(self.sum, self.weight)
+
+
+class Calibration(NamedTuple):
+  """What is added up for an expected calibration error.
+
+  Attributes:
+    gap: float32, confidence less accuracy, summed over the predictions of each bin of confidence, bins last.
+    count: float32, how many predictions a bin has.
+  """
+
+  gap: types.Array
+  count: types.Array
+
+  def mean(self) -> types.Array:
+    """The error: sum over bins of |sum of gaps| / all predictions. Guo et al., 2017, arXiv:1706.04599, Eq. 3."""
+    return _ratio(abs(self.gap).sum(), self.count.sum())
+
+
+class Largest(NamedTuple):
+  """How often each class occurs, `count` with the classes last; its mean is the share of the largest."""
+
+  count: types.Array
+
+  def mean(self) -> types.Array:
+    """What always saying the most frequent class would score."""
+    return _ratio(self.count.max(), self.count.sum())
+
+
+Sum = Weighted | Calibration | Largest
 
 
 def weighted(x: types.Array, weight: types.Array) -> Weighted:

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 
 from jaxalign import checkpoint
 from jaxalign import objectives
+from jaxalign import reference as reference_lib
+from jaxalign import tracing
 from jaxalign import types
 from jaxalign.data import dataset
 from jaxalign.data import loader
@@ -40,6 +42,7 @@ class Recipe:
     objective: from `objectives`; what it needs of the batch is what the examples provide.
     loss_fn: from `losses`, or a function of the user's own.
     example_fn: from `data.examples`: a record to a group of sequences.
+    scored_fn: the same of a record whose responses are to be scored; None reads them as they are, see `score`.
     mismatched: whether each record is given another one, see `data.feedback.mismatched`.
     data: what is trained on where there is no `--data`.
     eval_data: what is held out then.
@@ -48,7 +51,8 @@ class Recipe:
     score_outputs: numbers that a head of the model makes of each token it reads, 0 for no such head.
     score_bias: whether that head has a bias, as Hugging Face's classifiers of tokens have.
     reference: 'cached' (log-probabilities computed once per response, kept on disk) or 'live' (a second copy of the
-      parameters, a forward pass per step).
+      parameters, a forward pass per step), as it always is where the loss reads more of it.
+    sync: how a reference follows the policy; None for one that stays as the policy was at first.
     dtype: of the computation; what is trained and optimizer state are float32.
     remat: which activations the backward pass computes again, see `models.transformer`; 'dots' (all but products with
       weights) is the fastest on CPUs too, where memory is slow.
@@ -63,10 +67,12 @@ class Recipe:
   data: str
   eval_data: str = ''
   mismatched: bool = False
+  scored_fn: Callable | None = None
   model: architecture.Config | None = None
   score_outputs: int = 0
   score_bias: bool = False
   reference: str = 'cached'
+  sync: reference_lib.Sync | None = None
   dtype: str = 'float32'
   remat: str = 'dots'
   attention: str | None = None
@@ -304,9 +310,15 @@ def open_loader(
   return loader.Loader(datasets, weights, packing=recipe.packing, mesh=job.mesh, seed=job.seed, extra=extra)
 
 
-def bind(recipe: Recipe, model: transformer.Transformer, needs: objectives.Needs) -> objectives.Objective:
-  """The recipe's objective for `model`, as the step takes it."""
-  return recipe.objective(model=model, loss_fn=recipe.loss_fn, needs=needs)
+def bind(
+    recipe: Recipe,
+    model: transformer.Transformer,
+    needs: tracing.Needs,
+    ref_model: transformer.Transformer | None = None,
+) -> objectives.Objective:
+  """The recipe's objective for `model`, as the step takes it; `ref_model` is of a live reference."""
+  live = {'ref_model': ref_model} if ref_model is not None else {}
+  return recipe.objective(model=model, loss_fn=recipe.loss_fn, needs=needs, **live)
 
 
 def digest(*parts: str) -> str:

@@ -7,6 +7,7 @@ and by what else the numbers depend on. Other parameters, tokens or precision ar
 from collections.abc import Callable
 from collections.abc import Iterable
 import contextlib
+import dataclasses
 import hashlib
 import os
 import pathlib
@@ -30,6 +31,31 @@ from jaxalign.models import transformer
 RefFn = Callable[[types.PyTree, types.Batch], jax.Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class Sync:
+  """A reference that follows the policy: reference <- alpha policy + (1 - alpha) reference, every so many steps.
+
+  With adapters it is they that are mixed, not what they add to the base. TRL's `ref_model_sync_steps` and
+  `ref_model_mixup_alpha`. Gorbatovski et al., 2024 (TR-DPO), https://arxiv.org/abs/2404.09656, Eq. 4 and 5.
+
+  Attributes:
+    every: steps between two changes.
+    alpha: 1 copies the policy.
+  """
+
+  every: int
+  alpha: float
+
+  def __post_init__(self):
+    if self.every < 1 or not 0 < self.alpha <= 1:
+      raise types.UsageError(f'{self}: every must be at least 1, alpha above 0 and at most 1')
+
+  def moved(self, ref: types.PyTree, params: types.PyTree, step: types.Array) -> types.PyTree:
+    """The reference after `step` steps, of which the last led to `params`."""
+    mixed = lambda: jax.tree.map(lambda r, p: (1 - self.alpha) * r + self.alpha * p, ref, params)
+    return jax.lax.cond(step % self.every == 0, mixed, lambda: ref)
+
+
 class Reference(NamedTuple):
   """The model that a run began with.
 
@@ -43,15 +69,25 @@ class Reference(NamedTuple):
   moving: types.PyTree
   fixed: types.PyTree
 
+  def kept(self) -> 'Reference':
+    """The same, with a copy of what training takes over: the step takes the buffers that it starts from."""
+    return self._replace(moving=jax.tree.map(jnp.copy, self.moving))
+
+  def alone(self) -> 'Reference':
+    """The same, sharing nothing with what is trained."""
+    return self._replace(moving=self.params, fixed={})
+
   @property
   def params(self) -> types.PyTree:
     """One tree, as the model reads it."""
     return lora.join(self.moving, self.fixed)
 
   @classmethod
-  def of(cls, model: transformer.Transformer, trained: types.PyTree, frozen: types.PyTree) -> 'Reference':
-    """What `model` is before its first step."""
-    if model.lora is None or model.lora.adapter:
+  def of(
+      cls, model: transformer.Transformer, trained: types.PyTree, frozen: types.PyTree, *, follows: bool = False
+  ) -> 'Reference':
+    """What `model` is before its first step; where it `follows` the policy, with adapters that change nothing yet."""
+    if model.lora is None or model.lora.adapter or follows:
       return cls(transformer.without_dropout(model), trained, frozen)
     return cls(transformer.without_adapters(model), {}, frozen)
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import logps as logps_lib
 from jaxalign import sharding
 from jaxalign import types
+from jaxalign import vocab
 from jaxalign.models import transformer
 
 _BUCKET = 32  # prompts are padded to a multiple of it, so that few programs are compiled
@@ -118,7 +118,7 @@ def _decode(model, static: _Static, params, ids_BT, lengths_B, requests_B, key):
   def one(carry):
     step, cache, last_BD, tokens, logps, done_B, counts_B = carry
     logits_BV = jax.lax.dot(last_BD, head_DV, preferred_element_type=jnp.float32)
-    logits_BV = logps_lib.soften(logits_BV, model.config.final_softcap)
+    logits_BV = vocab.soften(logits_BV, model.config.final_softcap)
     logits_BV = jnp.where(jnp.arange(logits_BV.shape[1])[None, :] < model.config.vocab_size, logits_BV, _OUT)
     uniform_B = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, step)))(row_keys)
     token_B = _choose(static, logits_BV, uniform_B)

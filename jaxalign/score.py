@@ -3,13 +3,14 @@
 from collections.abc import Callable
 import functools
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import tqdm
 
 from jaxalign import checkpoint
-from jaxalign import objectives
+from jaxalign import forward
 from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
 from jaxalign import types
@@ -21,17 +22,38 @@ _LENGTH = 1024
 _ROWS = 8  # at least; more where the mesh splits them
 
 
-def score(job: recipe_lib.Job, *, per: str, row_length: int | None) -> list[dict[str, Any]]:
+class _Reading(NamedTuple):
+  """How responses are scored.
+
+  Attributes:
+    outputs: (params, micro-batch) -> `[B, T, O]`, of which those are added up that the examples mark in a sequence.
+    example_fn: makes examples of records.
+    combined: makes scores of responses of the outputs `[O]` of a record's sequences; None takes those.
+  """
+
+  outputs: Callable
+  example_fn: Callable
+  combined: Callable[[list[np.ndarray]], list[np.ndarray]] | None = None
+
+
+def score(
+    job: recipe_lib.Job, *, per: str, row_length: int | None, scored_fn: Callable | None = None
+) -> list[dict[str, Any]]:
   """Scores the responses in `--data` by the head of `--model`.
 
   The checkpoint of a policy that was trained against a reference has no head; its implicit rewards are then the
   log-ratios log policy - log reference, in nats, of a response or of each token. (Times beta they are rewards: Rafailov
   et al., 2023, https://arxiv.org/abs/2305.18290, Sec. 4, and 2024, https://arxiv.org/abs/2404.12358, of tokens.)
 
+  A model that reads two responses in one text (`data.judged.both_orders`) gives each the logarithm of the probability
+  that it is better than the other, the mean over both orders; a judge in words (`data.judged.answered`) log p of the
+  good answer less log p of the other. So sigmoid(r_a - r_b) is the probability that a is better with all of them.
+
   Args:
     job: names model, data and mesh.
     per: 'response', 'token' or 'step', see `data.scored.responses`.
     row_length: tokens of the longest sequence, longer ones are cut; None for 1024 or the context of the model.
+    scored_fn: `recipe.Recipe.scored_fn` of the model's run.
 
   Returns:
     One object a record that was kept: `record` says which it is, `scores` has a score per response or, of tokens and
@@ -39,18 +61,18 @@ def score(job: recipe_lib.Job, *, per: str, row_length: int | None) -> list[dict
     a list of them where the head has several outputs (of a classifier, before the softmax).
 
   Raises:
-    UsageError: the model has neither a head that scores nor a reference, or steps are to be scored without a head, or
-      the context of the model is shorter than `row_length`.
+    UsageError: the model has neither a head that scores nor a reference, or does not score what `per` says, or its
+      context is shorter than `row_length`.
     RunError: a file or a record cannot be read.
   """
   with jax.set_mesh(job.mesh):
     loaded = recipe_lib.load(job.model, job.mesh)
-    of_micro, example_fn = _by_head(loaded, per) if loaded.model.config.score_outputs else _implied(job, loaded, per)
+    reading = _reading(job, loaded, per, scored_fn)
     context = loaded.model.config.max_length
     if row_length is not None and row_length > context:
       raise types.UsageError(f'--row_length={row_length}: the context of the model is {context} tokens')
-    loader = _open(job, loaded.tokenizer, example_fn, row_length or min(_LENGTH, context))
-    scores = lambda params, batch: jax.lax.map(functools.partial(of_micro, params), batch)
+    loader = _open(job, loaded.tokenizer, reading.example_fn, row_length or min(_LENGTH, context))
+    scores = lambda params, batch: jax.lax.map(functools.partial(reading.outputs, params), batch)
     fn = jax.jit(scores, out_shardings=sharding.named(job.mesh))
     found: dict[int, dict[int, np.ndarray]] = {}
     steps = loader.ordered(range(len(loader.dataset)))
@@ -58,38 +80,69 @@ def score(job: recipe_lib.Job, *, per: str, row_length: int | None) -> list[dict
       values = np.asarray(fn(loaded.params, batch))
       for place in loader.places(plan):
         found.setdefault(place.record, {})[place.slot] = values[place.micro, place.row][place.targets]
-  number = lambda outputs: float(outputs[0]) if outputs.size == 1 else outputs.tolist()
-  # A head is read once a response, where its last token has been read; log-ratios add up.
-  plain = lambda values: number(values.sum(axis=0)) if per == 'response' else [number(outputs) for outputs in values]
   return [
       {
           'record': loader.dataset.where(record),
-          'scores': [plain(slots[slot]) for slot in sorted(slots)],
+          'scores': _scores_of([slots[slot] for slot in sorted(slots)], per, reading.combined),
           'truncated': loader.dataset[record].truncated,
       }
       for record, slots in sorted(found.items())
   ]
 
 
-def _by_head(loaded: checkpoint.Loaded, per: str) -> tuple[Callable, Callable]:
-  """What gives the head's outputs of a micro-batch, and the examples that it is read at."""
-  return functools.partial(objectives.scores, model=loaded.model), functools.partial(scored.responses, per=per)
+def _scores_of(values: list[np.ndarray], per: str, combined: Callable | None) -> list[Any]:
+  """Scores of a record's responses, of what each of its sequences was marked for, `[n, O]`."""
+  number = lambda outputs: float(outputs[0]) if outputs.size == 1 else outputs.tolist()
+  if per != 'response':
+    return [[number(outputs) for outputs in one] for one in values]
+  # A head is read once a response, where its last token has been read; log-ratios add up.
+  sums = [one.sum(axis=0) for one in values]
+  return list(map(number, sums if combined is None else combined(sums)))
 
 
-def _implied(job: recipe_lib.Job, loaded: checkpoint.Loaded, per: str) -> tuple[Callable, Callable]:
-  """The same of the log-ratio to the reference of the model's run."""
+def _reading(job: recipe_lib.Job, loaded: checkpoint.Loaded, per: str, scored_fn: Callable | None) -> _Reading:
+  head = functools.partial(forward.scores, model=loaded.model)
+  if scored_fn is not None and per != 'response':
+    raise types.UsageError(f'--per={per}: {job.model} judges whole responses')
+  if loaded.model.config.score_outputs:
+    if scored_fn is not None:
+      return _Reading(head, scored_fn, _of_both_orders)
+    return _Reading(head, functools.partial(scored.responses, per=per))
+  if scored_fn is None:
+    return _implied(job, loaded, per)
+  return _Reading(lambda params, batch: _logps(loaded.model, params, batch)[..., None], scored_fn, _of_answers)
+
+
+def _of_both_orders(outputs: list[np.ndarray]) -> list[np.ndarray]:
+  """Log-probabilities that each of two responses is better, of the log-odds that the one which comes first is."""
+  log_sigmoid = lambda x: -np.logaddexp(0.0, -x.astype(np.float64))
+  ahead, behind = outputs
+  mean = lambda a, b: np.logaddexp(log_sigmoid(a), log_sigmoid(b)) - np.log(2.0)
+  return [mean(ahead, -behind), mean(-ahead, behind)]
+
+
+def _of_answers(outputs: list[np.ndarray]) -> list[np.ndarray]:
+  """Log-odds of the good answer, of which each is followed by the other."""
+  return [yes - no for yes, no in zip(outputs[::2], outputs[1::2])]
+
+
+def _logps(model, params, batch) -> jax.Array:
+  return forward.target_stats(params, batch, model=model)['logps']
+
+
+def _implied(job: recipe_lib.Job, loaded: checkpoint.Loaded, per: str) -> _Reading:
+  """Reads the log-ratio to the reference of the model's run."""
   path = recipe_lib.model_directory(job.model)
   if not recipe_lib.is_checkpoint(path) or not loaded.run.get('base'):
     raise types.UsageError(f'{job.model}: it has no head that scores (train one with --algo=rm) and no reference')
   if per == 'step':
     raise types.UsageError(f'--per=step: {job.model} has no head that scores; its implicit rewards are of tokens')
   ref = checkpoint.load_reference(path, loaded, job.mesh)
-  logps = lambda model, params, batch: objectives.target_stats(params, batch, model=model)['logps']
 
   def ratios(params, batch):
-    return (logps(loaded.model, params, batch) - logps(ref.model, ref.params, batch))[..., None]
+    return (_logps(loaded.model, params, batch) - _logps(ref.model, ref.params, batch))[..., None]
 
-  return ratios, scored.plain
+  return _Reading(ratios, scored.plain)
 
 
 def _open(job: recipe_lib.Job, tokenizer, example_fn: Callable, row_length: int) -> loader_lib.Loader:

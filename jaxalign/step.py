@@ -13,6 +13,7 @@ import optax
 from jaxalign import masked
 from jaxalign import objectives
 from jaxalign import optim
+from jaxalign import reference as reference_lib
 from jaxalign import sharding
 from jaxalign import types
 
@@ -29,6 +30,7 @@ class TrainState:
     key: raw uint32 key data; a step folds its number in.
     skipped: int32, updates skipped because the loss or the gradient was not finite.
     skipped_in_row: int32, of those, how many since the last good update.
+    reference: what a reference that follows the policy has in place of `params`; `()` for one that does not.
   """
 
   step: types.Array
@@ -38,25 +40,44 @@ class TrainState:
   key: types.Array
   skipped: types.Array
   skipped_in_row: types.Array
+  reference: types.PyTree = ()
 
 
 class StepMetrics(NamedTuple):
   """Metrics of one step: means yet to be taken, to be added over steps, and gauges, of which the newest counts."""
 
-  means: dict[str, masked.Weighted]
+  means: dict[str, masked.Sum]
   gauges: dict[str, types.Array]
 
 
 def init_state(
-    params: types.PyTree, tx: optax.GradientTransformation, seed: int, loss_state: types.PyTree = ()
+    params: types.PyTree,
+    tx: optax.GradientTransformation,
+    seed: int,
+    loss_state: types.PyTree = (),
+    follows: bool = False,
 ) -> TrainState:
-  """The state before the first step; call it under jit with the shardings of `abstract_state`."""
-  zero = jnp.zeros((), jnp.int32)
-  return TrainState(zero, params, tx.init(params), loss_state, jax.random.key_data(jax.random.key(seed)), zero, zero)
+  """The state before the first step; call it under jit with the shardings of `abstract_state`.
+
+  Args:
+    params: what is trained.
+    tx: of the run.
+    seed: of the run.
+    loss_state: of the loss.
+    follows: whether the state has a reference that follows the policy.
+  """
+  zero, key = jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.key(seed))
+  reference = jax.tree.map(jnp.copy, params) if follows else ()
+  return TrainState(zero, params, tx.init(params), loss_state, key, zero, zero, reference)
 
 
 def abstract_state(
-    mesh: jax.sharding.Mesh, params: types.PyTree, tx: optax.GradientTransformation, seed: int, loss_state=()
+    mesh: jax.sharding.Mesh,
+    params: types.PyTree,
+    tx: optax.GradientTransformation,
+    seed: int,
+    loss_state: types.PyTree = (),
+    follows: bool = False,
 ) -> TrainState:
   """Shapes and shardings of a state: optimizer moments lie like their parameters, everything else is replicated.
 
@@ -66,21 +87,27 @@ def abstract_state(
     tx: of the run.
     seed: of the run.
     loss_state: of the loss, arrays.
+    follows: see `init_state`.
   """
-  shapes = jax.eval_shape(lambda p: init_state(p, tx, seed, loss_state), params)
+  shapes = jax.eval_shape(lambda p: init_state(p, tx, seed, loss_state, follows), params)
   placed = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
   replicated = lambda x: placed(x, sharding.named(mesh))
   moments = optax.tree_map_params(
       tx, lambda x, like: placed(x, like.sharding), shapes.opt_state, params, transform_non_params=replicated
   )
   trained = jax.tree.map(lambda x: placed(x, x.sharding), params)
-  return jax.tree.map(replicated, shapes).replace(params=trained, opt_state=moments)
+  return jax.tree.map(replicated, shapes).replace(
+      params=trained, opt_state=moments, reference=trained if follows else ()
+  )
 
 
 def make_step(
-    objective: objectives.Objective, optimizer: optim.Optimizer
-) -> Callable[[TrainState, types.PyTree, types.Batch], tuple[TrainState, StepMetrics]]:
-  """Builds `step(state, frozen, batch) -> state, metrics` for any objective.
+    objective: objectives.Objective, optimizer: optim.Optimizer, sync: reference_lib.Sync | None = None
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+  """Builds `step(state, frozen, batch, ref=None) -> state, metrics` for any objective.
+
+  `ref` is of a live reference that stays as it is, see `objectives.Objective`; with `sync` it follows the policy and is
+  in the state.
 
   The batch is a stack of A micro-batches. Their loss sums, weights and gradients are added, and one division by the
   total weight follows, so the result does not depend on A or on the number of devices. Where the loss or the gradient's
@@ -88,11 +115,12 @@ def make_step(
   """
   gradients = _of_whole_step(objective) if objective.whole_step else _of_micro_batches(objective)
 
-  def step(state, frozen, batch):
+  def step(state, frozen, batch, ref=None):
     good_steps = state.step - state.skipped
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch.inputs_BT.shape[0]))
-    grads, (weight, metrics, loss_state) = gradients(state, frozen, batch, keys)
+    ref = ref if sync is None else state.reference
+    grads, (weight, metrics, loss_state) = gradients(state, frozen, batch, keys, ref)
     grads = jax.tree.map(lambda g: g / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny), grads)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics['loss'].sum)
@@ -102,7 +130,9 @@ def make_step(
     params, opt_state, loss_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
     in_row = (state.skipped_in_row + 1) * skipped
-    new_state = TrainState(state.step + 1, params, opt_state, loss_state, state.key, state.skipped + skipped, in_row)
+    ref = () if sync is None else sync.moved(state.reference, params, state.step + 1)
+    counts = state.skipped + skipped, in_row
+    new_state = TrainState(state.step + 1, params, opt_state, loss_state, state.key, *counts, ref)
     gauges = {
         'grad_norm': norm,
         'learning_rate': jnp.asarray(optimizer.schedule(good_steps), jnp.float32),
@@ -119,10 +149,10 @@ def _of_micro_batches(objective: objectives.Objective) -> Callable:
   """Gradient and `Sums` of a step, added over its micro-batches, each seen by the loss alone."""
   grad_fn = jax.value_and_grad(objective.of_micro, has_aux=True)
 
-  def gradients(state, frozen, batch, keys):
+  def gradients(state, frozen, batch, keys, ref):
     def one(loss_state, key_and_micro):
       key, micro = key_and_micro
-      (_, sums), grads = grad_fn(state.params, frozen, micro, key, loss_state)
+      (_, sums), grads = grad_fn(state.params, frozen, micro, key, loss_state, ref)
       return sums.loss_state, (grads, sums.weight, sums.metrics)
 
     pick = lambda which: jax.tree.map(operator.itemgetter(which), (keys, batch))
@@ -149,15 +179,15 @@ def _of_whole_step(objective: objectives.Objective) -> Callable:
   step of one micro-batch needs a single pass.
   """
 
-  def gradients(state, frozen, batch, keys):
+  def gradients(state, frozen, batch, keys, ref):
     def single(params):
       micro = jax.tree.map(operator.itemgetter(0), batch)
-      return objective.of_micro(params, frozen, micro, keys[0], state.loss_state)
+      return objective.of_micro(params, frozen, micro, keys[0], state.loss_state, ref)
 
     if len(keys) == 1:
       grads, sums = jax.grad(single, has_aux=True)(state.params)
       return grads, sums
-    stats_of = lambda key, micro: lambda params: objective.stats(params, frozen, micro, key)
+    stats_of = lambda key, micro: lambda params: objective.stats(params, frozen, micro, key, ref)
     stats = jax.lax.map(lambda one: stats_of(*one)(state.params), (keys, batch))
     on_whole = lambda stats: objective.loss(_flat(stats), masked.merged(batch), state.loss_state)
     slopes, sums = jax.grad(on_whole, has_aux=True)(stats)
@@ -178,17 +208,15 @@ def _flat(stats):
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stats)
 
 
-def make_eval_step(
-    objective: objectives.Objective,
-) -> Callable[[types.PyTree, types.PyTree, types.Batch, types.PyTree], dict[str, masked.Weighted]]:
-  """Builds `evaluate(params, frozen, batch, loss_state) -> metrics`, sums over the micro-batches of `batch`."""
+def make_eval_step(objective: objectives.Objective) -> Callable[..., dict[str, masked.Sum]]:
+  """Builds `evaluate(params, frozen, batch, loss_state, ref=None) -> metrics`, sums over the batch's micro-batches."""
 
-  def evaluate(params, frozen, batch, loss_state):
+  def evaluate(params, frozen, batch, loss_state, ref=None):
     key = jax.random.key(0)
     if objective.whole_step:
-      stats = jax.lax.map(lambda micro: objective.stats(params, frozen, micro, key), batch)
+      stats = jax.lax.map(lambda micro: objective.stats(params, frozen, micro, key, ref), batch)
       return dict(objective.loss(_flat(stats), masked.merged(batch), loss_state)[1].metrics)
-    of_one = lambda micro: dict(objective.of_micro(params, frozen, micro, key, loss_state)[1].metrics)
+    of_one = lambda micro: dict(objective.of_micro(params, frozen, micro, key, loss_state, ref)[1].metrics)
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(of_one, batch))
 
   return evaluate

@@ -8,19 +8,18 @@ import functools
 
 from absl import logging
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxalign import forward
 from jaxalign import metrics
-from jaxalign import objectives
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
 from jaxalign import sharding
+from jaxalign import tracing
 from jaxalign import types
 from jaxalign.data import dataset
 from jaxalign.data import loader as loader_lib
 from jaxalign.data import tokenizers
-from jaxalign.models import lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +29,15 @@ class Streams:
   Attributes:
     train: loader of the training data; None where only evaluation was asked for.
     held: loader of the held-out data; None where there is none.
-    attach: adds what is computed live to a batch.
     needs: what the loss reads, found by tracing it.
+    live: whether the step itself is to compute what the loss reads of the reference.
     report: counts of records, truncated and dropped, by name.
   """
 
   train: loader_lib.Loader | None
   held: loader_lib.Loader | None
-  attach: Callable[[types.Batch], types.Batch]
-  needs: objectives.Needs
+  needs: tracing.Needs
+  live: bool
   report: dict[str, int]
 
   def epochs(self, place: tuple[int, int]) -> float:
@@ -50,12 +49,11 @@ class Streams:
     """Batches from a data state on, for ever; with each the data state once it is consumed."""
     assert self.train is not None, 'opened for evaluation alone'
     for after_epoch, after_step, batch in self.train.batches(epoch, step):
-      yield (after_epoch, after_step), self.attach(batch)
+      yield (after_epoch, after_step), batch
 
   def held_batches(self) -> Iterator[types.Batch]:
     """One pass over the held-out data, of which there may be none."""
-    for batch in self.held.evaluation_batches() if self.held is not None else ():
-      yield self.attach(batch)
+    yield from self.held.evaluation_batches() if self.held is not None else ()
 
 
 def open_streams(
@@ -73,8 +71,7 @@ def open_streams(
     job: names the data.
     recipe: how examples are made, and the loss, whose needs are found by tracing it.
     tokenizer: of the model.
-    open_ref: gives what training began with, where the loss reads it; 'live' copies what training changes, 'cached'
-      reads it only here.
+    open_ref: gives what training began with; called where its log-probabilities are to be cached.
     steps: training steps that the plan will be followed for; records that they do not reach need no reference.
     counter: counts compilations.
 
@@ -85,14 +82,10 @@ def open_streams(
   held_sets = recipe_lib.open_data(job, recipe, tokenizer, job.eval_data) if job.eval_data else []
   needs = [_needs(recipe, data) for data in train_sets + held_sets][0]
   logging.info('the loss reads %s', ', '.join(sorted(needs.fields)))
-  ref = open_ref() if needs.reference else None
-  ref_fn = counter.counted(functools.partial(objectives.ref_logps, model=ref.model)) if ref is not None else None
-  attach = lambda batch: batch
+  live = needs.reference and (needs.live or recipe.sync is not None or recipe.reference == 'live')
   extra_of = lambda loader, records, specs: None
-  if ref is not None and recipe.reference == 'live':
-    attach = _live(job, ref, ref_fn)
-  elif ref is not None:
-    extra_of = _cached(job, recipe, ref, ref_fn)
+  if needs.reference and not live:
+    extra_of = _cached(job, recipe, open_ref(), counter)
 
   def open_one(datasets, specs, records_of):
     opened = recipe_lib.open_loader(job, recipe, datasets, specs)
@@ -101,11 +94,11 @@ def open_streams(
 
   train = open_one(train_sets, job.data, lambda loader: loader.records_of(steps)) if steps else None
   held = open_one(held_sets, job.eval_data, lambda loader: range(len(loader.dataset))) if held_sets else None
-  return Streams(train, held, attach, needs, _report(train_sets, held_sets))
+  return Streams(train, held, needs, live, _report(train_sets, held_sets))
 
 
-def _needs(recipe: recipe_lib.Recipe, data: dataset.Dataset) -> objectives.Needs:
-  needs = objectives.trace(
+def _needs(recipe: recipe_lib.Recipe, data: dataset.Dataset) -> tracing.Needs:
+  needs = tracing.trace(
       recipe.loss_fn,
       group_size=data.group_size,
       labels=data.label_names,
@@ -119,12 +112,13 @@ def _needs(recipe: recipe_lib.Recipe, data: dataset.Dataset) -> objectives.Needs
   return needs
 
 
-def _cached(job, recipe, ref: reference.Reference, ref_fn) -> Callable:
+def _cached(job, recipe, ref: reference.Reference, counter: metrics.Compilations) -> Callable:
   """What computes, once each, the log-probabilities of a loader's records, and gives them by record and slot."""
   name = recipe_lib.digest(
       reference.checksum(ref.params), recipe.dtype, repr(ref.model.config), repr(ref.model.lora), ref.model.attention
   )
   cache = reference.Cache(job.cache_dir, name)
+  ref_fn = counter.counted(functools.partial(forward.ref_logps, model=ref.model))
   compute = jax.jit(ref_fn, out_shardings=sharding.named(job.mesh))
 
   def extra_of(loader: loader_lib.Loader, records: Iterable[int], specs: str) -> Callable:
@@ -133,13 +127,6 @@ def _cached(job, recipe, ref: reference.Reference, ref_fn) -> Callable:
     return lambda record, slot: cache[int(keys[record][slot])]
 
   return extra_of
-
-
-def _live(job, ref: reference.Reference, ref_fn) -> Callable[[types.Batch], types.Batch]:
-  # A copy of its own: the step takes the buffers of the parameters that it starts from.
-  ref_params = lora.join(jax.tree.map(jnp.copy, ref.moving), ref.fixed)
-  run = jax.jit(ref_fn, out_shardings=sharding.named(job.mesh, 'micro', 'batch', 'length'))
-  return lambda batch: dataclasses.replace(batch, ref_logps_BT=run(ref_params, batch))
 
 
 def _report(train_sets: list[dataset.Dataset], held_sets: list[dataset.Dataset]) -> dict[str, int]:

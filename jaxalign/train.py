@@ -57,12 +57,16 @@ def train(
     store = checkpoint.Store(job.workdir / 'checkpoints', checkpoints)
     base = _keep_base(job, store, ref) if streams.needs.reference or frozen else ''
     opt = optimizer(options.steps)
-    state, data_state = _start(job, store, trained, opt, streams.needs.state)
-    evaluator = evaluate.Evaluator(job, recipe, model, tokenizer, streams, samples, counter, frozen)
+    follows = streams.live and recipe.sync is not None
+    live = reference.Reference.of(model, trained, frozen, follows=follows).kept() if streams.live else None
+    state, data_state = _start(job, store, trained, opt, streams.needs.state, follows)
+    evaluator = evaluate.Evaluator(job, recipe, model, tokenizer, streams, samples, counter, frozen, live)
     before = _before(job, evaluator, state)
+    objective = recipe_lib.bind(recipe, model, streams.needs, live and live.model)
+    step = step_lib.make_step(objective, opt, recipe.sync if follows else None)
     tools = loop.Tools(
-        step_fn=_jit_step(job, recipe_lib.bind(recipe, model, streams.needs), opt, state, frozen, counter),
-        evaluate=lambda now: evaluator.held_out(now.params, now.loss_state),
+        step_fn=_jit_step(job, counter.counted(step), state, frozen, live and live.moving),
+        evaluate=lambda now: evaluator.held_out(now.params, now.loss_state, now.reference),
         store=store,
         writer=metrics.Writer(job.workdir, int(state.step)),
         clock=metrics.Clock(data_state['num_tokens']),
@@ -76,7 +80,7 @@ def train(
       _show_shapes(state)
     batches = streams.training_batches(data_state['epoch'], data_state['step'])
     state = loop.run(state, batches, options, tools)
-    after = evaluator.whole(state.params, state.loss_state)
+    after = evaluator.whole(state.params, state.loss_state, state.reference)
     store.close()
     tools.writer.close()
     return _finish(job, state, before, after, tools, streams, counter)
@@ -102,27 +106,26 @@ def _keep_base(job, store: checkpoint.Store, ref: reference.Reference) -> str:
 
 
 def _start(
-    job, store: checkpoint.Store, params, opt: optim.Optimizer, loss_state: types.PyTree
+    job, store: checkpoint.Store, params, opt: optim.Optimizer, loss_state: types.PyTree, follows: bool
 ) -> tuple[step_lib.TrainState, dict[str, int]]:
   """The newest checkpoint's state, or a fresh one that takes `params` over; and the place in the data."""
-  abstract = step_lib.abstract_state(job.mesh, params, opt.tx, job.seed, loss_state)
+  abstract = step_lib.abstract_state(job.mesh, params, opt.tx, job.seed, loss_state, follows)
   step = store.latest()
   if step is not None:
     logging.info('resuming at step %d from %s', step, job.workdir)
     return store.restore(step, abstract)
-  init = lambda fresh: step_lib.init_state(fresh, opt.tx, job.seed, loss_state)
+  init = lambda fresh: step_lib.init_state(fresh, opt.tx, job.seed, loss_state, follows)
   state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract), donate_argnums=0)(params)
   return state, {'epoch': 0, 'step': 0, 'num_tokens': 0}
 
 
-def _jit_step(job, objective, opt: optim.Optimizer, state, frozen, counter) -> Callable:
+def _jit_step(job, step: Callable, state: step_lib.TrainState, frozen, ref) -> Callable:
   """The jitted step on (state, batch); the state is donated, except where NaNs are to be located."""
-  step = counter.counted(step_lib.make_step(objective, opt))
   shardings = jax.tree.map(lambda x: x.sharding, state)
   # The operation that made a NaN is found by running the step again, which needs its arguments.
   donate = () if job.debug else (0,)
   jitted = jax.jit(step, donate_argnums=donate, out_shardings=(shardings, sharding.named(job.mesh)))
-  return lambda state, batch: jitted(state, frozen, batch)
+  return lambda state, batch: jitted(state, frozen, batch, ref)
 
 
 def _before(job, evaluator: evaluate.Evaluator, state: step_lib.TrainState) -> evaluate.Whole:
@@ -130,7 +133,7 @@ def _before(job, evaluator: evaluate.Evaluator, state: step_lib.TrainState) -> e
   path = job.workdir / 'before.json'
   if path.exists() and int(state.step):
     return evaluate.Whole.from_json(json.loads(path.read_text(encoding='utf-8')))
-  found = evaluator.whole(state.params, state.loss_state)
+  found = evaluator.whole(state.params, state.loss_state, state.reference)
   if jax.process_index() == 0:
     metrics.write_text(path, json.dumps(found.to_json()))
   return found

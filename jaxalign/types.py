@@ -83,7 +83,14 @@ class Stats:
       because the difference of two sums of hundreds of nats loses what is left of float32. It carries the policy's
       gradient.
     rewards_GK: scores of a head with one output, at the last token of each response.
+    outputs_GKO: what a head with several outputs makes of the last token of each response.
     scores_BTO: float32 outputs of a head that scores, for every token that was read.
+    kl_BT: of a live reference only: the exact divergence KL(reference || policy) between the next-token distributions
+      at each target, in nats. It carries the policy's gradient.
+    entropy_GK: of a live reference only: sum over the response of the entropy of its next-token distributions, in
+      shares of log V, so that a uniform one has 1.
+    rival_logps_BT: of the policy: log-probability of another token than the target, drawn from its likeliest.
+    values_GK: of the policy: the one output of its head that scores, where it has read the prompt.
     sharpness_GK: of the policy: sum over the response of log sum_v p_v^2 of each target, without gradient.
     rows: of the policy: where the responses' tokens are, for losses that weigh tokens (`masked.totals`).
     valid_GK: of the policy: 1 where the group has such a response, 0 where its list is shorter than others.
@@ -97,7 +104,12 @@ class Stats:
   tokens_GK: Array = None
   logratios_GK: Array = None
   rewards_GK: Array = None
+  outputs_GKO: Array = None
   scores_BTO: Array = None
+  kl_BT: Array = None
+  entropy_GK: Array = None
+  rival_logps_BT: Array = None
+  values_GK: Array = None
   sharpness_GK: Array = None
   rows: Any = None
   valid_GK: Array = None
@@ -111,7 +123,7 @@ class LossOut:
   Attributes:
     per_item: `[G]` (a value per group) or `[B, T]` (per token).
     metrics: values by name, each of shape `[G]` or `[G, K]` for groups, `[B, T]` for tokens; averaged as the loss is.
-      Of groups also `masked.Weighted` of such values, for means over some of them.
+      Of groups also `masked.Weighted` of such values, for means over some of them, and the other sums of `masked`.
     state: the new loss state, the one passed in where the loss has none.
   """
 

@@ -33,6 +33,8 @@ FIRST_LOSS = {
     'sppo_hard': 50.0,
     'cal_dpo': LOG_2 + 25.0,
     'dro': None,
+    'rm_classes': math.log(3),
+    'preference_model': LOG_2,
 }
 
 

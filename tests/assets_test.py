@@ -18,6 +18,7 @@ from jaxalign.models import hf
 from jaxalign.models import hf_import
 from jaxalign.models import transformer
 from jaxalign.rewards import rules
+from tools import make_assets
 
 MODEL = recipe.asset('stories260K')
 TOKENIZER = tokenizers.load(MODEL)
@@ -93,6 +94,16 @@ class TestPairs:
     for record in read('sentiment-test.jsonl.gz'):
       for side in ('chosen', 'rejected'):
         assert len(TOKENIZER.encode(record[side], continuation=True)) == 64
+
+
+class TestRatings:
+
+  def test_are_those_of_the_lists(self):
+    for part in ('train', 'test'):
+      found = make_assets.ratings(read(f'lists-{part}.jsonl.gz')[: make_assets._RATED_LISTS])
+      assert found == read(f'ratings-{part}.jsonl.gz')
+      assert {record['class'] for record in found} == {0, 1, 2}
+      assert 0 < sum(record['cheerfulness'] is None for record in found) < len(found) / 5
 
 
 class TestFolder:

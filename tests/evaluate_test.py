@@ -65,6 +65,16 @@ class TestHeldOut:
     values = self.run(*[{'loss': weighted(2**24, 2**24)}, *[{'loss': weighted(0.0, 1.0)}] * 3])
     assert values['eval/n'] == 2**24 + 3
 
+  def test_adds_bins_over_batches_before_it_takes_their_gaps(self):
+    of = lambda gap, count: {
+        'loss': weighted(0.0, sum(count)),
+        'ece': masked.Calibration(np.float32(gap), np.float32(count)),
+        'largest_class': masked.Largest(np.float32(count)),
+    }
+    values = self.run(of([0.5, -1.0], [2, 2]), of([-0.5, -1.0], [4, 0]))
+    assert values['eval/ece'] == pytest.approx((0.0 + 2.0) / 8)
+    assert values['eval/largest_class'] == pytest.approx(6 / 8)
+
   def test_holds_two_batches_at_a_time(self):
     made = []
 

@@ -19,6 +19,7 @@ from jaxalign import config
 from jaxalign import main
 from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
+from tests import runs as processes
 
 README = pathlib.Path(__file__).resolve().parents[1] / 'README.md'
 TINY = ('--model=tiny', '--tokenizer=builtin:stories260K')
@@ -271,14 +272,24 @@ class TestReadme:
     text = loaded.tokenizer.decode([best], continuation=True)
     assert capsys.readouterr().out == f'Once upon a time{text}\n'
 
-  def test_runs_a_loss_of_the_users_own(self, blocks, tmp_path):
+  @pytest.mark.parametrize('cwd,gin_file', [('mine', 'my.gin'), ('elsewhere', '../mine/my.gin')])
+  def test_runs_a_loss_of_the_users_own(self, blocks, tmp_path, cwd, gin_file):
+    for folder in ('mine', 'elsewhere'):
+      (tmp_path / folder).mkdir()
     for part, name in (('my_losses.py', 'my_losses.py'), ('import my_losses', 'my.gin')):
-      (tmp_path / name).write_text(self.block(blocks, part))
-    flags = f'--gin_file={tmp_path / "my.gin"}', '--steps=1', f'--workdir={tmp_path / "run"}', '--eval_data='
-    assert call(*small('dpo')[:4], *ROWS, *flags, '--gin=evaluate.Samples.count = 0') == 0
-    first = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()[0])
+      (tmp_path / 'mine' / name).write_text(self.block(blocks, part))
+    assert '`python -m jaxalign.main --algo=dpo --gin_file=my.gin` runs it' in README.read_text(encoding='utf-8')
+    flags = f'--gin_file={gin_file}', '--steps=2', '--log_every=1', '--workdir=run', f'--cache_dir={tmp_path / "cache"}'
+    less = '--eval_data=', '--gin=evaluate.Samples.count = 0', '--gin=my_losses.squared.beta = 3.0'
+    args = 'jaxalign', *small('dpo')[:4], *ROWS, *flags, *less
+    code, err = processes.finished(processes.spawn(args, devices=1, cwd=tmp_path / cwd))
+    assert code == 0, err
+    lines = processes.logged(tmp_path / cwd / 'run')
     # Margins are 0 at first, and so is their share of the loss.
-    assert first['loss'] == pytest.approx(1.0, abs=1e-5)
+    assert lines[1]['loss'] == pytest.approx(1.0, abs=1e-5)
+    assert lines[1]['rewards/margins'] == pytest.approx(0.0, abs=1e-5)
+    assert lines[2]['loss'] != lines[1]['loss']
+    assert 'my_losses.squared.beta = 3.0' in (tmp_path / cwd / 'run' / 'config.gin').read_text(encoding='utf-8')
 
 
 class TestShow:

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign import forward
 from jaxalign import objectives
 from jaxalign import sharding
+from jaxalign import tracing
 from jaxalign import types
 from jaxalign.losses import preference
 from jaxalign.losses import reward
@@ -50,7 +52,7 @@ def batch_of(rows, length=32, **more):
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def reference(model, params, batch, stacked=False):
-  return objectives.ref_logps(params, batch if stacked else jax.tree.map(lambda x: x[None], batch), model=model)
+  return forward.ref_logps(params, batch if stacked else jax.tree.map(lambda x: x[None], batch), model=model)
 
 
 def with_ref(batch, params=OTHER, model=MODEL):
@@ -58,7 +60,7 @@ def with_ref(batch, params=OTHER, model=MODEL):
 
 
 def run(objective, batch, *, loss_fn, params=PARAMS, model=MODEL):
-  made = objective(model=model, loss_fn=loss_fn, needs=objectives.Needs())
+  made = objective(model=model, loss_fn=loss_fn, needs=tracing.Needs())
   return jax.jit(made.of_micro)(params, {}, batch, KEY, ())
 
 
@@ -222,6 +224,46 @@ class TestReward:
     assert {'loss', 'accuracy', 'margin', 'mean_reward'} <= set(sums.metrics)
 
 
+class TestSeveralOutputs:
+  MODEL = transformer.build(dataclasses.replace(CONFIG, score_outputs=3), MESH, length=32)
+
+  def params(self):
+    return PARAMS | {'score': jax.random.normal(jax.random.key(3), (16, 3))}
+
+  def run(self, layout):
+    rows = [[(g, 0, PAIRS[g][0], PAIRS[g][1]) for g in row] for row in layout]
+    batch = packed.micro_batch(rows, groups=4, size=1, length=64)
+    last = np.roll(batch.mask_BT, -1, axis=1) < batch.mask_BT
+    labels_BS = {'class': np.where(batch.group_BS == 1, 2.0, 1.0).astype(np.float32)}
+    batch = dataclasses.replace(batch, mask_BT=last.astype(np.float32), labels_BS=labels_BS)
+    needs = tracing.trace(reward.classification, group_size=1, labels=('class',), outputs=3)
+    made = objectives.reward(model=self.MODEL, loss_fn=reward.classification, needs=needs)
+    return jax.jit(made.of_micro)(self.params(), {}, batch, KEY, ())
+
+  @pytest.mark.parametrize('layout', [[[0], [1], [2]], [[2, 0, 1], []]], ids=['alone', 'one row and an empty one'])
+  def test_are_read_at_the_last_token_of_each_response(self, layout):
+    total, sums = self.run(layout)
+    losses, sure = [], []
+    for g in range(3):
+      ids = [*PAIRS[g][0], *PAIRS[g][1]]
+      outputs = np.asarray(hidden_of(PARAMS, padded(ids)), np.float64)[len(ids) - 2] @ np.asarray(
+          self.params()['score']
+      )
+      losses.append(np.log(np.exp(outputs).sum()) - outputs[2 if g == 1 else 1])
+      sure.append(np.exp(outputs).max() / np.exp(outputs).sum())
+    np.testing.assert_allclose(total, sum(losses), rtol=1e-5)
+    assert float(sums.weight) == float(sums.metrics['ece'].count.sum()) == 3
+    right = 3 * float(sums.metrics['accuracy'].mean())
+    np.testing.assert_allclose(sums.metrics['ece'].gap.sum(), sum(sure) - right, rtol=1e-5)
+    np.testing.assert_array_equal(sums.metrics['largest_class'].count, [0, 2, 1])
+
+  def test_are_no_reward(self):
+    needs = tracing.trace(reward.bradley_terry, group_size=2, labels=('margin',), outputs=3)
+    made = objectives.reward(model=self.MODEL, loss_fn=reward.bradley_terry, needs=needs)
+    with pytest.raises(types.UsageError, match='score_outputs = 3: a reward or value is one number'):
+      made.of_micro(self.params(), {}, TestReward().batch(), KEY, ())
+
+
 class TestProcess:
 
   def test_reads_the_head_where_steps_end_and_weighs_each_alike(self):
@@ -247,14 +289,14 @@ class TestRefLogps:
     micro = batch_of(ALONE), batch_of(ALONE[::-1])
     found = reference(MODEL, PARAMS, packed.stack(*micro), True)
     for got, one in zip(found, micro):
-      logps = objectives.target_stats(PARAMS, jax.tree.map(jnp.asarray, one), model=MODEL)['logps']
+      logps = forward.target_stats(PARAMS, jax.tree.map(jnp.asarray, one), model=MODEL)['logps']
       np.testing.assert_allclose(got, logps, atol=1e-6)
 
 
 class TestNeeds:
 
   def test_are_the_fields_that_a_loss_reads(self):
-    find = lambda loss, **more: set(objectives.trace(loss, group_size=2, labels=('margin',), **more).fields)
+    find = lambda loss, **more: set(tracing.trace(loss, group_size=2, labels=('margin',), **more).fields)
     assert find(DPO) == {'policy.logps_GK', 'ref.logratios_GK'}
     assert find(supervised.cross_entropy) == {'policy.logps_BT'}
     assert find(reward.bradley_terry) == {'policy.rewards_GK', 'labels.margin'}
@@ -265,4 +307,4 @@ class TestNeeds:
       return types.LossOut(policy.logps_GK[:, 0] * labels['stars'][:, 0], {}, state)
 
     with pytest.raises(types.UsageError, match="reads the label 'stars', but the data has only margin"):
-      objectives.trace(loss, group_size=2, labels=('margin',))
+      tracing.trace(loss, group_size=2, labels=('margin',))

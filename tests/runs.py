@@ -53,12 +53,12 @@ def flags(folder, workdir, *more, steps=12):
   ]
 
 
-def spawn(args, devices=2, **env):
-  """A run in a process of its own; JAX is told here what a conftest tells it for tests."""
+def spawn(args, devices=2, cwd=ROOT, **env):
+  """A run in a process of its own, in a folder; JAX is told here what a conftest tells it for tests."""
   clean = {k: v for k, v in os.environ.items() if not k.startswith(('TPU_', 'XLA_'))}
   env = clean | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices), 'PYTHONPATH': str(ROOT)} | env
   command = [sys.executable, '-m', 'jaxalign.main', *args[1:]]
-  return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+  return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
 
 
 def spawn_together(args, processes):

@@ -186,6 +186,73 @@ class TestImplicitRewards:
     assert 'its implicit rewards are of tokens' in capsys.readouterr().err
 
 
+def trained(tmp_path_factory, algo, *more):
+  """The workdir of a short run, with the flags that name its cache."""
+  folder = tmp_path_factory.mktemp(algo)
+  args = f'--algo={algo}', f'--workdir={folder / "w"}', f'--cache_dir={folder}', '--steps=3', '--eval_data='
+  more = '--save_every=0', '--gin=optim.constant.lr = 0.01', '--gin=loader.Packing.rows = 8', *more
+  assert main.main(['jaxalign', *args, *more]) == 0
+  return folder / 'w'
+
+
+class TestKinds:
+  """Each kind of reward model is trained, restored and scores, against its model read one text at a time."""
+
+  def hidden(self, workdir, ids):
+    loaded = checkpoint.load(workdir, ONE)
+    ids = np.array([ids])
+    states = loaded.model.apply({'params': loaded.params}, ids, np.arange(ids.size)[None], np.ones_like(ids))
+    return np.asarray(states[0, -1], np.float64), jax.device_get(loaded.params)
+
+  def test_of_several_ratings_gives_them_all(self, capsys, tmp_path_factory, tmp_path):
+    workdir = trained(tmp_path_factory, 'rm_attributes')
+    tokenizer = tokenizers.load(STORIES)
+    for one, record in zip(score(capsys, workdir, PAIRS, tmp_path), PAIRS):
+      for values, side in zip(one['scores'], ('chosen', 'rejected')):
+        prompt, response = ids_of(tokenizer, record['prompt'], record[side])
+        read, params = self.hidden(workdir, [*prompt, *response, tokenizer.eos_id])
+        wanted = read @ params['score'].astype(np.float64)
+        assert wanted.shape == (3,) and np.all(np.abs(wanted) > 1e-3)
+        np.testing.assert_allclose(values, wanted, atol=1e-4)
+
+  def test_of_pairs_in_one_text_gives_log_probabilities_over_both_orders(self, capsys, tmp_path_factory, tmp_path):
+    workdir = trained(tmp_path_factory, 'preference_model', "--gin=judged.both_orders.second = ' or'")
+    tokenizer = tokenizers.load(STORIES)
+    encode = lambda text: tokenizer.encode(text, continuation=True)
+
+    def ahead(prompt, a, b):
+      """Probability that the first of two is better."""
+      pieces = encode('\n\nResponse A:'), encode(a), encode(' or'), encode(b)
+      ids = [tokenizer.bos_id, *tokenizer.encode(prompt), *sum(pieces, []), tokenizer.eos_id]
+      read, params = self.hidden(workdir, ids)
+      return 1 / (1 + np.exp(-float(read @ params['score'][:, 0])))
+
+    for one, record in zip(score(capsys, workdir, PAIRS, tmp_path), PAIRS):
+      prompt, chosen, rejected = (record[name] for name in ('prompt', 'chosen', 'rejected'))
+      orders = ahead(prompt, chosen, rejected), ahead(prompt, rejected, chosen)
+      assert abs(orders[0] + orders[1] - 1) > 1e-3
+      p = (orders[0] + 1 - orders[1]) / 2
+      np.testing.assert_allclose(one['scores'], np.log([p, 1 - p]), atol=1e-4)
+
+  def test_of_a_judge_in_words_gives_the_log_odds_of_the_good_answer(self, capsys, tmp_path_factory, tmp_path):
+    workdir = trained(tmp_path_factory, 'generative_rm', "--gin=judged.answered.answers = (' sun', ' moon')")
+    tokenizer = tokenizers.load(STORIES)
+    encode = lambda text: tokenizer.encode(text, continuation=True)
+    (yes, *_), (no, *_) = (encode(word) for word in (' sun', ' moon'))
+    assert yes != no
+    singles = [{'prompt': pair['prompt'], 'completion': pair['chosen']} for pair in PAIRS]
+    found, alone = (score(capsys, workdir, records, tmp_path) for records in (PAIRS, singles))
+    for one, other, record in zip(found, alone, PAIRS):
+      assert other['scores'] == pytest.approx(one['scores'][:1], abs=1e-5)
+      for value, side in zip(one['scores'], ('chosen', 'rejected')):
+        pieces = encode('\n\nResponse:'), encode(record[side]), encode('\n\nGood?')
+        read, params = self.hidden(workdir, [tokenizer.bos_id, *tokenizer.encode(record['prompt']), *sum(pieces, [])])
+        logits = read @ np.asarray(transformer.output_matrix(params), np.float64)
+        assert value == pytest.approx(logits[yes] - logits[no], abs=1e-3)
+    assert main.main(['jaxalign', '--mode=score', f'--checkpoint={workdir}', '--data=jsonl:x', '--per=token']) == 2
+    assert 'judges whole responses' in capsys.readouterr().err
+
+
 class TestErrors:
 
   @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign import forward
 from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import sharding
 from jaxalign import step as step_lib
+from jaxalign import tracing
 from jaxalign import types
 from jaxalign.losses import batchwise
 from jaxalign.losses import preference
@@ -27,7 +29,7 @@ MODEL = transformer.build(CONFIG, MESH, length=16)
 PARAMS = transformer.init_params(MODEL, jax.random.key(0), MESH)
 OTHER = transformer.init_params(MODEL, jax.random.key(1), MESH)
 OPTIMIZER = optim.adamw(10, schedule=functools.partial(optim.constant, lr=1e-2), weight_decay=0.1)
-NEEDS = objectives.Needs()
+NEEDS = tracing.Needs()
 SFT = objectives.supervised(model=MODEL, loss_fn=supervised.cross_entropy, needs=NEEDS)
 DPO = objectives.preference(model=MODEL, loss_fn=functools.partial(preference.dpo, beta=0.5), needs=NEEDS)
 # Losses that look at all pairs of a step.
@@ -36,7 +38,7 @@ WHOLE = {
     'beta_dpo': functools.partial(batchwise.beta_dpo, beta=0.5, alpha=0.6, keep=0.6),
     'kto': functools.partial(unpaired.kto, beta=0.5),
 }
-TRACED = {name: objectives.trace(loss, group_size=2, labels=('desirable',)) for name, loss in WHOLE.items()}
+TRACED = {name: tracing.trace(loss, group_size=2, labels=('desirable',)) for name, loss in WHOLE.items()}
 OBJECTIVES = {'sft': SFT, 'dpo': DPO} | {
     name: objectives.preference(model=MODEL, loss_fn=loss, needs=TRACED[name]) for name, loss in WHOLE.items()
 }
@@ -55,7 +57,7 @@ def split(ways, pairs=PAIRS):
     desirable_BS = np.where(micro.group_BS >= 0, (micro.group_BS + start) % 3 != 0, 0).astype(np.float32)
     micros.append(dataclasses.replace(micro, labels_BS={'desirable': desirable_BS}))
   batch = packed.stack(*micros)
-  ref = jax.jit(functools.partial(objectives.ref_logps, model=MODEL))
+  ref = jax.jit(functools.partial(forward.ref_logps, model=MODEL))
   return dataclasses.replace(batch, ref_logps_BT=ref(OTHER, batch))
 
 

@@ -14,6 +14,7 @@ from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import sharding
 from jaxalign import step as step_lib
+from jaxalign import tracing
 from jaxalign import types
 from jaxalign.losses import preference
 from jaxalign.models import architecture
@@ -71,7 +72,7 @@ def compiled(mesh, length, config=CONFIG, lora=None):
   placed = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
   batch = jax.tree.map(placed, batch, sharding.batch_shardings(mesh, batch, stacked=True))
   loss_fn = functools.partial(preference.dpo, beta=0.1)
-  objective = objectives.preference(model=model, loss_fn=loss_fn, needs=objectives.Needs())
+  objective = objectives.preference(model=model, loss_fn=loss_fn, needs=tracing.Needs())
   where = jax.tree.map(lambda x: x.sharding, state)
   step = jax.jit(
       step_lib.make_step(objective, optimizer), donate_argnums=0, out_shardings=(where, sharding.named(mesh))

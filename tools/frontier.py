@@ -34,7 +34,19 @@ from jaxalign.rewards import rules
 
 _NEW_TOKENS, _PER_PROMPT, _LENGTH = 64, 8, 128
 # They score, want data that the package does not have, or are to be sampled behind a tag.
-_LEFT_OUT = {'group_robust', 'orm', 'prm', 'soft_dpo', 'step_dpo', 'tis_dpo', 'csft', 'c_rlft', 'hindsight'}
+_LEFT_OUT = {
+    'generative_rm',
+    'preference_model',
+    'group_robust',
+    'orm',
+    'prm',
+    'soft_dpo',
+    'step_dpo',
+    'tis_dpo',
+    'csft',
+    'c_rlft',
+    'hindsight',
+}
 
 
 def train(algo: str, output: pathlib.Path, steps: int, bindings: Sequence[str]) -> dict[str, float]:

@@ -36,6 +36,7 @@ _STORIES, _STORY_TOKENS = 5200, 96
 _HELD_OUT_PROMPTS, _TEST_PROMPTS, _TRAIN_PROMPTS = 64, 480, 2600
 _SAMPLES, _NEW_TOKENS, _LEAST_DIFFERENCE = 4, 64, 0.2
 _LABELLED_PAIRS, _LISTS = 800, 400
+_RATED_LISTS, _NEUTRAL = 200, 0.05
 _STEP = re.compile(r'[^.!?]+[.!?"]*')
 _SENTENCE = re.compile(r'[A-Z][^.!?"]*[.!?]')
 
@@ -160,6 +161,30 @@ def lists(texts: list[str], continuations: list[list[str]]) -> list[dict]:
   return found
 
 
+def ratings(found: list[dict]) -> list[dict]:
+  """Each response of the lists with several ratings, and the class that VADER's authors give it.
+
+  `cheerfulness` is VADER's score, null where that is 0, as it knows no word then; `variety` is the share of distinct
+  words, `simplicity` that of words of up to four letters; `class` is 0, 1 or 2: gloomy, neutral or cheerful.
+  """
+  rated = []
+  for record in found:
+    for text, score in zip(record['completions'], record['scores']):
+      words = re.findall(r"[a-z']+", text.lower())
+      rated.append(
+          {
+              'prompt': record['prompt'],
+              'completion': text,
+              'cheerfulness': score or None,
+              'variety': round(len(set(words)) / max(1, len(words)), 3),
+              'simplicity': round(sum(len(word) <= 4 for word in words) / max(1, len(words)), 3),
+              'class': 1 + (score >= _NEUTRAL) - (score <= -_NEUTRAL),
+              'append_eos': False,
+          }
+      )
+  return rated
+
+
 def make(source: pathlib.Path, output: pathlib.Path, seed: int) -> None:
   """Makes everything."""
   target = output / 'stories260K'
@@ -183,7 +208,9 @@ def make(source: pathlib.Path, output: pathlib.Path, seed: int) -> None:
       _write(output / f'sentiment-{name}.jsonl.gz', pairs)
       _write(output / f'stories-{name}.jsonl.gz', demonstrations)
       _write(output / f'steps-{name}.jsonl.gz', steps(pairs[:_LABELLED_PAIRS]))
-      _write(output / f'lists-{name}.jsonl.gz', lists(part, found)[:_LISTS])
+      scored = lists(part, found)[:_LISTS]
+      _write(output / f'lists-{name}.jsonl.gz', scored)
+      _write(output / f'ratings-{name}.jsonl.gz', ratings(scored[:_RATED_LISTS]))
     ids = [examples.prompt_ids(tokenizer, text) for text in held for _ in range(8)]
     drawn = sampling.sample(model, params, ids, max_new_tokens=_NEW_TOKENS, seed=seed + 9)
     base = np.mean(rules.vader([tokenizer.decode(one.ids, continuation=True) for one in drawn]))

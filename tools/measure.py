@@ -25,11 +25,11 @@ import ml_dtypes
 import numpy as np
 from safetensors import numpy as st
 
-from jaxalign import logps
 from jaxalign import recipe
 from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign import types
+from jaxalign import vocab
 from jaxalign.models import hf
 from jaxalign.models import hf_import
 from jaxalign.models import transformer
@@ -58,7 +58,7 @@ def _opened(name, mesh_text=''):
 def _run(model, params, ids, positions, segments):
   hidden = model.apply({'params': params}, ids, positions, segments)
   logits = hidden @ transformer.output_matrix(params).astype(hidden.dtype)
-  return logps.soften(logits.astype('float32'), model.config.final_softcap)[..., : model.config.vocab_size]
+  return vocab.soften(logits.astype('float32'), model.config.final_softcap)[..., : model.config.vocab_size]
 
 
 def logits_of(name, ids, positions=None, segments=None, *, mesh='', dtype='float32'):

@@ -48,6 +48,7 @@ _PROBES: tuple[records.Record, ...] = (
     {'messages': [*_TALK, *_TALK]},
     {'prompt': 'a b ', 'completion': ' c\n', 'completions': ['c', 'd\n'], 'labels': [1, 0]},
     {'text': 'a b c'},
+    {'prompt': 'a b', 'completion': ' c', 'class': 1},
     {'prompt': 'a b', 'chosen': ' c', 'rejected': ' d', 'margin': 0.5, 'append_eos': False},
     {'chosen': _TALK, 'rejected': [_TALK[0], {'role': 'assistant', 'content': ''}]},
     {'prompt': 'a', 'completions': [f'b {i}' for i in range(40)], 'scores': [i % 7 + i / 50 for i in range(40)]},

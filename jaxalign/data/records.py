@@ -13,7 +13,7 @@ Record = Mapping[str, Any]
 
 _TEXTS = ('messages', 'prompt', 'completion', 'completions', 'text', 'chosen', 'rejected', 'gold', 'steps', 'samples')
 _OF_PAIRS = ('margin', 'chosen_score', 'rejected_score', 'probability', 'group', 'chosen_spans', 'rejected_spans')
-COLUMNS = (*_TEXTS, *_OF_PAIRS, 'label', 'labels', 'score', 'scores', 'ranks', 'append_eos')
+COLUMNS = (*_TEXTS, *_OF_PAIRS, 'label', 'labels', 'class', 'score', 'scores', 'ranks', 'append_eos')
 
 
 def known(record: Record, columns: Mapping[str, str] | None) -> dict[str, Any]:

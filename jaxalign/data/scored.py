@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import math
 
 import numpy as np
 
@@ -39,19 +40,92 @@ def comparison(
     RunError: as `examples.preference` does.
   """
   pair = examples.preference(record, tokenizer, row_length=row_length - 1, template=template, columns=columns)
-  return dataclasses.replace(pair, sequences=tuple(map(_scored, pair.sequences)))
+  return dataclasses.replace(pair, sequences=tuple(map(at_end, pair.sequences)))
 
 
 def ranked(record: records.Record, tokenizer: tokenizers.Tokenizer, *, row_length: int, **options) -> examples.Group:
   """A scored list for a reward model, see `feedback.ranked`, of which one slot counts in each response."""
   group = feedback.ranked(record, tokenizer, row_length=row_length - 1, **options)
-  return dataclasses.replace(group, sequences=tuple(map(_scored, group.sequences)))
+  return dataclasses.replace(group, sequences=tuple(map(at_end, group.sequences)))
 
 
 def binary(record: records.Record, tokenizer: tokenizers.Tokenizer, *, row_length: int, **options):
   """Responses that are right or not for a reward model, see `feedback.binary`, of which one slot counts in each."""
   groups = feedback.binary(record, tokenizer, row_length=row_length - 1, **options)
-  return [dataclasses.replace(group, sequences=tuple(map(_scored, group.sequences))) for group in groups]
+  return [dataclasses.replace(group, sequences=tuple(map(at_end, group.sequences))) for group in groups]
+
+
+def attributes(
+    record: records.Record,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    row_length: int,
+    attributes: tuple[str, ...],
+    template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> examples.Group:
+  """A response with several ratings, for a reward model: a label of the name of each, NaN where it is missing.
+
+  Args:
+    record: a demonstration, see `examples.supervised`, with a column for each attribute: a number, or null (or NaN)
+      where it was not rated.
+    tokenizer: turns text into ids.
+    row_length: the longest sequence, in slots; here a sequence of n tokens takes n.
+    attributes: columns of ratings, as the record calls them.
+    template: see `chat.pick`; for messages only.
+    columns: what the record calls the columns of a demonstration, where it is something else.
+
+  Raises:
+    Dropped: none of them was rated, or as `examples.supervised` does.
+    RunError: a column is missing or of the wrong kind, or the chat template fails.
+  """
+  absent = [name for name in attributes if name not in record]
+  if absent:
+    raise types.RunError(
+        f'column {absent[0]} is missing (scored.attributes.attributes); null says that it was not rated'
+    )
+  isnan = lambda value: value is None or isinstance(value, float | np.floating) and math.isnan(value)
+  labels = {name: math.nan if isnan(record[name]) else records.number(record, name) for name in attributes}
+  if all(map(math.isnan, labels.values())):
+    raise examples.Dropped('no rating')
+  return _labelled(record, tokenizer, row_length, template, columns, labels)
+
+
+def classified(
+    record: records.Record,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    row_length: int,
+    classes: int,
+    template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> examples.Group:
+  """A response with the label `class`, for a classifier.
+
+  Args:
+    record: a demonstration, see `examples.supervised`, with `class`, a whole number from 0 on.
+    tokenizer: turns text into ids.
+    row_length: see `attributes`.
+    classes: how many there are.
+    template: see `chat.pick`; for messages only.
+    columns: what the record calls these columns, where it is something else.
+
+  Raises:
+    Dropped: as `examples.supervised` does.
+    RunError: a column is missing or of the wrong kind, or the chat template fails.
+  """
+  values = records.known(record, columns)
+  if 'class' not in values:
+    raise records.missing(record, columns, ('prompt', 'completion', 'class'))
+  label = records.number(values, 'class', 0, classes - 1)
+  if label != int(label):
+    raise types.RunError(f'column class: {label:g} where a whole number is wanted')
+  return _labelled(record, tokenizer, row_length, template, columns, {'class': label})
+
+
+def _labelled(record, tokenizer, row_length: int, template, columns, labels) -> examples.Group:
+  group = examples.supervised(record, tokenizer, row_length=row_length - 1, template=template, columns=columns)
+  return dataclasses.replace(group, sequences=tuple(map(at_end, group.sequences)), labels=labels)
 
 
 def responses(
@@ -81,7 +155,7 @@ def responses(
   if per == 'step':
     return steps(record, tokenizer, row_length=row_length, template=template, columns=columns, labelled=False)
   group = plain(record, tokenizer, row_length=row_length - 1, template=template, columns=columns)
-  marked = _scored if per == 'response' else lambda sequence: _marked(sequence.ids, sequence.mask)
+  marked = at_end if per == 'response' else lambda sequence: _marked(sequence.ids, sequence.mask)
   return dataclasses.replace(group, sequences=tuple(map(marked, group.sequences)))
 
 
@@ -157,8 +231,8 @@ def steps(
   return examples.Group((sequence,), {}, truncated=len(ends) < len(texts), prompt_tokens=prompt_tokens)
 
 
-def _scored(sequence: examples.Sequence) -> examples.Sequence:
-  """The same, with a score where the last token has been read."""
+def at_end(sequence: examples.Sequence) -> examples.Sequence:
+  """The same sequence with a score where its last token has been read, behind which another is added."""
   return _marked(sequence.ids, np.arange(len(sequence.ids)) == len(sequence.ids) - 1)
 
 

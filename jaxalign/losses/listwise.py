@@ -5,6 +5,8 @@ shorter than K (`policy.valid_GK`). z is the log-ratio to the reference, a the m
 tokens, v = beta z. Losses are sums over a list's responses or pairs, as in the papers.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -179,6 +181,48 @@ def dro(policy, ref, labels, *, state=(), tau: float) -> types.LossOut:
   value_G1 = jnp.sum(left_GK * valid_GK, axis=1, keepdims=True) / count_G1
   loss_G = 0.5 * jnp.sum(valid_GK * jnp.square(left_GK - value_G1), axis=1) / count_G1[:, 0]
   return _out(policy, labels, tau * z_GK, loss_G, state)
+
+
+def dro_v(policy, ref, labels, *, state=(), tau: float) -> types.LossOut:
+  """Direct Reward Optimization with a value network: a head on the policy, read where it has read the prompt.
+
+    loss = 1/2 mean_i (r_i - V(x) - tau z_i)^2
+
+  It moves the policy and V alike, and needs but one response a prompt. Its optimum over all responses is
+  ref e^(r / tau) / Z, with V = tau log Z. The paper's V is a network of its own, its tau 1.
+
+  References:
+    Richemond et al., 2024, https://arxiv.org/abs/2405.19107, Eq. 5.
+  """
+  z_GK, valid_GK = parts.log_ratio(policy, ref, labels), policy.valid_GK
+  count_G = jnp.maximum(jnp.sum(valid_GK, axis=1), 1.0)
+  left_GK = valid_GK * (labels['score'] - policy.values_GK - tau * z_GK)
+  out = _out(policy, labels, tau * z_GK, 0.5 * jnp.sum(jnp.square(left_GK), axis=1) / count_G, state)
+  return dataclasses.replace(out, metrics={**out.metrics, 'values': policy.values_GK})
+
+
+def d2o(policy, ref, labels, *, state=(), beta: float, alpha: float) -> types.LossOut:
+  """Distributional Dispreference Optimization: away from a rejected response, towards the policy's own others.
+
+    loss = -log sigmoid(beta mean_k z_k - alpha z_0)
+
+  Slot 0 is the rejected response, the others are samples of the model itself (`data.feedback.negative`). The paper's
+  beta and alpha are 0.1, with 11 samples. It compares both sides with references of their own; here they have the same.
+  log 2 at the reference.
+
+  References:
+    Duan et al., 2024, https://arxiv.org/abs/2403.03419, Eq. 6.
+  """
+  z_GK = parts.log_ratio(policy, ref, labels)
+  own_GK = policy.valid_GK.at[:, 0].set(0.0)
+  mean_G = jnp.sum(own_GK * z_GK, axis=1) / jnp.maximum(jnp.sum(own_GK, axis=1), 1.0)
+  metrics = {
+      'rewards/rejected': alpha * z_GK[:, 0],
+      'rewards/own': beta * mean_G,
+      'rewards/accuracies': (beta * mean_G > alpha * z_GK[:, 0]).astype(jnp.float32),
+      'logps/rejected': policy.logps_GK[:, 0],
+  }
+  return types.LossOut(parts.logistic(beta * mean_G - alpha * z_GK[:, 0]), metrics, state)
 
 
 def differences(x_GK):

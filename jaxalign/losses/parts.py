@@ -209,6 +209,17 @@ def lost_likelihood(policy, ref, labels, z_GK, *, scale: float):
   return scale * jax.nn.relu(-z_GK[:, 0])
 
 
+def divergence_gap(policy, ref, labels, z_GK, *, scale: float, hold_chosen: bool = False):
+  """Computes scale (D_l - D_w), D the sum of exact KL(ref || policy) over a response's tokens.
+
+  `hold_chosen` lets no gradient through D_w. Zeng et al., 2024 (TDPO), https://arxiv.org/abs/2404.11999, Eq. 13 and 17.
+  """
+  del labels, z_GK
+  sums_GK = masked.totals(ref.kl_BT, policy.rows)
+  chosen_G = jax.lax.stop_gradient(sums_GK[:, 0]) if hold_chosen else sums_GK[:, 0]
+  return scale * (sums_GK[:, 1] - chosen_G)
+
+
 # Weights: no gradient passes through them.
 
 
@@ -237,3 +248,27 @@ def calibration(policy, ref, labels, z_GK, *, beta: float):
   """(z_w - 1 / (2 beta))^2 + (z_l + 1 / (2 beta))^2. Xiao et al., 2024 (Cal-DPO), arXiv:2412.14516."""
   del policy, ref, labels
   return jnp.square(z_GK[:, 0] - 0.5 / beta) + jnp.square(z_GK[:, 1] + 0.5 / beta)
+
+
+# Metrics.
+
+
+def calibration_error(p_G, right_G, *, bins: int = 10) -> masked.Calibration:
+  """What the expected calibration error of predictions is made of: their gaps and counts in bins of confidence.
+
+  Args:
+    p_G: confidence in what was predicted, [0, 1]; bin m of M holds those in ((m - 1) / M, m / M].
+    right_G: whether that was right; 1/2 for a prediction that takes no side.
+    bins: M, of equal width.
+
+  References:
+    Guo et al., 2017, https://arxiv.org/abs/1706.04599, Sec. 2.
+  """
+  bin_G = jnp.clip(jnp.ceil(p_G * bins).astype(jnp.int32) - 1, 0, bins - 1)
+  count_GN = jax.nn.one_hot(bin_G, bins)
+  return masked.Calibration(count_GN * (p_G - right_G)[:, None], count_GN)
+
+
+def binary_calibration_error(x_G) -> masked.Calibration:
+  """The same where sigmoid(x) is the probability of what is true: x is a margin, or negated where the label is 0."""
+  return calibration_error(jax.nn.sigmoid(jnp.abs(x_G)), 0.5 * (1.0 + jnp.sign(x_G)))

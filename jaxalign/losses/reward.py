@@ -1,10 +1,12 @@
 """Losses that train reward models: of responses, and of the steps of a process."""
 
+from collections.abc import Callable
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
+from jaxalign import masked
 from jaxalign import types
 from jaxalign.losses import listwise
 from jaxalign.losses import parts
@@ -18,6 +20,7 @@ def bradley_terry(
     state: types.PyTree = (),
     centring: float = 0.0,
     label_smoothing: float = 0.0,
+    smoothing: Callable[..., types.Array] = parts.smooth,
 ) -> types.LossOut:
   """Bradley-Terry model of a preference between two scored responses.
 
@@ -33,6 +36,8 @@ def bradley_terry(
     state: passed through.
     centring: strength of the pull of the pair's mean towards 0; 0 turns it off, the paper uses 0.01.
     label_smoothing: eps, the probability in [0, 1/2) that a label is wrong.
+    smoothing: what is made of x and eps: `parts.smooth`, or `parts.robust`, whose mean over wrong labels is the loss
+      of the right ones (and which is then not bounded from below).
 
   Returns:
     `per_item` is `[G]`.
@@ -45,19 +50,20 @@ def bradley_terry(
   del ref
   rewards_GK = policy.rewards_GK
   chosen_G, rejected_G = rewards_GK[:, 0], rewards_GK[:, 1]
-  loss_G = parts.smooth(chosen_G - rejected_G - labels['margin'][:, 0], eps=label_smoothing)
+  loss_G = smoothing(chosen_G - rejected_G - labels['margin'][:, 0], eps=label_smoothing)
   loss_G += centring * jnp.square(chosen_G + rejected_G)
   return types.LossOut(loss_G, _pair_metrics(rewards_GK), state)
 
 
 def _pair_metrics(rewards_GK):
-  """TRL's metrics, and the Brier score of sigmoid(r_w - r_l), 1/4 where it knows nothing."""
+  """TRL's metrics, and of sigmoid(r_w - r_l) Brier score, 1/4 where it knows nothing, and calibration error."""
   margins_G = rewards_GK[:, 0] - rewards_GK[:, 1]
   return {
       'accuracy': (margins_G > 0).astype(jnp.float32),
       'margin': margins_G,
       'mean_reward': rewards_GK,
       'brier': jnp.square(jax.nn.sigmoid(-margins_G)),
+      'ece': parts.binary_calibration_error(margins_G),
   }
 
 
@@ -213,7 +219,92 @@ def correctness(
       'right': right_G,
       'mean_reward': policy.rewards_GK,
       'brier': jnp.square(right_G - jax.nn.sigmoid(reward_G)),
+      'ece': parts.binary_calibration_error(jnp.where(right_G > 0.5, reward_G, -reward_G)),
   }
+  return types.LossOut(loss_G, metrics, state)
+
+
+def attributes(
+    policy: types.Stats,
+    ref: types.Stats,
+    labels: Mapping[str, types.Array],
+    *,
+    state: types.PyTree = (),
+    attributes: tuple[str, ...],
+) -> types.LossOut:
+  """Regression on several ratings of a response, an output of the head for each.
+
+    loss = mean over the ratings that there are of (output - rating)^2
+
+  A rating that is NaN is missing: its output gets no gradient from that response.
+
+  Args:
+    policy: reads `outputs_GKO` and `valid_GK`.
+    ref: not read.
+    labels: reads one of each name.
+    state: passed through.
+    attributes: names of the labels, in the order of the outputs.
+
+  Returns:
+    `per_item` is `[G]`. Metrics, over the ratings that there are: `mse/NAME` and `mean_rating/NAME` of each.
+
+  Raises:
+    UsageError: the head has another number of outputs.
+
+  References:
+    Wang et al., 2024 (HelpSteer2), https://arxiv.org/abs/2406.08673, Sec. 3.1.
+  """
+  del ref
+  outputs_GKO = policy.outputs_GKO
+  if outputs_GKO.shape[-1] != len(attributes):
+    raise types.UsageError(
+        f'recipe.Recipe.score_outputs = {outputs_GKO.shape[-1]}, but reward.attributes.attributes names'
+        f' {len(attributes)}: the head has one output for each'
+    )
+  rating_GKO = jnp.stack([labels[name] for name in attributes], axis=-1)
+  there_GKO = jnp.isfinite(rating_GKO) & (policy.valid_GK[..., None] > 0)
+  rating_GKO = jnp.where(there_GKO, rating_GKO, 0.0)
+  error_GKO = jnp.square(jnp.where(there_GKO, outputs_GKO - rating_GKO, 0.0))
+  error_GO, rating_GO, there_GO = (jnp.sum(x, axis=1, dtype=jnp.float32) for x in (error_GKO, rating_GKO, there_GKO))
+  loss_G = jnp.sum(error_GO, axis=1) / jnp.maximum(jnp.sum(there_GO, axis=1), 1.0)
+  metrics = {}
+  for i, name in enumerate(attributes):
+    metrics[f'mse/{name}'] = masked.Weighted(error_GO[:, i], there_GO[:, i])
+    metrics[f'mean_rating/{name}'] = masked.Weighted(rating_GO[:, i], there_GO[:, i])
+  return types.LossOut(loss_G, metrics, state)
+
+
+def classification(
+    policy: types.Stats, ref: types.Stats, labels: Mapping[str, types.Array], *, state: types.PyTree = ()
+) -> types.LossOut:
+  """Classifier of responses, an output of the head for each class.
+
+    loss = -log softmax(outputs)[class]
+
+  log C where the outputs are equal, C classes. A class that the head has no output for makes it NaN.
+
+  Args:
+    policy: reads `outputs_GKO`, K = 1, O = C.
+    ref: not read.
+    labels: reads `class`, 0 to C - 1.
+    state: passed through.
+
+  Returns:
+    `per_item` is `[G]`. Metrics: `accuracy`, `largest_class` (the share of the most frequent class: what always saying
+    it would score) and `ece` of the class that is said.
+
+  From its definition.
+  """
+  del ref
+  outputs_GO, class_G = policy.outputs_GKO[:, 0], labels['class'][:, 0].astype(jnp.int32)
+  logp_GO = jax.nn.log_softmax(outputs_GO, axis=-1)
+  right_G = (jnp.argmax(outputs_GO, axis=-1) == class_G).astype(jnp.float32)
+  metrics = {
+      'accuracy': right_G,
+      'largest_class': masked.Largest(jax.nn.one_hot(class_G, outputs_GO.shape[-1])),
+      'ece': parts.calibration_error(jnp.exp(jnp.max(logp_GO, axis=-1)), right_G),
+  }
+  loss_G = -jnp.take_along_axis(logp_GO, class_G[:, None], axis=-1)[:, 0]
   return types.LossOut(loss_G, metrics, state)
 
 

@@ -3,8 +3,13 @@
 Contract and notation are those of `losses.preference`; n is a response's number of tokens.
 """
 
+import dataclasses
 import functools
 
+import jax
+import jax.numpy as jnp
+
+from jaxalign import masked
 from jaxalign import types
 from jaxalign.losses import compose
 from jaxalign.losses import parts
@@ -106,6 +111,74 @@ def tis_dpo(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
     Liu et al., 2024, https://arxiv.org/abs/2410.04350.
   """
   return compose.pairwise(policy, ref, labels, state=state, beta=beta, score=parts.weighted_log_ratio)
+
+
+def tdpo1(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
+  """Token-level DPO: the margin is also to be won against how far the policy has moved on each response.
+
+    loss = -log sigmoid(beta [h - (D_l - D_w)]),    D = sum_t KL(ref_t || pi_t), exact
+
+  log 2 at the reference. The paper's beta is 0.1.
+
+  References:
+    Zeng et al., 2024, https://arxiv.org/abs/2404.11999, Eq. 13.
+  """
+  offset = _of(parts.divergence_gap, scale=beta)
+  return compose.pairwise(policy, ref, labels, state=state, beta=beta, offset=offset)
+
+
+def tdpo2(policy, ref, labels, *, state=(), beta: float, alpha: float) -> types.LossOut:
+  """Token-level DPO with a weight for the divergences, and no gradient through that of the chosen response.
+
+    loss = -log sigmoid(beta [h - alpha (D_l - sg D_w)]),    D as in `tdpo1`
+
+  log 2 at the reference; alpha = 0 is DPO. The paper's alpha is 0.5.
+
+  References:
+    Zeng et al., 2024, https://arxiv.org/abs/2404.11999, Eq. 17.
+  """
+  offset = _of(parts.divergence_gap, scale=beta * alpha, hold_chosen=True)
+  return compose.pairwise(policy, ref, labels, state=state, beta=beta, offset=offset)
+
+
+def mallows_dpo(policy, ref, labels, *, state=(), beta: float, scale: float) -> types.LossOut:
+  """DPO that is sharper for prompts whose answers vary little.
+
+    loss = -log sigmoid(phi beta h),    phi = -scale log(1/2 [H_w + H_l])
+
+  H is the mean over a response's tokens of the reference's next-token entropy, in shares of log V: phi is 0 where it
+  knows nothing, and grows without bound as it becomes certain. From its definition, the paper's normalisation being by
+  the number of tokens and the entropy of the uniform distribution. log 2 at the reference.
+
+  References:
+    Chen et al., 2024, https://arxiv.org/abs/2405.14953, Sec. 4 (Mallows-phi-DPO).
+  """
+  entropy_GK = ref.entropy_GK / jnp.maximum(policy.tokens_GK, 1.0)
+  phi_G = -scale * jnp.log(jnp.clip(jnp.mean(entropy_GK[:, :2], axis=1), 1e-6, 1.0))
+  score = lambda *stats: phi_G[:, None] * parts.log_ratio(*stats)
+  out = compose.pairwise(policy, ref, labels, state=state, beta=beta, score=score)
+  return dataclasses.replace(out, metrics={**out.metrics, 'dispersion': phi_G})
+
+
+def pairwise_cringe(
+    policy, ref, labels, *, state=(), alpha: float, gate_margin: float, temperature: float
+) -> types.LossOut:
+  """Pairwise CRINGE: fine-tuning on the chosen response, rivals against the rejected one's tokens, gated by margin.
+
+    loss = g [-s_w + alpha sum_t log(1 + pi_t(y_l) / pi_t(rival))]
+    g = sigmoid((gate_margin - s_w + s_l) / temperature)
+
+  s is a summed log-probability. The rival of a token of the rejected response is drawn from the likeliest other tokens.
+  The gate, which carries no gradient here, closes once the pair is won by `gate_margin` nats.
+
+  References:
+    Xu et al., 2023, https://arxiv.org/abs/2312.16682, Sec. 3.
+  """
+  s_GK = policy.logps_GK
+  against_GK = masked.totals(parts.logistic(policy.rival_logps_BT - policy.logps_BT), policy.rows)
+  gate_G = jax.nn.sigmoid((gate_margin - s_GK[:, 0] + s_GK[:, 1]) / temperature)
+  loss_G = jax.lax.stop_gradient(gate_G) * (alpha * against_GK[:, 1] - s_GK[:, 0])
+  return types.LossOut(loss_G, {**compose.pair_metrics(policy, s_GK), 'gate': gate_G}, state)
 
 
 def wpo(policy, ref, labels, *, state=(), beta: float, clamp: bool = True) -> types.LossOut:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxalign import masked
 from jaxalign import types
+from jaxalign.losses import parts
 
 
 def cross_entropy(
@@ -88,6 +89,61 @@ def unlikelihood(
   desirable_BT = masked.to_tokens(labels['desirable'], policy.rows)
   against_BT = -alpha * jnp.log(-jnp.expm1(jnp.minimum(policy.logps_BT, -1e-6)))
   return types.LossOut(jnp.where(desirable_BT > 0.5, -policy.logps_BT, against_BT), {}, state)
+
+
+def cringe(
+    policy: types.Stats, ref: types.Stats, labels: Mapping[str, types.Array], *, state: types.PyTree = (), alpha: float
+) -> types.LossOut:
+  """CRINGE: likelihood training on desirable responses; in others each token is to lose against a likely rival.
+
+    loss_t = -log p(target_t)  or, where undesirable,  alpha log(1 + p(target_t) / p(rival_t))
+
+  The rival is drawn, at each step anew, from the softmax over the 5 likeliest tokens (`objectives.supervised.rivals`)
+  other than the target.
+
+  Args:
+    policy: reads `logps_BT`, `rival_logps_BT` and `rows`.
+    ref: not read.
+    labels: reads `desirable`, 1 or 0.
+    state: passed through.
+    alpha: weight of the second term; the paper uses 1.
+
+  Returns:
+    `per_item` is `[B, T]`.
+
+  References:
+    Adolphs et al., 2022, https://arxiv.org/abs/2211.05826, Eq. 3 and 4; ParlAI's code.
+  """
+  del ref
+  desirable_BT = masked.to_tokens(labels['desirable'], policy.rows)
+  against_BT = alpha * parts.logistic(policy.rival_logps_BT - policy.logps_BT)
+  return types.LossOut(jnp.where(desirable_BT > 0.5, -policy.logps_BT, against_BT), {}, state)
+
+
+def quark(
+    policy: types.Stats, ref: types.Stats, labels: Mapping[str, types.Array], *, state: types.PyTree = (), beta: float
+) -> types.LossOut:
+  """Quark: likelihood of responses that are tagged with the quantile of their reward, held near the reference.
+
+    loss_t = -log p(target_t) + beta KL(ref_t || p_t), exact
+
+  Here the reference reads the tag too; the paper's does not. Its beta is 0.05 to 0.1.
+
+  Args:
+    policy: reads `logps_BT`.
+    ref: reads `kl_BT`, of a live reference.
+    labels: not read; the tag is in the prompt.
+    state: passed through.
+    beta: weight of the divergence, >= 0.
+
+  Returns:
+    `per_item` is `[B, T]`.
+
+  References:
+    Lu et al., 2022, https://arxiv.org/abs/2205.13636, Eq. 2.
+  """
+  del labels
+  return types.LossOut(-policy.logps_BT + beta * ref.kl_BT, {'kl': ref.kl_BT}, state)
 
 
 def class_weighted(

@@ -134,3 +134,57 @@ class TestSteps:
   def test_refuse_labels_that_are_none(self, letters, labels, said):
     with pytest.raises(types.RunError, match=said):
       scored.steps({'prompt': 'a', 'completions': ['b', 'a'], 'labels': labels}, letters, row_length=20)
+
+
+class TestAttributes:
+  NAMES = 'help', 'tone'
+
+  def read(self, letters, **record):
+    record = {'prompt': 'ab', 'completion': 'ba'} | record
+    return scored.attributes(record, letters, row_length=20, attributes=self.NAMES)
+
+  @pytest.mark.parametrize('missing', [None, float('nan'), np.float32('nan')])
+  def test_are_labels_and_not_a_number_where_they_are_missing(self, letters, missing):
+    group = self.read(letters, help=3, tone=missing)
+    assert list(group.labels) == ['help', 'tone']
+    assert group.labels['help'] == 3.0 and np.isnan(group.labels['tone'])
+    (sequence,) = group.sequences
+    assert sequence.ids[:-1].tolist() == [0, *letters.encode('abba'), 1]
+    assert np.flatnonzero(sequence.mask[1:]).tolist() == [5]
+
+  def test_are_wanted_as_columns_of_numbers_and_not_all_missing(self, letters):
+    with pytest.raises(examples.Dropped, match='no rating'):
+      self.read(letters, help=None, tone=None)
+    with pytest.raises(types.RunError, match='column tone is missing'):
+      self.read(letters, help=1)
+    with pytest.raises(types.RunError, match="column tone: 'good' where a finite number is wanted"):
+      self.read(letters, help=1, tone='good')
+
+  def test_leave_room_for_the_slot_that_is_added(self, letters):
+    record = {'prompt': 'ababab', 'completion': 'bb', 'help': 1, 'tone': 2}
+    group = scored.attributes(record, letters, row_length=6, attributes=self.NAMES)
+    assert len(group.sequences[0].ids) - 1 == 6 and group.truncated
+
+
+class TestClassified:
+
+  def read(self, letters, **record):
+    return scored.classified({'prompt': 'ab', 'completion': 'ba'} | record, letters, row_length=20, classes=3)
+
+  def test_carries_the_class(self, letters):
+    group = self.read(letters, **{'class': 2})
+    assert group.labels == {'class': 2.0}
+    assert np.flatnonzero(group.sequences[0].mask[1:]).tolist() == [5]
+
+  @pytest.mark.parametrize(
+      'label,said',
+      [
+          (None, 'wanted prompt \\+ completion \\+ class'),
+          (3, 'column class: 3 where a finite number from 0 to 2'),
+          (-1, 'column class: -1 where a finite number from 0 to 2'),
+          (0.5, 'column class: 0.5 where a whole number is wanted'),
+      ],
+  )
+  def test_refuses_what_is_no_class(self, letters, label, said):
+    with pytest.raises(types.RunError, match=said):
+      self.read(letters, **{'class': label})

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxalign import types
+from jaxalign.losses import parts
 from jaxalign.losses import reward
 
 
@@ -82,7 +83,7 @@ class TestBradleyTerry:
     np.testing.assert_array_equal(metrics['accuracy'], rewards_GK[:, 0] > rewards_GK[:, 1])
     np.testing.assert_allclose(metrics['margin'], rewards_GK[:, 0] - rewards_GK[:, 1])
     np.testing.assert_allclose(np.mean(metrics['mean_reward']), rewards_GK.mean(), rtol=1e-6)
-    assert set(metrics) == {'accuracy', 'margin', 'mean_reward', 'brier'}
+    assert set(metrics) == {'accuracy', 'margin', 'mean_reward', 'brier', 'ece'}
 
   def test_a_tie_is_not_accurate(self):
     out = _bradley_terry(np.array([[1.0, 1.0], [2.0, 1.0], [1.0, 2.0]], np.float32))
@@ -189,6 +190,15 @@ class TestLabelNoise:
     found = _bradley_terry(rewards_GK, label_smoothing=0.2).per_item
     np.testing.assert_allclose(found, 0.8 * _softplus(-x) + 0.2 * _softplus(x), rtol=1e-5)
 
+  def test_robust_is_right_on_average_over_wrong_labels(self):
+    rewards_GK, _ = _rewards()
+    x = (rewards_GK[:, 0] - rewards_GK[:, 1]).astype(np.float64)
+    run = lambda r: _bradley_terry(r, label_smoothing=0.2, smoothing=parts.robust).per_item
+    np.testing.assert_allclose(run(rewards_GK), (0.8 * _softplus(-x) - 0.2 * _softplus(x)) / 0.6, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        0.8 * run(rewards_GK) + 0.2 * run(rewards_GK[:, ::-1].copy()), _softplus(-x), rtol=1e-4, atol=1e-5
+    )
+
   def test_brier_score_is_the_squared_doubt(self):
     rewards_GK, _ = _rewards()
     x = (rewards_GK[:, 0] - rewards_GK[:, 1]).astype(np.float64)
@@ -225,3 +235,115 @@ class TestCorrectness:
     )
     np.testing.assert_allclose(out.per_item, [0.126928011, 1.313261688, 0.693147181], rtol=1e-6)
     assert out.metrics['accuracy'].tolist() == [1, 0, 1]
+
+
+def _error_of_bins(confidence, right):
+  """Guo et al.'s, Eq. 3, bin by bin."""
+  total = 0.0
+  for m in range(1, 11):
+    inside = (confidence > (m - 1) / 10) & (confidence <= m / 10)
+    if inside.any():
+      total += inside.sum() * abs(right[inside].mean() - confidence[inside].mean())
+  return total / len(confidence)
+
+
+def _mean(metric):
+  """Of groups that are all there."""
+  return float(type(metric)(*(np.sum(part, axis=0) for part in metric)).mean())
+
+
+class TestCalibrationError:
+
+  def test_of_pairs_is_that_of_the_side_that_is_said(self):
+    rewards_GK = np.random.default_rng(3).normal(0.3, 1.5, (400, 2)).astype(np.float32)
+    p = 1 / (1 + np.exp(-(rewards_GK[:, 0].astype(np.float64) - rewards_GK[:, 1])))
+    wanted = _error_of_bins(np.maximum(p, 1 - p), (p > 0.5).astype(np.float64))
+    assert wanted > 0.02
+    assert _mean(_bradley_terry(rewards_GK).metrics['ece']) == pytest.approx(wanted, abs=1e-5)
+
+  def test_of_right_and_wrong_follows_the_label(self):
+    rng = np.random.default_rng(4)
+    rewards_GK, right_GK = rng.normal(0, 2, (300, 1)).astype(np.float32), rng.integers(0, 2, (300, 1)).astype('f')
+    stats = types.Stats(rewards_GK=jnp.asarray(rewards_GK))
+    out = reward.correctness(stats, types.Stats(), {'desirable': jnp.asarray(right_GK)})
+    p = 1 / (1 + np.exp(-rewards_GK[:, 0].astype(np.float64)))
+    wanted = _error_of_bins(np.maximum(p, 1 - p), ((p > 0.5) == (right_GK[:, 0] > 0.5)).astype(np.float64))
+    assert _mean(out.metrics['ece']) == pytest.approx(wanted, abs=1e-5)
+
+  def test_is_zero_where_nothing_is_known_and_said(self):
+    assert _mean(_bradley_terry(np.zeros((5, 2))).metrics['ece']) == 0
+
+  def test_is_the_miss_where_all_is_sure_and_a_quarter_wrong(self):
+    rewards_GK = np.array([[40.0, 0.0]] * 3 + [[0.0, 40.0]], np.float32)
+    assert _mean(_bradley_terry(rewards_GK).metrics['ece']) == pytest.approx(0.25)
+
+
+def _outputs(seed=0, groups=5, size=2, outputs=3):
+  """Outputs of a head and ratings, of which some are missing; the last group has one response."""
+  rng = np.random.default_rng(seed)
+  outputs_GKO, ratings_GKO = (rng.normal(0, 1, (groups, size, outputs)).astype(np.float32) for _ in range(2))
+  ratings_GKO[rng.random(ratings_GKO.shape) < 0.3] = np.nan
+  ratings_GKO[0, 0], ratings_GKO[0, 0, 1] = np.nan, 2.0
+  valid_GK = np.ones((groups, size), np.float32)
+  valid_GK[-1, 1:] = 0
+  return outputs_GKO, ratings_GKO, valid_GK
+
+
+class TestAttributes:
+  NAMES = 'help', 'truth', 'tone'
+
+  def run(self, outputs_GKO, ratings_GKO, valid_GK):
+    stats = types.Stats(outputs_GKO=jnp.asarray(outputs_GKO), valid_GK=jnp.asarray(valid_GK))
+    labels = {name: jnp.asarray(ratings_GKO[..., i]) for i, name in enumerate(self.NAMES)}
+    return reward.attributes(stats, types.Stats(), labels, attributes=self.NAMES)
+
+  def test_is_the_mean_square_over_the_ratings_that_there_are(self):
+    x_GKO, y_GKO, valid_GK = _outputs()
+    wanted, errors = [], {name: [] for name in self.NAMES}
+    for g, k in np.ndindex(valid_GK.shape):
+      for i, name in enumerate(self.NAMES):
+        if valid_GK[g, k] and not np.isnan(y_GKO[g, k, i]):
+          errors[name].append((g, (float(x_GKO[g, k, i]) - float(y_GKO[g, k, i])) ** 2))
+    for group in range(len(valid_GK)):
+      wanted.append(np.mean([e for found in errors.values() for g, e in found if g == group]))
+    out = self.run(x_GKO, y_GKO, valid_GK)
+    np.testing.assert_allclose(out.per_item, wanted, rtol=1e-5)
+    for i, name in enumerate(self.NAMES):
+      assert _mean(out.metrics[f'mse/{name}']) == pytest.approx(np.mean([e for _, e in errors[name]]), rel=1e-5)
+      there = np.where(valid_GK > 0, y_GKO[..., i], np.nan)
+      assert _mean(out.metrics[f'mean_rating/{name}']) == pytest.approx(np.nanmean(there), rel=1e-4)
+
+  def test_has_no_gradient_where_a_rating_is_missing(self):
+    x_GKO, y_GKO, valid_GK = _outputs()
+    slopes_GKO = np.asarray(jax.grad(lambda x: jnp.sum(self.run(x, y_GKO, valid_GK).per_item))(jnp.asarray(x_GKO)))
+    there_GKO = ~np.isnan(y_GKO) & (valid_GK[..., None] > 0)
+    assert np.all(np.isfinite(slopes_GKO))
+    np.testing.assert_array_equal(slopes_GKO != 0, there_GKO)
+
+  def test_refuses_a_head_of_another_size(self):
+    x_GKO, y_GKO, valid_GK = _outputs(outputs=4)
+    with pytest.raises(types.UsageError, match='score_outputs = 4, but reward.attributes.attributes names 3'):
+      self.run(x_GKO, y_GKO, valid_GK)
+
+
+class TestClassification:
+
+  def run(self, outputs_GO, class_G):
+    stats = types.Stats(outputs_GKO=jnp.asarray(outputs_GO, jnp.float32)[:, None])
+    labels = {'class': jnp.asarray(class_G, jnp.float32)[:, None]}
+    return reward.classification(stats, types.Stats(), labels)
+
+  def test_is_the_cross_entropy_with_accuracy_baseline_and_calibration(self):
+    rng = np.random.default_rng(0)
+    outputs_GO, class_G = rng.normal(0, 2, (50, 3)).astype('f'), rng.choice(3, 50, p=[0.2, 0.2, 0.6])
+    p_GO = np.exp(outputs_GO.astype(np.float64))
+    p_GO /= p_GO.sum(axis=1, keepdims=True)
+    out = self.run(outputs_GO, class_G)
+    np.testing.assert_allclose(out.per_item, -np.log(p_GO[np.arange(50), class_G]), rtol=1e-5)
+    right_G = p_GO.argmax(axis=1) == class_G
+    np.testing.assert_array_equal(out.metrics['accuracy'], right_G)
+    assert _mean(out.metrics['largest_class']) == pytest.approx(np.bincount(class_G).max() / 50)
+    assert _mean(out.metrics['ece']) == pytest.approx(_error_of_bins(p_GO.max(axis=1), right_G.astype(float)), abs=1e-5)
+
+  def test_is_not_finite_for_a_class_without_an_output(self):
+    assert np.isnan(self.run([[0.0, 1.0], [0.0, 1.0]], [1, 2]).per_item).tolist() == [False, True]

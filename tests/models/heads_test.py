@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as st
 
+from jaxalign import forward
 from jaxalign import objectives
 from jaxalign import sharding
 from jaxalign import types
@@ -57,7 +58,7 @@ class TestParity:
   def test_gives_the_scores_of_transformers_at_every_token(self, name):
     ids, wanted = golden(name)
     model, params = opened(name)
-    found = jax.jit(lambda p, b: objectives.scores(p, b, model=model))(params, together(ids))[0]
+    found = jax.jit(lambda p, b: forward.scores(p, b, model=model))(params, together(ids))[0]
     np.testing.assert_allclose(found[:24], wanted[0], atol=1e-5)
     np.testing.assert_allclose(found[24:41], wanted[1, :17], atol=1e-5)
 
@@ -67,7 +68,7 @@ class TestParity:
     with jax.set_mesh(mesh):
       model, params = opened('qwen2_steps', mesh)
       batch = jax.tree.map(lambda x: np.repeat(x, 4, axis=0), together(ids))
-      found = jax.jit(lambda p, b: objectives.scores(p, b, model=model))(params, batch)
+      found = jax.jit(lambda p, b: forward.scores(p, b, model=model))(params, batch)
     np.testing.assert_allclose(found[3, :24], wanted[0], atol=1e-5)
 
 

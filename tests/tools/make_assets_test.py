@@ -66,6 +66,16 @@ class TestPairsAndDemonstrations:
     ]
 
 
+class TestRatings:
+
+  def test_are_counted_by_hand(self):
+    found = [{'prompt': 'One', 'completions': ["A cat's happy happy elephant.", '...'], 'scores': [0.5, 0.0]}]
+    happy, nothing = make_assets.ratings(found)
+    assert (happy['cheerfulness'], happy['variety'], happy['simplicity'], happy['class']) == (0.5, 0.8, 0.2, 2)
+    assert (nothing['cheerfulness'], nothing['variety'], nothing['class']) == (None, 0.0, 1)
+    assert make_assets.ratings([found[0] | {'scores': [-0.05, -0.04]}])[0]['class'] == 0
+
+
 class TestMake:
 
   def test_writes_the_same_bytes_twice(self, source, tmp_path, monkeypatch):

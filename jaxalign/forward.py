@@ -1,0 +1,127 @@
+"""What models make of a batch's tokens: log-probabilities of targets, scores, and what only a live reference gives."""
+
+from collections.abc import Callable
+import functools
+import math
+
+import jax
+
+from jaxalign import divergence
+from jaxalign import logps
+from jaxalign import tracing
+from jaxalign import types
+from jaxalign.models import lora
+from jaxalign.models import transformer
+
+# (params, frozen, batch, key, ref) -> arrays [B, T, ...] by name
+StatsFn = Callable[..., dict[str, jax.Array]]
+
+
+def hidden_states(params, batch: types.Batch, *, model: transformer.Transformer, key=None) -> types.Array:
+  """What the model makes of a micro-batch, `[B, T, D]`; `key` is for its dropout."""
+  rngs = {} if key is None else {'dropout': key}
+  return model.apply({'params': params}, batch.inputs_BT, batch.positions_BT, batch.segments_BT, rngs=rngs)
+
+
+def target_stats(
+    params, batch: types.Batch, *, model: transformer.Transformer, dense=(), key=None
+) -> dict[str, jax.Array]:
+  """Log-probabilities `logps` and dense statistics of the targets, `[B, T]` float32 (see `logps.token_stats`)."""
+  return _of_targets(hidden_states(params, batch, model=model, key=key), params, batch, batch.targets_BT, model, dense)
+
+
+def _of_targets(hidden_BTD, params, batch: types.Batch, targets_BT, model: transformer.Transformer, dense=()):
+  return logps.token_stats(
+      hidden_BTD,
+      transformer.output_matrix(params),
+      targets_BT,
+      batch.mask_BT,
+      vocab_size=model.config.vocab_size,
+      dense=tuple(dense),
+      softcap=model.config.final_softcap,
+  )
+
+
+def ref_logps(params, batch: types.Batch, *, model: transformer.Transformer) -> jax.Array:
+  """Log-probabilities `[A, B, T]` of a whole step's targets under the reference, a micro-batch at a time."""
+  return jax.lax.map(lambda micro: target_stats(params, micro, model=model)['logps'], batch)
+
+
+def scores(params, batch: types.Batch, *, model: transformer.Transformer, key=None) -> jax.Array:
+  """What the head that scores makes of every token that was read, `[B, T, outputs]` float32."""
+  return transformer.scores(params, hidden_states(params, batch, model=model, key=key))
+
+
+def scores_fn(model: transformer.Transformer) -> StatsFn:
+  """Builds the first half of an objective on scores: `scores`, see above."""
+
+  def stats(params, frozen, batch, key, ref=None):
+    del ref
+    return {'scores': scores(lora.join(params, frozen), batch, model=model, key=key)}
+
+  return stats
+
+
+def targets_fn(
+    model: transformer.Transformer,
+    needs: tracing.Needs,
+    dense: tuple[str, ...],
+    ref_model: transformer.Transformer | None,
+    rivals: int,
+) -> StatsFn:
+  """Builds the first half of an objective on log-probabilities.
+
+  Args:
+    model: of the policy.
+    needs: what the loss reads, beyond which nothing is computed.
+    dense: further statistics of the policy, see `logps.token_stats`.
+    ref_model: of a live reference, whose own parameters are then given as `ref`; None where there is none.
+    rivals: how many of the likeliest tokens a rival is drawn from.
+
+  Returns:
+    (params, frozen, batch, key, ref) -> `logps` and each of `dense`; where the loss reads them `scores` of the head,
+    `rival_logps` and, of the reference, `ref_logps`, `ref_entropy` and `ref_kl`.
+  """
+  reads = needs.fields.__contains__
+
+  def stats(params, frozen, batch, key, ref=None):
+    policy = lora.join(params, frozen)
+    hidden_BTD = hidden_states(policy, batch, model=model, key=key)
+    found = _of_targets(hidden_BTD, policy, batch, batch.targets_BT, model, dense)
+    if reads('policy.values_GK'):
+      found['scores'] = transformer.scores(policy, hidden_BTD)
+    if reads('policy.rival_logps_BT'):
+      rivals_BT = _rivals(hidden_BTD, policy, batch, model, key, rivals)
+      found['rival_logps'] = _of_targets(hidden_BTD, policy, batch, rivals_BT, model)['logps']
+    if ref_model is not None:
+      found |= _of_reference(hidden_BTD, policy, lora.join(ref, frozen), batch, ref_model, reads)
+    return found
+
+  return stats
+
+
+def _rivals(hidden_BTD, params, batch: types.Batch, model: transformer.Transformer, key, among: int):
+  return divergence.rivals(
+      hidden_BTD,
+      transformer.output_matrix(params),
+      batch.targets_BT,
+      jax.random.uniform(jax.random.fold_in(key, 1), batch.targets_BT.shape),
+      batch.mask_BT,
+      vocab_size=model.config.vocab_size,
+      among=among,
+      softcap=model.config.final_softcap,
+  )
+
+
+def _of_reference(hidden_BTD, policy, params, batch: types.Batch, model: transformer.Transformer, reads):
+  ref_hidden_BTD = hidden_states(params, batch, model=model)
+  dense = ('entropy',) if reads('ref.entropy_GK') else ()
+  found = _of_targets(ref_hidden_BTD, params, batch, batch.targets_BT, model, dense)
+  found = {f'ref_{name}': x_BT for name, x_BT in found.items()}
+  if 'ref_entropy' in found:
+    found['ref_entropy'] /= math.log(model.config.vocab_size)
+  if reads('ref.kl_BT'):
+    exact = functools.partial(divergence.kl, vocab_size=model.config.vocab_size, softcap=model.config.final_softcap)
+    heads = transformer.output_matrix(policy), transformer.output_matrix(params)
+    found['ref_kl'] = exact(hidden_BTD, heads[0], ref_hidden_BTD, heads[1], batch.mask_BT)
+  return found

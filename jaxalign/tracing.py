@@ -1,0 +1,102 @@
+"""What a loss needs of batch, model and reference, found by tracing it."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign import types
+
+# (policy, ref, labels, *, state) -> LossOut
+LossFn = Callable[..., types.LossOut]
+
+
+class Needs(NamedTuple):
+  """What a loss was found to need, by tracing it.
+
+  Attributes:
+    fields: that it reads: 'policy.logps_GK', 'ref.logratios_GK', 'labels.margin', ...
+    state: its first state, zeros; `()` for most losses.
+  """
+
+  fields: frozenset[str] = frozenset()
+  state: types.PyTree = ()
+
+  @property
+  def reference(self) -> bool:
+    """Whether it compares with a reference."""
+    return any(field.startswith('ref.') for field in self.fields)
+
+  @property
+  def live(self) -> bool:
+    """Whether it reads of the reference what cannot be kept on disk."""
+    return bool(self.fields & {'ref.kl_BT', 'ref.entropy_GK'})
+
+  @property
+  def whole_step(self) -> bool:
+    """Whether what it makes of a group depends on the others of the step."""
+    return 'policy.valid_G' in self.fields or bool(jax.tree.leaves(self.state))
+
+
+class _Recorder:
+  """Stands for an argument of a loss and writes down which of its fields are read."""
+
+  def __init__(self, name: str, fields: Mapping[str, types.Array], needs: set[str]):
+    self._name, self._fields, self._needs = name, fields, needs
+
+  def __getattr__(self, field: str):
+    if field not in self._fields:
+      raise AttributeError(f'{self._name} has no field {field!r}; there are {", ".join(self._fields)}')
+    return self[field]
+
+  def __getitem__(self, field: str):
+    self._needs.add(f'{self._name}.{field}')
+    return self._fields[field]
+
+
+def trace(
+    loss_fn: LossFn,
+    *,
+    group_size: int,
+    labels: tuple[str, ...],
+    token_labels: tuple[str, ...] = (),
+    outputs: int = 1,
+) -> Needs:
+  """What a loss needs, found by tracing it on shapes.
+
+  Args:
+    loss_fn: the loss; given no state it begins with zeros of the shapes that it then returns.
+    group_size: K, responses per group in the data.
+    labels: names of the labels that the data has of responses.
+    token_labels: names of those that it has of tokens.
+    outputs: of the head that scores.
+
+  Raises:
+    UsageError: the loss reads a label or a response that the data lacks.
+  """
+  found: set[str] = set()
+  number = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  index = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+  table, tokens = number(2, group_size), number(2, 4)
+  of = {'GK': table, 'BT': tokens, 'BTO': number(2, 4, outputs), 'G': number(2)}
+  of['GKO'] = number(2, group_size, outputs)
+  shapes: dict[str, Any] = {field: of.get(field.rpartition('_')[2]) for field in types.Stats.__dataclass_fields__}
+  shapes['rows'] = types.Rows(tokens, index(2, 4), index(2, 2), index(2, 2), 2, group_size)
+  given = dict.fromkeys(labels, table) | dict.fromkeys(token_labels, tokens)
+
+  def run(policy, ref, given):
+    recorders = (_Recorder(*one, found) for one in (('policy', policy), ('ref', ref), ('labels', given)))
+    return loss_fn(*recorders, state=()).state
+
+  try:
+    state = jax.eval_shape(run, shapes, shapes, given)
+  except KeyError as err:
+    raise types.UsageError(
+        f'the loss reads the label {err}, but the data has only {", ".join(given) or "none"}'
+    ) from err
+  except IndexError as err:
+    raise types.UsageError(f'the loss reads more responses to a prompt than the {group_size} of the data') from err
+  return Needs(frozenset(found), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state))

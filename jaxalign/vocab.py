@@ -1,0 +1,133 @@
+"""The way from hidden states to the vocabulary, a chunk of tokens at a time, on the device's part of it.
+
+What `logps` and `divergence` share: only targets that the mask counts are computed, compacted to the front, and the
+largest array with a vocabulary axis is `[chunk, V / tensor]`. Their loops run under `shard_map`.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign import sharding
+
+MASKED_LOGIT = -1e30  # finite, so that 0 * logit is 0
+
+
+class Axes(NamedTuple):
+  """Mesh axes that the tokens, the vocabulary and the width of the head are split over; empty off a mesh."""
+
+  tokens: tuple[str, ...] = ()
+  vocab: tuple[str, ...] = ()
+  embed: tuple[str, ...] = ()
+
+
+class Output(NamedTuple):
+  """What is known of the output layer before it is traced.
+
+  Attributes:
+    vocab_size: real columns of the head; those beyond are padding and have probability 0.
+    chunk: targets per chunk and device.
+    softcap: c of c tanh(logit / c); 0 for none.
+  """
+
+  vocab_size: int
+  chunk: int = 512
+  softcap: float = 0.0
+
+
+def sharded(local: Callable, ins: str, outs: tuple[str, ...]) -> Callable:
+  """Runs `local(axes, ...)` on every device's shard; off a mesh, on the whole.
+
+  `ins` and `outs` spell the kind of each array: h hidden states, t the head, anything else one number per token.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return functools.partial(local, Axes())
+  # A collective over an axis of one device is not always compiled away.
+  split = lambda *names: tuple(a for name in names for a in sharding.axes_of(name) if mesh.shape[a] > 1)
+  axes = Axes(split('batch', 'length'), split('vocab'), split('embed'))
+  kinds = {'h': sharding.spec('batch', 'length', None), 't': sharding.spec('embed', 'vocab')}
+  of = lambda kind: kinds.get(kind, sharding.spec('batch', 'length'))
+  return jax.shard_map(
+      functools.partial(local, axes),
+      mesh=mesh,
+      in_specs=tuple(of(kind) for kind in ins),
+      out_specs=tuple(of(kind) for kind in outs),
+      check_vma=False,
+  )
+
+
+def chunks(axes: Axes, mask, chunk: int):
+  """Indices of counted tokens, compacted and padded with n (out of bounds), and how many chunks hold any.
+
+  The number of chunks is the largest of any device, so that all of them run the loop's collectives equally often.
+  """
+  n = mask.size
+  size = -(-n // chunk) * chunk
+  (index,) = jnp.nonzero(mask.reshape(-1) > 0, size=size, fill_value=n)
+  count = jnp.sum(mask > 0)
+  if axes.tokens:
+    count = jax.lax.pmax(count, axes.tokens)
+  return index, -(-count // chunk)
+
+
+def take(x, rows):
+  """The rows of a chunk; 0 where an index is out of bounds."""
+  return jnp.take(x, rows, axis=0, mode='fill', fill_value=0)
+
+
+def soften(logits, softcap: float):
+  """Computes c tanh(logits / c); nothing where c is 0. Gemma Team, 2024, https://arxiv.org/abs/2408.00118, Sec. 2."""
+  return softcap * jnp.tanh(logits / softcap) if softcap else logits
+
+
+def columns(axes: Axes, width: int):
+  """The token ids `[1, v]` that stand in this device's part of the vocabulary, `width` wide."""
+  first = jax.lax.axis_index(axes.vocab) * width if axes.vocab else 0
+  return first + jnp.arange(width)[None, :]
+
+
+def logits(axes: Axes, output: Output, hidden, head):
+  """Float32 logits `[c, v]` of a chunk on this device's part of the vocabulary, very low where it is padding."""
+  raw = soften(jax.lax.dot(hidden, head, preferred_element_type=jnp.float32), output.softcap)
+  return jnp.where(columns(axes, head.shape[1]) < output.vocab_size, raw, MASKED_LOGIT)
+
+
+def total(axes: Axes, x):
+  """The sum over the vocabulary, of all devices: `[c]`."""
+  here = jnp.sum(x, axis=1)
+  return jax.lax.psum(here, axes.vocab) if axes.vocab else here
+
+
+def top(axes: Axes, logits):
+  """The largest logit, of all devices: `[c]`."""
+  here = jnp.max(logits, axis=1)
+  return jax.lax.pmax(here, axes.vocab) if axes.vocab else here
+
+
+def whole(axes: Axes, head):
+  """The head with all of its width, which may be split over devices."""
+  return jax.lax.all_gather(head, axes.embed, axis=0, tiled=True) if axes.embed else head
+
+
+def gradients(axes: Axes, d_hidden, d_head):
+  """Adds up what devices found of the gradients, each of which then has its part."""
+  if axes.vocab:
+    d_hidden = jax.lax.psum(d_hidden, axes.vocab)
+  if axes.embed:
+    d_head = jax.lax.psum_scatter(d_head, axes.embed, scatter_dimension=0, tiled=True)
+  replicas = tuple(a for a in axes.tokens if a not in axes.embed)
+  return d_hidden, jax.lax.psum(d_head, replicas) if replicas else d_head
+
+
+def pull_back(logits, d_logits, hidden, head, softcap: float):
+  """Gradients of hidden states and head from that of a chunk's logits, which have been softened."""
+  if softcap:  # (c tanh(x / c))' = 1 - tanh^2, which is 0 for padding
+    d_logits *= 1.0 - jnp.square(jnp.maximum(logits / softcap, -1.0))
+  d_logits = d_logits.astype(hidden.dtype)
+  d_hidden = jax.lax.dot_general(d_logits, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+  d_head = jax.lax.dot_general(hidden, d_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+  return d_hidden, d_head
