@@ -136,7 +136,7 @@ def _check_type(key: _Key) -> None:
   value = gin.config._CONFIG[scope, name][parameter]
   function = gin.config._REGISTRY[name].wrapped
   hint = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function).get(parameter)
-  kinds = typing.get_args(hint) or (hint,)
+  kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, type(int | str)) else (hint,)
   plain = bool, int, float, str, type(None)
   if all(kind in plain for kind in kinds) and type(value) in (*plain, list, tuple, dict):
     if type(value) not in kinds and not (type(value) is int and float in kinds):

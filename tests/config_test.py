@@ -211,6 +211,11 @@ class TestParse:
     with pytest.raises(types.UsageError, match=re.escape(said)):
       parse(bindings=[binding])
 
+  def test_takes_a_list_where_a_parameter_is_a_sequence_of_numbers(self, write):
+    user = write('user.gin', IMPORTS + 'from jaxalign.data import texts\ntexts.quantiled.edges = (0.2, 0.8)\n')
+    parse(user_files=[user])
+    assert 'texts.quantiled.edges = (0.2, 0.8)' in config.bindings()
+
   @pytest.mark.parametrize('binding', ['preference.dpo.beta=1', 'loader.Packing.max_responses=None'])
   def test_takes_a_value_that_the_type_includes(self, binding):
     parse(bindings=[binding])

@@ -107,20 +107,20 @@ class Joined:
   """
 
   def __init__(self, datasets: Sequence[Dataset]):
-    """Joins them; raises UsageError where their responses or labels differ."""
+    """Joins them, the shorter lists as parts of the longest; raises UsageError where their labels differ."""
     self._datasets = list(datasets)
     first = self._datasets[0]
     for other in self._datasets[1:]:
-      shapes = [(d.group_size, d.label_names + d.token_label_names) for d in (first, other)]
-      if shapes[0] != shapes[1]:
-        said = ['{} responses labelled {}'.format(*shape) for shape in shapes]
-        raise types.UsageError(f'--data mixes {said[0]} with {said[1]}; all sources must give the same')
+      said = [', '.join(d.label_names + d.token_label_names) or 'nothing' for d in (first, other)]
+      if said[0] != said[1]:
+        raise types.UsageError(f'--data mixes labels {said[0]} with {said[1]}; all sources must give the same')
     self.sizes = [len(d) for d in self._datasets]
     self._ends = np.cumsum(self.sizes)
-    self.group_size, self.label_names = first.group_size, first.label_names
+    self.group_size, self.label_names = max(d.group_size for d in self._datasets), first.label_names
     self.token_label_names = first.token_label_names
-    self.lengths_NK = np.concatenate([d.lengths_NK for d in self._datasets])
-    self.keys_NK = np.concatenate([d.keys_NK for d in self._datasets])
+    wide = lambda table_NK: np.pad(table_NK, ((0, 0), (0, self.group_size - table_NK.shape[1])))
+    self.lengths_NK = np.concatenate([wide(d.lengths_NK) for d in self._datasets])
+    self.keys_NK = np.concatenate([wide(d.keys_NK) for d in self._datasets])
 
   def __len__(self) -> int:
     return sum(self.sizes)

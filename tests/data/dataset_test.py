@@ -311,7 +311,16 @@ class TestJoined:
     np.testing.assert_array_equal(joined.lengths_NK, [[3, 4], [2, 1], [3, 3]])
     np.testing.assert_array_equal(joined.keys_NK[1:], parts[1].keys_NK)
 
-  @pytest.mark.parametrize('other', [{'ids': [[1, 2]], 'prompt': 1, 'margin': 0.0}, {'ids': [[1, 2]] * 2, 'prompt': 1}])
-  def test_sets_of_several_kinds_are_refused(self, token_dataset, other):
-    with pytest.raises(types.UsageError, match='--data mixes 2 responses'):
+  def test_shorter_lists_are_parts_of_the_longest(self, token_dataset):
+    short = [{'ids': [[1, 2]], 'prompt': 1, 'margin': 0.5}]
+    parts = [token_dataset(short, 'a.jsonl'), token_dataset(_RECORDS[:1], 'b.jsonl')]
+    joined = dataset.Joined(parts)
+    assert joined.group_size == 2
+    _assert_same_groups(joined, [*short, _RECORDS[0]], _example_of)
+    np.testing.assert_array_equal(joined.lengths_NK, [[1, 0], [3, 4]])
+    np.testing.assert_array_equal(joined.keys_NK, [[parts[0].keys_NK[0, 0], 0], parts[1].keys_NK[0]])
+
+  def test_sets_of_several_labels_are_refused(self, token_dataset):
+    other = {'ids': [[1, 2]] * 2, 'prompt': 1}
+    with pytest.raises(types.UsageError, match='--data mixes labels margin with nothing; all sources'):
       dataset.Joined([token_dataset(_RECORDS, 'a.jsonl'), token_dataset([other], 'b.jsonl')])
