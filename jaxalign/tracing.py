@@ -100,7 +100,7 @@ def trace(
     state = jax.eval_shape(run, shapes, shapes, given)
   except KeyError as err:
     raise types.UsageError(
-        f'the loss reads the label {err}, but the data has only {", ".join(given) or "none"}'
+        f'the loss reads the label {err.args[0]!r}, but the data has only {", ".join(given) or "none"}'
     ) from err
   except IndexError as err:
     raise types.UsageError(f'the loss reads more responses to a prompt than the {group_size} of the data') from err

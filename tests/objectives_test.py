@@ -302,6 +302,18 @@ class TestNeeds:
     assert find(reward.bradley_terry) == {'policy.rewards_GK', 'labels.margin'}
     assert find(reward.process, token_labels=('step',), outputs=2) == {'policy.scores_BTO', 'labels.step'}
 
+  def test_name_a_label_whatever_a_wrapper_adds_to_errors(self):
+    class Augmented(KeyError):
+
+      def __str__(self):
+        return f'{super().__str__()}\n  In call to configurable'
+
+    def loss(policy, ref, labels, *, state):
+      raise Augmented('stars')
+
+    with pytest.raises(types.UsageError, match="reads the label 'stars', but the data has only margin"):
+      tracing.trace(loss, group_size=2, labels=('margin',))
+
   def test_name_the_label_that_the_data_lack(self):
     def loss(policy, ref, labels, *, state):
       return types.LossOut(policy.logps_GK[:, 0] * labels['stars'][:, 0], {}, state)

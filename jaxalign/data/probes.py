@@ -40,6 +40,16 @@ def describe(
   return digest.hexdigest()
 
 
+class _Rated(dict):
+  """A record in which any other column is a number."""
+
+  def __contains__(self, name: object) -> bool:
+    return True
+
+  def __missing__(self, name: str) -> float:
+    return 0.5
+
+
 _TALK = [{'role': 'user', 'content': 'a b'}, {'role': 'assistant', 'content': 'c\n\nd'}]
 _OTHER = {'role': 'assistant', 'content': 'f'}
 _ELSE = {'prompt': [{'role': 'user', 'content': 'x'}], 'completion': [_OTHER], 'label': False}
@@ -48,7 +58,10 @@ _PROBES: tuple[records.Record, ...] = (
     {'messages': [*_TALK, *_TALK]},
     {'prompt': 'a b ', 'completion': ' c\n', 'completions': ['c', 'd\n'], 'labels': [1, 0]},
     {'text': 'a b c'},
-    {'prompt': 'a b', 'completion': ' c', 'class': 1},
+    {'prompt': 'a b', 'completion': ' c', 'class': 10**9},
+    {'messages': [*_TALK, *_TALK], 'class': 0},
+    _Rated(prompt='a b', completion=' c'),
+    _Rated(messages=[*_TALK, *_TALK]),
     {'prompt': 'a b', 'chosen': ' c', 'rejected': ' d', 'margin': 0.5, 'append_eos': False},
     {'chosen': _TALK, 'rejected': [_TALK[0], {'role': 'assistant', 'content': ''}]},
     {'prompt': 'a', 'completions': [f'b {i}' for i in range(40)], 'scores': [i % 7 + i / 50 for i in range(40)]},

@@ -7,6 +7,7 @@ import pytest
 from jaxalign import types
 from jaxalign.data import examples
 from jaxalign.data import feedback
+from jaxalign.data import judged
 from jaxalign.data import probes
 from jaxalign.data import scored
 from jaxalign.data import texts
@@ -81,6 +82,17 @@ class TestDescribe:
           (texts.weighted, {'outside': 0.0}),
           (texts.tagged, {'good': 'Yes: '}),
           (texts.hindsight, {'bad': 'No: '}),
+          (functools.partial(scored.attributes, attributes=('a', 'b')), {'attributes': ('a', 'c')}),
+          (functools.partial(scored.attributes, attributes=('a', 'b')), {'template': _SHORT}),
+          (functools.partial(scored.classified, classes=3), {'classes': 4}),
+          (functools.partial(scored.classified, classes=3), {'template': _SHORT}),
+          (judged.both_orders, {'first': ' A:'}),
+          (judged.both_orders, {'second': ' B:'}),
+          (judged.both_orders, {'labelled': False}),
+          (judged.answered, {'before': ' A:'}),
+          (judged.answered, {'question': ' Right?'}),
+          (judged.answered, {'answers': (' Right', ' Wrong')}),
+          (judged.answered, {'labelled': False}),
       ],
   )
   def test_differs_by_every_option(self, letters, function, options):
