@@ -30,7 +30,7 @@ class TestCheckAlgorithm:
   def test_accepts_a_known_name(self):
     catalog.check_algorithm('dpo')
 
-  @pytest.mark.parametrize(('wrong', 'near'), [('dop', 'dpo'), ('dpo2', 'dpo'), ('stf', 'sft'), ('rmm', 'rm')])
+  @pytest.mark.parametrize(('wrong', 'near'), [('dop', 'dpo'), ('orpoo', 'orpo'), ('stf', 'sft'), ('rmm', 'rm')])
   def test_names_the_choices_and_the_nearest(self, wrong, near):
     with pytest.raises(types.UsageError, match=f'--algo={wrong}: .*dpo, .*prm, .*rm, .*sft.*did you mean {near}'):
       catalog.check_algorithm(wrong)
