@@ -154,7 +154,7 @@ def mallows_dpo(policy, ref, labels, *, state=(), beta: float, scale: float) -> 
     Chen et al., 2024, https://arxiv.org/abs/2405.14953, Sec. 4 (Mallows-phi-DPO).
   """
   entropy_GK = ref.entropy_GK / jnp.maximum(policy.tokens_GK, 1.0)
-  phi_G = -scale * jnp.log(jnp.clip(jnp.mean(entropy_GK[:, :2], axis=1), 1e-6, 1.0))
+  phi_G = -scale * jnp.log(jnp.clip(0.5 * (entropy_GK[:, 0] + entropy_GK[:, 1]), 1e-6, 1.0))
   score = lambda *stats: phi_G[:, None] * parts.log_ratio(*stats)
   out = compose.pairwise(policy, ref, labels, state=state, beta=beta, score=score)
   return dataclasses.replace(out, metrics={**out.metrics, 'dispersion': phi_G})
