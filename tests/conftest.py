@@ -1,11 +1,21 @@
 """What every test runs under: eight CPU devices, no implicit rank promotion, no network, no cache of the user's."""
 
+import atexit
 import os
+import shutil
+import tempfile
+
+# What one test or process compiled the others need not compile again: those of pytest, and those that tests start.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='jaxalign-compiled-')
+  atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
 # Before jax is imported. The TPU lines let tests compile for a TPU that is not there.
 os.environ.update(
     JAX_PLATFORMS='cpu',
     JAX_NUM_CPU_DEVICES='8',
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.2',
+    JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES='0',
     HF_HUB_OFFLINE='1',
     TPU_SKIP_MDS_QUERY='1',
     ALLOW_MULTIPLE_LIBTPU_LOAD='1',
