@@ -558,6 +558,18 @@ class TestState:
     np.testing.assert_allclose(np.exp(out.state), q, rtol=1e-5)
 
 
+class TestSingles:
+
+  @pytest.mark.parametrize('name', SINGLES)
+  def test_go_by_the_label_of_the_response_itself(self, name):
+    w = world(2)
+    policy, ref = w.stats()
+    desirable_GK = w.given()['desirable']
+    labels = {'desirable': desirable_GK.at[:, 1].set(1 - desirable_GK[:, 0])}
+    found = SINGLES[name][0](policy, ref, labels).per_item
+    np.testing.assert_array_equal(found[:6], w.run(SINGLES[name][0]).per_item[:6])
+
+
 class TestTies:
 
   def test_of_scores_do_not_compete(self):
@@ -579,12 +591,13 @@ class TestTies:
 
 class TestShortLists:
 
+  @pytest.mark.parametrize('rest', [7.0, -7.0])
   @pytest.mark.parametrize('name', LISTS)
-  def test_are_as_if_there_were_no_more_places(self, name):
+  def test_are_as_if_there_were_no_more_places(self, name, rest):
     loss, _ = LISTS[name]
     w = world(3)
     policy, ref = w.stats()
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, 2)), constant_values=7.0)
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, 2)), constant_values=rest)
     wide = lambda stats: stats.replace(
         **{field: pad(x) for field, x in vars(stats).items() if field.endswith('_GK') and x is not None}
     )
