@@ -97,10 +97,11 @@ def dr_dpo(policy, ref, labels, *, state=(), beta: float, beta_prime: float) -> 
 
     loss = -beta' log mean exp(log sigmoid(beta h) / beta')
 
-  the mean over the step's pairs. beta' -> infinity is DPO; the paper uses 1. log 2 at the reference.
+  the mean over the step's pairs. beta' -> infinity is DPO; the paper uses 1. log 2 at the reference. Of a pair that is
+  labelled either way the margin stays finite where beta' > 1: beta h = beta' / (beta' - 1) log p / (1 - p).
 
   References:
-    Wu et al., 2024, https://arxiv.org/abs/2407.07880.
+    Wu et al., 2024, https://arxiv.org/abs/2407.07880, derived from its definition.
   """
   out = compose.pairwise(policy, ref, labels, state=state, beta=beta)
   valid_G = policy.valid_G
@@ -118,7 +119,7 @@ def group_robust(policy, ref, labels, *, state=(), beta: float, groups: int, rat
   carries no gradient; `rate` 0 keeps it so.
 
   References:
-    Ramesh et al., 2024, https://arxiv.org/abs/2405.20304, Alg. 1.
+    Ramesh et al., 2024, https://arxiv.org/abs/2405.20304, Alg. 1, derived from its definition.
   """
   out = compose.pairwise(policy, ref, labels, state=state, beta=beta)
   log_q = state if isinstance(state, jax.Array) else jnp.zeros(groups)

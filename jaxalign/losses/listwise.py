@@ -24,7 +24,7 @@ def dpo_pl(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
   Responses of equal score do not compete. log K! at the reference; for K = 2 it is DPO.
 
   References:
-    Rafailov et al., 2023, https://arxiv.org/abs/2305.18290, App. A.3.
+    Rafailov et al., 2023, https://arxiv.org/abs/2305.18290, App. A.3, derived from its definition.
   """
   v_GK = beta * parts.log_ratio(policy, ref, labels)
   return _out(policy, labels, v_GK, plackett_luce(v_GK, labels['score'], policy.valid_GK), state)
@@ -52,7 +52,8 @@ def lipo_lambda(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
   Scores are to be of the order of 1. The paper uses beta 0.05 and K 8.
 
   References:
-    Liu et al., 2024, https://arxiv.org/abs/2402.01878.
+    Liu et al., 2024, https://arxiv.org/abs/2402.01878, derived from its definition; the log is natural here, another
+    base scales the loss.
   """
   v_GK = beta * parts.log_ratio(policy, ref, labels)
   fixed_GK = jnp.where(policy.valid_GK > 0, jax.lax.stop_gradient(v_GK), _NEVER)
@@ -173,7 +174,7 @@ def dro(policy, ref, labels, *, state=(), tau: float) -> types.LossOut:
   Its optimum over all responses is ref e^(r / tau) / Z. The paper trains a value network, on one response a prompt.
 
   References:
-    Richemond et al., 2024, https://arxiv.org/abs/2405.19107, Eq. 5.
+    Richemond et al., 2024, https://arxiv.org/abs/2405.19107, Eq. 5, derived from its definition.
   """
   z_GK, valid_GK = parts.log_ratio(policy, ref, labels), policy.valid_GK
   count_G1 = jnp.maximum(jnp.sum(valid_GK, axis=1, keepdims=True), 1.0)

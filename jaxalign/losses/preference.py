@@ -122,13 +122,13 @@ def rso(policy, ref, labels, *, state=(), gamma: float) -> types.LossOut:
   The paper's gamma is 0.05; its other loss is `hinge`. On pairs that were not drawn so it is `dpo` with beta = gamma.
 
   References:
-    Liu et al., 2023, https://arxiv.org/abs/2309.06657.
+    Liu et al., 2023, https://arxiv.org/abs/2309.06657, derived from its definition.
   """
   return compose.pairwise(policy, ref, labels, state=state, beta=gamma)
 
 
 def gpo(policy, ref, labels, *, state=(), beta: float, link: parts.Link) -> types.LossOut:
-  """Generalized Preference Optimization: any convex link.
+  """Generalized Preference Optimization: any link, convex as all here but `parts.savage`.
 
     loss = link(beta h)
 
@@ -136,7 +136,7 @@ def gpo(policy, ref, labels, *, state=(), beta: float, link: parts.Link) -> type
   `parts.exponential_loss`, `parts.truncated_quadratic` and `parts.savage`.
 
   References:
-    Tang et al., 2024, https://arxiv.org/abs/2402.05749, Table 1.
+    Tang et al., 2024, https://arxiv.org/abs/2402.05749, Table 1, derived from its definition.
   """
   return compose.pairwise(policy, ref, labels, state=state, beta=beta, link=link)
 

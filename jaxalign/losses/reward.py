@@ -79,7 +79,8 @@ def length_debiased(
 
     loss = -log sigmoid(r_w - r_l) + penalty * corr(r_w - r_l, n_w - n_l)^2
 
-  the correlation being that of the step's pairs. It is ODIN's penalty without its second head.
+  the correlation being that of the step's pairs. ODIN has a second head for length, and penalises the absolute
+  correlation of rewards and lengths over responses; differences within pairs leave out what prompts have in common.
 
   Args:
     policy: reads `rewards_GK`, `tokens_GK` and `valid_G`; K = 2, chosen first.
@@ -125,7 +126,8 @@ def all_pairs(
     `per_item` is `[G]`.
 
   References:
-    Ouyang et al., 2022 (InstructGPT), https://arxiv.org/abs/2203.02155, Eq. 1.
+    Ouyang et al., 2022 (InstructGPT), https://arxiv.org/abs/2203.02155, Eq. 1, derived from its definition: it
+    divides by all pairs, here ties do not count.
   """
   del ref
   better_GKK = listwise.better(labels, policy).astype(jnp.float32)
@@ -153,7 +155,7 @@ def plackett_luce(
     `per_item` is `[G]`.
 
   References:
-    Zhu et al., 2023, https://arxiv.org/abs/2301.11270, Sec. 4.
+    Zhu et al., 2023, https://arxiv.org/abs/2301.11270, Sec. 4, derived from its definition.
   """
   del ref
   loss_G = listwise.plackett_luce(policy.rewards_GK, labels['score'], policy.valid_GK)
@@ -209,7 +211,7 @@ def correctness(
     `per_item` is `[G]`.
 
   References:
-    Cobbe et al., 2021, https://arxiv.org/abs/2110.14168, Sec. 4, at the last token alone.
+    Cobbe et al., 2021, https://arxiv.org/abs/2110.14168, Sec. 4, derived from its definition, at the last token alone.
   """
   del ref
   reward_G, right_G = policy.rewards_GK[:, 0], labels['desirable'][:, 0]

@@ -67,7 +67,8 @@ def modpo(policy, ref, labels, *, state=(), beta: float, weight: float) -> types
   the other rewards by weights that sum to 1. weight = 1 is DPO.
 
   References:
-    Zhou et al., 2023, https://arxiv.org/abs/2310.03708.
+    Zhou et al., 2023, https://arxiv.org/abs/2310.03708, derived from its definition: over all pairs, the others being
+    `score`, its optimum is ref e^((weight r + (1 - weight) score) / beta) / Z.
   """
   others = lambda policy, ref, labels, z_GK: (labels['score'][:, 0] - labels['score'][:, 1]) * (1 - weight) / weight
   return compose.pairwise(policy, ref, labels, state=state, beta=beta / weight, offset=others)
@@ -105,10 +106,11 @@ def tis_dpo(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
     loss = -log sigmoid(beta [sum_t w_t r_t (chosen) - sum_t w_t r_t (rejected)])
 
   Where the weights come from (the paper contrasts two models) is the data's affair; 1 everywhere is DPO, and 0 outside
-  some spans compares these spans alone.
+  some spans compares these spans alone. The paper also subtracts a difference of sequential KLs, as TDPO does, which
+  is left out here (from memory).
 
   References:
-    Liu et al., 2024, https://arxiv.org/abs/2410.04350.
+    Liu et al., 2024, https://arxiv.org/abs/2410.04350, derived from its definition.
   """
   return compose.pairwise(policy, ref, labels, state=state, beta=beta, score=parts.weighted_log_ratio)
 

@@ -171,7 +171,7 @@ def class_weighted(
     `per_item` is `[B, T]`.
 
   References:
-    Wang et al., 2023 (OpenChat), https://arxiv.org/abs/2309.11235.
+    Wang et al., 2023 (OpenChat), https://arxiv.org/abs/2309.11235, derived from its definition.
   """
   del ref
   desirable_BT = masked.to_tokens(labels['desirable'], policy.rows)

@@ -406,6 +406,127 @@ class TestLaws:
     np.testing.assert_allclose(w.run(PAIRS[name][0]).per_item, np.log(2), atol=1e-6)
 
 
+# What each calls the reward of a response.
+REWARDS = {
+    'dpo': lambda w: 0.3 * w.z,
+    'ipo': lambda w: 0.2 * w.z,
+    'modpo': lambda w: 0.3 / 0.6 * w.z,
+    'sigmoid_norm': lambda w: 5 * w.z / w.n,
+    'f_dpo_forward_kl': lambda w: 0.3 * w.z,
+    'apo_zero': lambda w: 0.3 * w.z,
+    'apo_down': lambda w: 0.3 * w.z,
+    'sppo_hard': lambda w: 0.25 * w.z,
+    'cal_dpo': lambda w: w.z,
+    'ld_dpo': lambda w: 0.3 * tail(w, 0.5),
+    'mpo': lambda w: 0.3 * w.z,
+    'simpo': lambda w: 2 * w.a,
+    'cpo': lambda w: 0.1 * w.s,
+    'aot': lambda w: 0.3 * w.z,
+    'aot_unpaired': lambda w: 0.3 * w.z,
+    'dr_dpo': lambda w: 0.3 * w.z,
+    'dpo_pl': lambda w: 0.3 * w.z,
+    'rrhf': lambda w: w.a,
+    'lire': lambda w: w.s,
+    'dro': lambda w: 0.3 * w.z,
+    'kto': lambda w: 0.3 * w.z,
+    'apo_zero_unpaired': lambda w: 0.3 * w.z,
+    'bco': lambda w: 0.3 * w.z,
+    'npo': lambda w: 0.3 * w.z,
+}
+
+
+def concordance(reward, score):
+  """Of one list."""
+  pairs = [(i, j) for i, j in itertools.permutations(range(len(score)), 2) if score[i] > score[j]]
+  return np.mean([reward[i] > reward[j] for i, j in pairs])
+
+
+class TestMetrics:
+
+  @pytest.mark.parametrize('name', sorted(REWARDS.keys() & PAIRS.keys()))
+  def test_of_pairs_are_rewards_margins_and_log_probabilities(self, name):
+    w = world(2)
+    metrics, r = w.run(PAIRS[name][0]).metrics, REWARDS[name](w)
+    wanted = {
+        'rewards/chosen': r[:, 0],
+        'rewards/rejected': r[:, 1],
+        'rewards/margins': gap(r),
+        'rewards/accuracies': gap(r) > 0,
+        'logps/chosen': w.s[:, 0],
+        'logps/rejected': w.s[:, 1],
+    }
+    for key, x in wanted.items():
+      np.testing.assert_allclose(metrics[key][: len(r)], x, rtol=2e-5, atol=2e-5, err_msg=key)
+
+  @pytest.mark.parametrize('name', sorted(REWARDS.keys() & LISTS.keys()))
+  def test_of_lists_are_how_many_pairs_are_in_order_and_the_best_response(self, name):
+    w = world(4)
+    metrics, r = w.run(LISTS[name][0]).metrics, REWARDS[name](w)
+    wanted = {
+        'rewards/accuracies': [concordance(*one) for one in zip(r, w.score)],
+        'rewards/best': best(w, r),
+        'logps/best': best(w, w.s),
+    }
+    for key, x in wanted.items():
+      np.testing.assert_allclose(metrics[key][: len(r)], x, rtol=2e-5, atol=2e-5, err_msg=key)
+
+  @pytest.mark.parametrize('name', sorted(SINGLES))
+  def test_of_single_responses_are_means_over_desirable_and_undesirable_ones(self, name):
+    w = world(2)
+    metrics, r, up = w.run(SINGLES[name][0]).metrics, REWARDS[name](w)[:, 0], w.desirable > 0
+    wanted = {
+        'rewards/chosen': r[up],
+        'rewards/rejected': r[~up],
+        'logps/chosen': w.s[up, 0],
+        'logps/rejected': w.s[~up, 0],
+    }
+    for key, x in wanted.items():
+      found = metrics[key]
+      np.testing.assert_allclose(np.sum(found.sum[: len(r)]), x.sum(), rtol=2e-5, err_msg=key)
+      assert np.sum(found.weight[: len(r)]) == len(x) > 0
+    np.testing.assert_array_equal(metrics['rewards/accuracies'][: len(r)], (r > 0) == up)
+
+
+def bent(x):
+  return sig(x) * sig(-x)
+
+
+class TestWithoutGradient:
+  """Of what a loss measures of the step or of a pair no gradient flows: derivatives by hand."""
+
+  def test_is_the_anchor_of_kto(self):
+    w = world(2)
+    x = 0.3 * (w.z[:, 0] - max(0.0, w.z[:, 1].mean()))
+    wanted = np.stack([0.3 * bent(x) * either(w, -1.5, 0.5), np.zeros(6)], axis=1)
+    np.testing.assert_allclose(w.slopes(SINGLES['kto'][0]), wanted, rtol=1e-4, atol=1e-6)
+
+  def test_is_the_shift_of_bco(self):
+    w = world(2)
+    wanted = 0.3 * (sig(0.3 * (w.z[:, 0] - w.z[:, 0].mean())) - w.desirable)
+    np.testing.assert_allclose(w.slopes(SINGLES['bco'][0])[:, 0], wanted, rtol=1e-4, atol=1e-6)
+
+  def test_are_beta_and_the_choice_of_pairs_of_beta_dpo(self):
+    first, w = world(2, 0), world(2, 1)
+    loss = _of(batchwise.beta_dpo, beta=0.3, alpha=0.6, keep=1.0)
+    state = first.run(loss).state
+    beta = float(w.run(loss, state=state).metrics['beta'][0])
+    assert abs(beta - 0.3) > 0.01
+    np.testing.assert_allclose(w.slopes(loss, state=state)[:, 0], -beta * sig(-beta * w.h), rtol=1e-4, atol=1e-6)
+
+  def test_are_the_weights_of_groups(self):
+    w = world(2)
+    loss, group = sp(-0.3 * w.h), w.labels['group'][:6, 0]
+    means = np.array([loss[group == g].mean() for g in range(3)])
+    q = np.exp(0.7 * means) / np.exp(0.7 * means).sum()
+    share = np.array([6 * q[int(g)] / (group == g).sum() for g in group])
+    np.testing.assert_allclose(w.slopes(PAIRS['group_robust'][0])[:, 0], -0.3 * share * sig(-0.3 * w.h), rtol=1e-4)
+
+  def test_is_the_weight_of_wpo(self):
+    w = world(2)
+    wanted = -0.3 * on_policy(w) * sig(-0.3 * w.h)
+    np.testing.assert_allclose(w.slopes(PAIRS['wpo_unclamped'][0])[:, 0], wanted, rtol=1e-4)
+
+
 class TestState:
 
   def test_of_bco_is_the_mean_over_all_responses_so_far(self):

@@ -235,6 +235,8 @@ class TestCorrectness:
     )
     np.testing.assert_allclose(out.per_item, [0.126928011, 1.313261688, 0.693147181], rtol=1e-6)
     assert out.metrics['accuracy'].tolist() == [1, 0, 1]
+    # Squares of what is missing to the label: of sigmoid of 2, of -1, and of 0.
+    np.testing.assert_allclose(out.metrics['brier'], [0.014209, 0.534447, 0.25], rtol=1e-4)
 
 
 def _error_of_bins(confidence, right):
