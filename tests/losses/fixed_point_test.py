@@ -2,7 +2,8 @@
 
 Data come from a Bradley-Terry model of rewards r (`tree.pairs`, p_ij how often i beats j), from pairs without a
 response in common (`tree.matched`, where the margin of each is free), or from lists and single responses. Where only
-some responses are shown, the others can give up their probability, so that z of each is free.
+some responses are shown, the others can give up their probability, so that z of each is free. A reference that follows
+the policy has no fixed point: what is checked is where training ends between two of its moves.
 
 In the derivations x is the argument of a loss's link f, of which p f(x) + (1 - p) f(-x) is least for a pair that is
 labelled either way; h, z, s, a and n are those of the losses' docstrings; P_i is the share of the others that i beats.
@@ -10,6 +11,7 @@ labelled either way; h, z, s, a and n are those of the losses' docstrings; P_i i
 
 from collections.abc import Callable
 import functools
+import itertools
 import re
 from typing import Any
 from typing import NamedTuple
@@ -38,13 +40,17 @@ sig, logit = tree.sig, tree.logit
 
 
 class Case(NamedTuple):
-  """Why, the loss, its data, what of the trained policy (or of its rewards) is to be what, and how nearly."""
+  """Why, the loss, its data, what of the trained policy (or of its rewards) is to be what, how nearly, and moves.
+
+  `follows` has a share of the policy for each time that the reference moves, see `tree.trained`.
+  """
 
   why: str
   loss: Callable
   data: tree.Data
   check: Callable[[Any], tuple]
   atol: float = 3e-3
+  follows: tuple[float, ...] = ()
 
 
 def tilted(x):
@@ -79,6 +85,42 @@ def balanced(pull):
   return lambda policy: (policy.pi, pull(policy) / pull(policy).sum(axis=1, keepdims=True))
 
 
+def moved(policy, alpha=1.0):
+  """z + alpha D of every response."""
+  return policy.z + alpha * tree.expected(policy.ref, policy.ref_tokens - policy.tokens).sum(axis=2)
+
+
+def held(policy, beta, alpha):
+  """How far D of rejected responses pulls up each response, where those that are chosen are held."""
+  lost = (WINS * sig(-beta * outer(moved(policy, alpha)))).sum(axis=1) - 0.25
+  (first, second), (ref_first, ref_second) = (np.exp(np.moveaxis(x, 2, 0)) for x in (policy.tokens, policy.ref_tokens))
+  of_first = lost.sum(axis=1, keepdims=True) * (ref_first - first) * second
+  return beta * alpha * (of_first + (lost @ tree.ALIKE) * (ref_second - second))
+
+
+def rivalry(policy, up, down):
+  """First and second tokens, and what is to become of them, where responses are wanted `up`, and unwanted `down`.
+
+  The rival of a second token is the other one, so that a response has what it is wanted and the other is unwanted. Of
+  first tokens it is the likeliest other, and what pulls each is in proportion to its probability.
+  """
+  first, wanted, unwanted = (x[:, [0, 1, 2, 4]] for x in (policy.tokens[..., 0], up @ tree.ALIKE, down @ tree.ALIKE))
+  *_, second_best, best = np.argsort(first, axis=1).T[..., None]
+  rival = np.where(np.arange(4) == best, second_best, best)
+  push = unwanted * sig(first - np.take_along_axis(first, rival, axis=1))
+  pull = wanted - push
+  np.add.at(pull, (np.arange(len(pull))[:, None], rival), push)
+  other = [3, 2, 5, 4]
+  second = (up[:, 2:] + down[:, other]) / (up + down)[:, [[2, 3], [2, 3], [4, 5], [4, 5]]].sum(axis=2)
+  return np.exp([first, policy.tokens[:, 2:, 1]]), [pull / wanted.sum(axis=1, keepdims=True), second]
+
+
+def gated(policy, alpha, gate_margin, temperature):
+  """The same of pairs whose gate closes."""
+  gate = WINS * sig((gate_margin - outer(policy.s)) / temperature) * (1 - np.eye(tree.RESPONSES))
+  return rivalry(policy, gate.sum(axis=2), alpha * gate.sum(axis=1))
+
+
 def only(winners):
   """What is left to responses other than these."""
   return lambda policy: (np.where(winners, 0, policy.pi), 0)
@@ -110,6 +152,11 @@ def best_of(x):
   return x == x.max(axis=1, keepdims=True)
 
 
+# The reference's, a token's mean, as a share of log 4, of the matched pairs.
+_ENTROPY = -tree.expected(REF, tree.split(REF)).sum(axis=2) / N / np.log(4)
+ENTROPY_OF_BOTH = np.stack([_ENTROPY[:, list(both)].mean(axis=1) for both in tree.MATCHED], axis=1)
+# How much likelier a prompt is among desirable responses.
+RATIO = np.array([[0.5], [1.0], [2.5]])
 ALL, SOME, MATCHED = tree.pairs(), tree.pairs(SHOWN), tree.matched()
 TRIPLES = tree.pairs(gold=(2,))
 GOLD = 15 * (np.arange(tree.RESPONSES) == 2)  # of the weight of all pairs
@@ -256,6 +303,33 @@ case(
     lambda policy: (centred(0.5 * policy.z / N), centred(R)),
 )
 
+case(
+    'mallows_dpo',
+    'as dpo, with phi beta, phi = -scale log of the mean entropy of the reference on both, a share of log 4',
+    _of(shaped.mallows_dpo, beta=0.5, scale=0.8),
+    MATCHED,
+    lambda policy: (gap(policy.z), logit(P) / (0.5 * -0.8 * np.log(ENTROPY_OF_BOTH))),
+)
+
+# A reference that follows the policy: at its last move it is where DPO ended before.
+case(
+    'sdpo',
+    'three stages, each of which adds r / beta to log pi, up to a constant',
+    _of(preference.dpo, beta=1.0),
+    ALL,
+    tilted(3 * R),
+    follows=(1.0, 1.0),
+)
+case(
+    'tr_dpo',
+    'the reference has gained 0.6 r / beta twice, and the policy gains r / beta on it; logits are mixed, which is exact'
+    ' for responses that differ in one token',
+    _of(preference.dpo, beta=1.0),
+    ALL,
+    lambda policy: (policy.z[:, [0, 2, 4]] - policy.z[:, [1, 3, 5]], 2.2 * (R[:, [0, 2, 4]] - R[:, [1, 3, 5]])),
+    follows=(0.6, 0.6),
+)
+
 # Divergences: beta f'(pi / ref) is the reward, up to a constant.
 DIVERGES = "sigmoid(x) = p, so beta f'(pi / ref) is r up to a constant"
 case(
@@ -357,6 +431,23 @@ case(
     ),
 )
 
+TILT = tree.log_softmax(REF + R / 0.5)
+case(
+    'tdpo1',
+    'beta (z + D) is r up to a constant: D is the same behind one first token, and moves with the second ones alone,'
+    ' which are those of ref e^(r / beta) therefore; then pi = ref e^(r / beta - D) / Z',
+    _of(shaped.tdpo1, beta=0.5),
+    ALL,
+    tilted(R / 0.5 - tree.expected(REF, tree.split(REF) - tree.split(TILT))[..., 1]),
+)
+case(
+    'tdpo2',
+    'no closed form: pairs pull as far as the divergence of rejected responses, of first tokens too, pulls back',
+    _of(shaped.tdpo2, beta=0.5, alpha=0.6),
+    ALL,
+    lambda policy: (0.5 * pull(0.5 * outer(moved(policy, 0.6))), -held(policy, 0.5, 0.6)),
+)
+
 # Responses each for itself: z is free, as others give up their probability.
 case(
     'sppo_hard',
@@ -417,6 +508,13 @@ case(
     _of(unpaired.bco, beta=1.0, state=(np.float32(-0.3), np.float32(1e9))),
     tree.singles(),
     lambda policy: (shown(policy.z), logit(shown(SHARE)) - 0.3),
+)
+case(
+    'bco_udm',
+    'as bco; what is undesirable counts by the ratio: the share is q / (q + ratio (1 - q))',
+    _of(unpaired.bco, beta=1.0, weighted=True, state=(np.float32(-0.3), np.float32(1e9))),
+    tree.singles().labelled(density_ratio=RATIO[tree.singles().prompt]),
+    lambda policy: (shown(policy.z), logit(shown(SHARE)) - np.log(RATIO) - 0.3),
 )
 case(
     'npo',
@@ -505,6 +603,23 @@ case(
 )
 case('dro', 'r - tau z is the same for all', _of(listwise.dro, tau=0.5), tree.lists(), tilted(R / 0.5))
 case(
+    'dro_v',
+    'r - tau z is V: ref e^(r / tau) / Z, V = tau log Z',
+    _of(listwise.dro_v, tau=0.5),
+    tree.lists(),
+    lambda policy: (
+        np.column_stack([policy.s, policy.value]),
+        np.column_stack([tree.log_softmax(REF + R / 0.5), 0.5 * np.log(np.exp(REF + R / 0.5).sum(axis=1))]),
+    ),
+)
+case(
+    'd2o',
+    BALANCE + '; with a response rejected the five others rise, as much as beta is above alpha',
+    _of(listwise.d2o, beta=0.8, alpha=0.5),
+    tree.rejections(OFTEN),
+    lambda policy: (policy.pi, d2o(policy) / d2o(policy).sum(axis=1, keepdims=True)),
+)
+case(
     'dpo_pl',
     'the likelihood of a Plackett-Luce model of beta z, of data from one of r',
     _of(listwise.dpo_pl, beta=0.5),
@@ -544,6 +659,12 @@ case(
 )
 
 
+def d2o(policy):
+  others = (policy.z.sum(axis=1, keepdims=True) - policy.z) / 5
+  miss = OFTEN * sig(-(0.8 * others - 0.5 * policy.z))
+  return 0.8 * (miss.sum(axis=1, keepdims=True) - miss) / 5 - 0.5 * miss
+
+
 def pro(policy):
   pull = np.zeros_like(R)
   up = 2 * (P - sig(2 * gap(policy.a)))
@@ -564,6 +685,22 @@ def mode():
 # Tokens.
 EMPIRICAL = 'the likelihood of the data is greatest at their distribution'
 share = lambda x: x / x.sum(axis=1, keepdims=True)
+
+
+def reached(x):
+  """How likely the reference stays at or below each x."""
+  return (np.exp(REF)[:, None, :] * (x[:, None, :] <= x[:, :, None])).sum(axis=2)
+
+
+def best_of_draws(count):
+  """How often each response is the best of so many draws from the reference."""
+  often = np.zeros_like(R)
+  for draw in map(list, itertools.product(range(tree.RESPONSES), repeat=count)):
+    best = np.take(draw, R[:, draw].argmax(axis=1))
+    often[np.arange(len(R)), best] += np.exp(REF[:, draw].sum(axis=1))
+  return often
+
+
 case(
     'sft csft hindsight',
     EMPIRICAL,
@@ -572,11 +709,58 @@ case(
     lambda policy: (policy.pi, share(OFTEN)),
 )
 case(
+    'raft',
+    EMPIRICAL + ': the best of three draws from the reference is i where all reach no higher, but not all stay below',
+    supervised.cross_entropy,
+    tree.demonstrations(best_of_draws(3)),
+    lambda policy: (policy.pi, reached(R) ** 3 - (reached(R) - np.exp(REF)) ** 3),
+)
+case(
+    'rest',
+    EMPIRICAL + ': draws from the reference that reach the threshold, which is between rewards of each prompt',
+    supervised.cross_entropy,
+    tree.demonstrations(np.exp(REF) * (R > 0)),
+    lambda policy: (policy.pi, share(np.exp(REF) * (R > 0))),
+    atol=0.02,
+)
+case(
+    'generative_rm',
+    'the answers 0 and 1 have the odds of their frequencies, so the score is the log-odds of being good',
+    supervised.cross_entropy,
+    tree.demonstrations(np.pad(np.stack([SHARE[:, 0], 1 - SHARE[:, 0]], axis=1), ((0, 0), (0, 4)))),
+    lambda policy: (policy.s[:, 0] - policy.s[:, 1], logit(SHARE[:, 0])),
+)
+case(
+    'quark',
+    'each token is a mixture: behind what was said before, (frequency in the data + beta ref) / (1 + beta)',
+    _of(supervised.quark, beta=0.6),
+    tree.demonstrations(OFTEN),
+    lambda policy: (
+        np.exp(policy.tokens),
+        (np.exp(tree.split(np.log(share(OFTEN)))) + 0.6 * np.exp(policy.ref_tokens)) / 1.6,
+    ),
+)
+case(
     'c_rlft',
     EMPIRICAL + ', weighted',
     _of(supervised.class_weighted, undesirable_weight=0.1),
     tree.singles(among=range(6)),
     lambda policy: (policy.pi, share(SHARE + 0.1 * (1 - SHARE))),
+)
+RIVALS = 'rivals are drawn, unless there are but two tokens; here, as with `rivals` = 1, it is the likeliest other'
+case(
+    'cringe',
+    RIVALS,
+    _of(supervised.cringe, alpha=0.7),
+    tree.singles(among=range(6)),
+    lambda policy: rivalry(policy, SHARE, 0.7 * (1 - SHARE)),
+)
+case(
+    'pairwise_cringe',
+    RIVALS + '; as cringe, of gated pairs',
+    _of(shaped.pairwise_cringe, alpha=0.7, gate_margin=1.0, temperature=2.0),
+    ALL,
+    _of(gated, alpha=0.7, gate_margin=1.0, temperature=2.0),
 )
 case(
     'dft',
@@ -595,6 +779,9 @@ case(
 )
 
 # Reward models.
+KINDS = tree.RNG.dirichlet([4, 4, 4], R.shape)  # how often a response is of each class
+BOTH = np.transpose([*itertools.permutations(range(3), 2)])  # six texts of two responses
+HEADS = {reward.process: 2, reward.attributes: 2, reward.classification: 3}
 case(
     'rm',
     'sigmoid(r_i - r_j) = p, and centring makes the sum 0',
@@ -633,6 +820,29 @@ case(
     lambda found: (found[..., 0], R - 0.1),
 )
 case(
+    'rm_attributes',
+    'a mean of ratings, of which one of two on a response weighs half, and one alone whole',
+    _of(reward.attributes, attributes=('kind', 'terse')),
+    tree.demonstrations(np.ones((2, *R.shape))).labelled(
+        kind=np.reshape([R + 0.3, R - 0.6], (-1, 1)), terse=np.reshape([-R, np.full(R.shape, np.nan)], (-1, 1))
+    ),
+    lambda found: (found, np.stack([R + (0.5 * 0.3 - 0.6) / 1.5, -R], axis=2)),
+)
+case(
+    'rm_classes',
+    'the frequencies of classes',
+    reward.classification,
+    tree.demonstrations(np.moveaxis(KINDS, 2, 0)).labelled(**{'class': np.repeat(np.arange(3), R.size)[:, None]}),
+    lambda found: (np.exp(found) / np.exp(found).sum(axis=2, keepdims=True), KINDS),
+)
+case(
+    'preference_model',
+    'the log-odds of the first: r_i - r_j for each text of two, which changes its sign with their order',
+    reward.correctness,
+    tree.singles(WINS[:, *BOTH], among=range(6)),
+    lambda found: (found[..., 0], R[:, BOTH[0]] - R[:, BOTH[1]]),
+)
+case(
     'orm',
     'the log-odds of being right',
     reward.correctness,
@@ -649,12 +859,12 @@ case(
 
 
 @functools.cache
-def fitted(loss, data, steps=3000):
+def fitted(loss, data, steps=3000, follows=()):
   """The policy that a loss leads to, or the rewards."""
   function = getattr(loss, 'func', loss)
   if function.__module__ == reward.__name__:
-    return tree.scored(loss, data, steps, outputs=2 if function is reward.process else 1)
-  return tree.trained(loss, data, steps)
+    return tree.scored(loss, data, steps, outputs=HEADS.get(function, 1))
+  return tree.trained(loss, data, steps, follows)
 
 
 class TestFixedPoint:
@@ -662,7 +872,7 @@ class TestFixedPoint:
   @pytest.mark.parametrize('name', CASES)
   def test_is_what_theory_says(self, name):
     case = CASES[name]
-    found, wanted = case.check(fitted(case.loss, case.data))
+    found, wanted = case.check(fitted(case.loss, case.data, follows=case.follows))
     np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), atol=case.atol, rtol=0, err_msg=case.why)
 
   def test_is_given_for_every_algorithm(self):

@@ -1,10 +1,12 @@
 """A world that can be enumerated: six responses to each of three prompts, one or two tokens long.
 
 Responses 0 and 1 are the tokens 0 and 1; 2 to 5 are two tokens, 2 or 3 and then 0 or 1. A policy is a table of logits,
-so that a loss on all data, each as frequent as a model of preferences says, is exact, and so is its gradient.
+and of a value for each prompt, so that a loss on all data, each as frequent as a model of preferences says, is exact,
+and so is its gradient.
 """
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -12,13 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxalign import reference
 from jaxalign import types
 
 PROMPTS, RESPONSES = 3, 6
 N = np.array([1, 1, 2, 2, 2, 2], np.float64)
 RNG = np.random.default_rng(0)
-# Token 3 begins with most of the probability, so that the responses 0 to 3, if shown alone, may become likelier freely.
-REF_LOGITS = np.concatenate([RNG.normal(0, 0.3, (3, 4)) + [0, 0, 0, 2], RNG.normal(0, 0.5, (3, 4))], axis=1)
+# Logits of a first token, of a second one behind 2, and behind 3; the value of the prompt is last. Token 3 begins with
+# most of the probability, so that the responses 0 to 3, if shown alone, may become likelier freely.
+START = np.concatenate(
+    [RNG.normal(0, 0.3, (3, 4)) + [0, 0, 0, 2], RNG.normal(0, 0.5, (3, 4)), np.zeros((PROMPTS, 1))], axis=1
+)
+# Which responses begin alike.
+ALIKE = np.equal.outer([0, 1, 2, 2, 3, 3], [0, 1, 2, 2, 3, 3]).astype(np.float64)
 R = RNG.uniform(-0.8, 0.8, (PROMPTS, RESPONSES))
 SHOWN = (0, 1, 2, 3)
 # Pairs without a response in common, so that the margin of each is free, and how often in ten the first was chosen.
@@ -45,17 +53,45 @@ P = TENTHS / 10
 SHARE = RNG.uniform(0.25, 0.6, (PROMPTS, RESPONSES))
 
 
-def token_logps(logits):
-  """Log-probabilities `[P, R, 2]` of the responses' tokens, and log sum_v p_v^2 of each."""
-  first, second = jax.nn.log_softmax(logits[:, :4]), jax.nn.log_softmax(logits[:, 4:].reshape(-1, 2, 2))
+def split(s):
+  """Log-probabilities `[P, R, 2]` of the tokens of responses that have the log-probabilities `s` `[P, R]`."""
+  first = np.log(np.exp(s) @ ALIKE)
+  return np.stack([first, s - first], axis=2)
+
+
+def expected(s, x):
+  """The mean of x `[P, R, 2]` over the tokens that may stand in the place of each, by the distribution of `s`."""
+  first = np.sum(np.exp(s) * x[..., 0], axis=1, keepdims=True)
+  return np.stack([np.broadcast_to(first, s.shape), (np.exp(split(s)[..., 1]) * x[..., 1]) @ ALIKE], axis=2)
+
+
+def _of_tokens(logits, ref):
+  """What a model makes of the responses' tokens: statistics `[P, R, 2]` by name, 0 where there is no token.
+
+  They are log-probabilities, log sum_v p_v^2, the divergence KL(ref || policy), the entropy of the reference in shares
+  of log 4, and the log-probability of the likeliest other token.
+  """
+  shares = lambda x: (jax.nn.log_softmax(x[:, :4]), jax.nn.log_softmax(x[:, 4:8].reshape(-1, 2, 2)))
 
   def spread(of_first, of_second):
     short = jnp.stack([of_first[:, :2], jnp.zeros_like(of_first[:, :2])], axis=2)
     long = jnp.stack([jnp.broadcast_to(of_first[:, 2:, None], of_second.shape), of_second], axis=3)
     return jnp.concatenate([short, long.reshape(-1, 4, 2)], axis=1)
 
-  sharp = lambda x: jnp.broadcast_to(jax.nn.logsumexp(2 * x, axis=-1, keepdims=True), x.shape)
-  return spread(first, second), spread(sharp(first), sharp(second))
+  def rival(p):
+    best, second = jnp.split(jax.lax.top_k(p, 2)[0], 2, axis=-1)
+    return jnp.where(p == best, second, best)
+
+  # Of log-probabilities of the policy and the reference, in one place.
+  one = {
+      'logps': lambda p, q: p,
+      'sharpness': lambda p, q: jax.nn.logsumexp(2 * p, axis=-1, keepdims=True),
+      'kl': lambda p, q: jnp.sum(jnp.exp(q) * (q - p), axis=-1, keepdims=True),
+      'entropy': lambda p, q: -jnp.sum(jnp.exp(q) * q, axis=-1, keepdims=True) / np.log(4),
+      'rival': lambda p, q: rival(p),
+  }
+  places = list(zip(shares(logits), shares(ref)))
+  return {name: spread(*(jnp.broadcast_to(of(p, q), p.shape) for p, q in places)) for name, of in one.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,30 +165,44 @@ def ratings(often):
 
 
 def demonstrations(often):
-  """Every response, as often as `often` `[P, R]` says."""
-  return _data([(p, (i,), often[p, i]) for p in range(PROMPTS) for i in range(RESPONSES)])
+  """Every response, as often as `often` `[..., P, R]` says, in the order of that."""
+  return _data([(place[-2], place[-1:], x) for place, x in np.ndenumerate(often)])
 
 
-def _stats(logits, data):
+def rejections(often):
+  """Every response as often as `often` `[P, R]` says, all others behind it."""
+  everyone = range(RESPONSES)
+  return _data([(p, (i, *(j for j in everyone if j != i)), often[p, i]) for p in range(PROMPTS) for i in everyone])
+
+
+def _stats(logits, data, ref=START):
   G, K = data.which.shape
   pick = lambda x_PRT: x_PRT[data.prompt[:, None], data.which]
   mask = pick(np.broadcast_to(np.arange(2) < N[:, None], (PROMPTS, RESPONSES, 2)).astype(np.float32))
   flat = lambda x_GKT: x_GKT.reshape(G * K, 2)
-  logps, sharp = map(pick, token_logps(logits))
-  old = pick(token_logps(jnp.asarray(REF_LOGITS, jnp.float32))[0])
+  ref = jnp.asarray(ref, jnp.float32)
+  new, old = ({name: pick(x) for name, x in _of_tokens(x, ref).items()} for x in (logits, ref))
   place = np.indices((G, K)).reshape(2, -1, 1)
   rows = types.Rows(flat(mask), np.where(flat(mask) > 0, 0, -1), place[0], place[1], G, K)
   policy = types.Stats(
-      logps_BT=flat(logps),
+      logps_BT=flat(new['logps']),
       mask_BT=rows.mask_BT,
-      logps_GK=logps.sum(axis=2),
+      logps_GK=new['logps'].sum(axis=2),
       tokens_GK=jnp.asarray(mask.sum(axis=2)),
-      sharpness_GK=jax.lax.stop_gradient(sharp.sum(axis=2)),
+      sharpness_GK=jax.lax.stop_gradient(new['sharpness'].sum(axis=2)),
+      rival_logps_BT=flat(new['rival']),
+      values_GK=jnp.broadcast_to(logits[data.prompt, 8:], (G, K)),
       rows=rows,
       valid_GK=jnp.ones((G, K)),
       valid_G=jnp.ones(G),
   )
-  return policy, types.Stats(logps_BT=flat(old), logps_GK=old.sum(axis=2), logratios_GK=(logps - old).sum(axis=2))
+  return policy, types.Stats(
+      logps_BT=flat(old['logps']),
+      logps_GK=old['logps'].sum(axis=2),
+      logratios_GK=(new['logps'] - old['logps']).sum(axis=2),
+      kl_BT=flat(new['kl']),
+      entropy_GK=new['entropy'].sum(axis=2),
+  )
 
 
 def _mean(out, data):
@@ -182,10 +232,11 @@ def _minimum(total, start, steps):
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """What became of a policy: summed log-probabilities `[P, R]`, and the same under the reference, by token."""
+  """What became of a policy: log-probabilities of tokens `[P, R, 2]`, the same under the reference, and values `[P]`."""
 
   tokens: np.ndarray
   ref_tokens: np.ndarray
+  value: np.ndarray
 
   @property
   def s(self):
@@ -209,29 +260,38 @@ class Policy:
 
 
 def _policy(logits):
-  of = lambda x: np.asarray(token_logps(jnp.asarray(x, jnp.float32))[0], np.float64)
-  return Policy(of(logits), of(REF_LOGITS))
+  start = jnp.asarray(START, jnp.float32)
+  of = lambda x: np.asarray(_of_tokens(x, start)['logps'], np.float64)
+  return Policy(of(logits), of(start), np.asarray(logits[:, 8], np.float64))
 
 
-REF = _policy(REF_LOGITS).ref
+REF = _policy(jnp.asarray(START, jnp.float32)).ref
 
 
-def trained(loss, data, steps=3000) -> Policy:
-  """The policy that a loss on responses or tokens leads to from the reference."""
+def trained(loss, data, steps=3000, follows=()) -> Policy:
+  """The policy that a loss on responses or tokens leads to from the reference.
+
+  `follows` has a share of the policy for each time that the reference is moved and training goes on.
+  """
   labels = {name: jnp.asarray(x) for name, x in data.labels.items()}
-  total = lambda logits: _mean(loss(*_stats(logits, data), labels), data)
-  return _policy(_minimum(total, REF_LOGITS, steps))
+  total = lambda logits, ref: _mean(loss(*_stats(logits, data, ref), labels), data)
+  ref = jnp.asarray(START, jnp.float32)
+  logits = _minimum(functools.partial(total, ref=ref), ref, steps)
+  for alpha in follows:
+    ref = reference.Sync(every=1, alpha=alpha).moved(ref, logits, jnp.int32(1))
+    logits = _minimum(functools.partial(total, ref=ref), logits, steps)
+  return _policy(logits)
 
 
 def scored(loss, data, steps=3000, outputs=1):
   """The rewards `[P, R]` that a loss of reward models leads to from 0; with `outputs` those of a head, `[P, R, O]`."""
   labels = {name: jnp.asarray(x) for name, x in data.labels.items()}
-  policy, ref = _stats(jnp.asarray(REF_LOGITS, jnp.float32), data)
+  policy, ref = _stats(jnp.asarray(START, jnp.float32), data)
 
   def total(table):
     picked = table[data.prompt[:, None], data.which]
     per_token = jnp.broadcast_to(picked.reshape(-1, 1, outputs), (picked.size // outputs, 2, outputs))
-    scores = {'rewards_GK': picked[..., 0], 'scores_BTO': per_token}
+    scores = {'rewards_GK': picked[..., 0], 'outputs_GKO': picked, 'scores_BTO': per_token}
     return _mean(loss(policy.replace(**scores), ref, labels), data)
 
   return np.asarray(_minimum(total, np.zeros((PROMPTS, RESPONSES, outputs)), steps), np.float64)
