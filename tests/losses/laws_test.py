@@ -18,13 +18,32 @@ from jaxalign.losses import reference_free as free
 from jaxalign.losses import reward
 from jaxalign.losses import shaped
 from jaxalign.losses import supervised
+from jaxalign.losses import unpaired
 from tests.losses import methods_test as methods
 from tests.losses import world as world_lib
 
 _of = functools.partial
-LISTS = methods.LISTS
+# Losses that read whole distributions, rivals or values; their formulas are in `dense_test`.
+DENSE_PAIRS = {
+    'tdpo1': _of(shaped.tdpo1, beta=0.3),
+    'tdpo2': _of(shaped.tdpo2, beta=0.3, alpha=0.5),
+    'mallows_dpo': _of(shaped.mallows_dpo, beta=0.3, scale=1.0),
+    'pairwise_cringe': _of(shaped.pairwise_cringe, alpha=0.7, gate_margin=1.0, temperature=2.0),
+}
+D2O = _of(listwise.d2o, beta=0.3, alpha=0.2)
+LISTS = methods.LISTS | {'dro_v': (_of(listwise.dro_v, tau=0.3), None)}
 # chi-PO is flat beyond its clip.
-PAIRS = methods.PAIRS | {'chi_po': (_of(preference.chi_po, beta=0.8, max_reward=1e3), None)}
+PAIRS = (
+    methods.PAIRS
+    | {'chi_po': (_of(preference.chi_po, beta=0.8, max_reward=1e3), None)}
+    | {name: (loss, None) for name, loss in DENSE_PAIRS.items()}
+)
+ALL = {
+    **{name: (size, loss) for name, (size, loss, _) in methods.ALL.items()},
+    **{name: (2, loss) for name, loss in DENSE_PAIRS.items()},
+    'dro_v': (4, LISTS['dro_v'][0]),
+    'd2o': (4, D2O),
+}
 seeds = hypothesis.given(st.integers(0, 10**6))
 few = hypothesis.settings(max_examples=4)
 
@@ -42,15 +61,17 @@ def run(loss, w):
   return per_group(loss, *w.stats(), w.given(), len(w.policy))
 
 
-SHIFTED = {name: loss for name, (loss, _) in {**PAIRS, **LISTS}.items()}
+SHIFTED = {name: loss for name, (loss, _) in {**PAIRS, **LISTS, 'd2o': (D2O, None)}.items()}
 # Read z of each response for itself, or bent, or divided by its length, or sorted over groups.
 ABSOLUTE = {
     'f_dpo_forward_kl', 'f_dpo_jensen_shannon', 'f_dpo_alpha', 'chi_po', 'ipo_averaged', 'sigmoid_norm', 'apo_zero',
     'apo_down', 'nca_pair', 'bco_pair', 'sppo_hard', 'dpop', 'cal_dpo', 'mpo', 'nca', 'aot_unpaired',
+    'dro_v', 'd2o',
 }  # fmt: skip
 # Read no sums of log-ratios: tokens, or no reference.
 OTHERWISE = {
     'ld_dpo', 'tis_dpo', 'aot', 'simpo', 'alphapo', 'simper', 'cpo', 'orpo', 'slic_hf', 'rrhf', 'pro', 'lire',
+    'pairwise_cringe',
 }  # fmt: skip
 
 
@@ -60,9 +81,10 @@ class TestShift:
   @few
   @seeds
   def test_of_all_log_ratios_of_a_group_is_seen_by_those_that_take_each_for_itself(self, name, seed):
-    w = world(seed, size=4 if name in LISTS else 2)
+    w = world(seed, size=2 if name in PAIRS else 4)
     policy, ref = w.stats()
-    shift_G1 = jnp.asarray(np.random.default_rng(seed).uniform(0.5, 2, (6, 1)), jnp.float32)
+    # Down, as DPO-Positive sees only what is below the reference.
+    shift_G1 = jnp.asarray(np.random.default_rng(seed).uniform(-3, -2, (6, 1)), jnp.float32)
     moved = ref.replace(logratios_GK=ref.logratios_GK + shift_G1)
     here, there = (per_group(SHIFTED[name], policy, one, w.given()) for one in (ref, moved))
     if name in ABSOLUTE:
@@ -101,6 +123,10 @@ class TestShift:
     np.testing.assert_allclose(there, here, rtol=1e-4, atol=2e-5)
 
 
+# Their tokens stay where they are when groups change places.
+OF_TOKENS = {'ld_dpo', 'tis_dpo', 'tdpo1', 'tdpo2', 'pairwise_cringe'}
+
+
 class TestOrder:
 
   @pytest.mark.parametrize('name', LISTS)
@@ -118,9 +144,19 @@ class TestOrder:
     wanted = w.run(LISTS[name][0])
     np.testing.assert_allclose(found.per_item, wanted.per_item, rtol=1e-5, atol=1e-6)
     for metric, x in wanted.metrics.items():
+      x = x[:, order] if metric == 'values' else x
       np.testing.assert_allclose(found.metrics[metric], x, rtol=1e-5, atol=1e-6, err_msg=metric)
 
-  @pytest.mark.parametrize('name', sorted(PAIRS.keys() - {'ld_dpo', 'tis_dpo'}))
+  @few
+  @seeds
+  def test_of_samples_does_not_matter_to_d2o_but_which_response_is_rejected_does(self, seed):
+    w = world(seed, size=4)
+    policy, ref = w.stats()
+    turned = lambda order: D2O(policy, ref.replace(logratios_GK=ref.logratios_GK[:, order]), {}).per_item[:5]
+    np.testing.assert_allclose(turned(np.array([0, 3, 1, 2])), run(D2O, w), rtol=1e-5)
+    assert np.abs(turned(np.array([1, 0, 2, 3])) - run(D2O, w)).max() > 1e-3
+
+  @pytest.mark.parametrize('name', sorted(PAIRS.keys() - OF_TOKENS))
   def test_of_groups_does_not_matter(self, name):
     w = world(3)
     policy, ref = w.stats()
@@ -134,9 +170,9 @@ class TestOrder:
 
 class TestPacking:
 
-  @pytest.mark.parametrize('name', sorted(methods.ALL))
+  @pytest.mark.parametrize('name', sorted(ALL))
   def test_changes_no_loss_and_no_gradient(self, name):
-    size, loss, _ = methods.ALL[name]
+    size, loss = ALL[name]
     alone, packed = (world_lib.world(groups=5, size=size, seed=2, per_row=n, empty=n) for n in (1, 3))
     np.testing.assert_allclose(run(loss, packed), run(loss, alone), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(packed.slopes(loss), alone.slopes(loss), rtol=1e-4, atol=1e-6)
@@ -214,6 +250,49 @@ EQUAL = {
         ),
         PAIRS['mpo'][0],
     ),
+    'TDPO2 of alpha 1 has the value of TDPO1': (PAIRS['tdpo1'][0], _of(shaped.tdpo2, beta=0.3, alpha=1.0)),
+    'Mallows-DPO where every entropy is 1 / e is DPO': (
+        PAIRS['dpo'][0],
+        lambda policy, ref, labels: PAIRS['mallows_dpo'][0](
+            policy, ref.replace(entropy_GK=policy.tokens_GK / np.e), labels
+        ),
+    ),
+    'pairwise CRINGE with an open gate and no rivals is the likelihood of what is chosen': (
+        lambda policy, ref, labels: types.LossOut(-policy.logps_GK[:, 0], {}),
+        _of(shaped.pairwise_cringe, alpha=0.0, gate_margin=1e3, temperature=1.0),
+    ),
+    'D2O of one sample is DPO': (
+        PAIRS['dpo'][0],
+        lambda policy, ref, labels: listwise.d2o(
+            policy, ref.replace(logratios_GK=ref.logratios_GK[:, ::-1]), labels, beta=0.3, alpha=0.3
+        ),
+    ),
+    'DRO-V whose value is the mean of what is left is DRO': (
+        _of(listwise.dro, tau=0.3),
+        lambda policy, ref, labels: listwise.dro_v(
+            policy.replace(values_GK=_mean_of_both(labels['score'] - 0.3 * ref.logratios_GK)), ref, labels, tau=0.3
+        ),
+    ),
+    'BCO whose density ratios are 1 is BCO': (
+        _of(unpaired.bco, beta=0.3),
+        lambda policy, ref, labels: unpaired.bco(
+            policy, ref, labels | {'density_ratio': 1 + 0 * labels['score']}, beta=0.3, weighted=True
+        ),
+    ),
+    'a classifier of two classes is a model of right and wrong': (
+        lambda *args: reward.correctness(*_as_rewards(*args)),
+        lambda policy, ref, labels: reward.classification(
+            policy.replace(outputs_GKO=jnp.stack([0 * ref.logratios_GK, ref.logratios_GK], axis=2)),
+            ref,
+            labels | {'class': labels['desirable']},
+        ),
+    ),
+    'regression on one attribute is regression on ratings': (
+        lambda *args: reward.regression(*_as_rewards(*args)),
+        lambda policy, ref, labels: reward.attributes(
+            policy.replace(outputs_GKO=ref.logratios_GK[..., None]), ref, labels, attributes=('score',)
+        ),
+    ),
     'Plackett-Luce rewards of two are Bradley and Terry': (
         lambda *args: reward.bradley_terry(*_as_rewards(*args)),
         lambda *args: reward.plackett_luce(*_as_rewards(*args)),
@@ -236,6 +315,10 @@ def _scaled(out, by):
 def _lambda(score_GK):
   """LambdaLoss's weight of two, whose ranks are 1 and 2 in whatever order."""
   return jnp.abs(2 ** score_GK[:, 0] - 2 ** score_GK[:, 1]) * (1 / np.log(2) - 1 / np.log(3))
+
+
+def _mean_of_both(x_GK):
+  return jnp.broadcast_to(jnp.mean(x_GK, axis=1, keepdims=True), x_GK.shape)
 
 
 def _own_beta(policy, labels):
@@ -285,6 +368,8 @@ class TestEqual:
     for loss in (
         _of(supervised.unlikelihood, alpha=0.5),
         _of(supervised.class_weighted, undesirable_weight=0.1),
+        _of(supervised.cringe, alpha=0.5),
+        _of(supervised.quark, beta=0.0),
     ):
       np.testing.assert_allclose(loss(policy, ref, labels).per_item * policy.mask_BT, wanted, rtol=1e-6)
 

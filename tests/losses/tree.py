@@ -232,7 +232,7 @@ def _minimum(total, start, steps):
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """What became of a policy: log-probabilities of tokens `[P, R, 2]`, the same under the reference, and values `[P]`."""
+  """What became of a policy: tokens' log-probabilities `[P, R, 2]`, the same under the reference, and values `[P]`."""
 
   tokens: np.ndarray
   ref_tokens: np.ndarray

@@ -25,6 +25,8 @@ class World:
     policy_BT: the policy's in that batch.
     ref_BT: the reference's.
     weights_BT: the weights.
+    dense_BT: by name, random statistics of the tokens that only whole distributions give.
+    values_GK: random values of prompts.
   """
 
   policy: list
@@ -35,6 +37,8 @@ class World:
   policy_BT: np.ndarray
   ref_BT: np.ndarray
   weights_BT: np.ndarray
+  dense_BT: dict
+  values_GK: np.ndarray
 
   def _sum(self, of):
     return np.array([[np.sum(x, dtype=np.float64) for x in group] for group in of])
@@ -96,12 +100,18 @@ class World:
         logps_GK=sums(policy_BT),
         tokens_GK=sums(jnp.ones_like(policy_BT)),
         sharpness_GK=-0.3 * n_GK,
+        rival_logps_BT=jnp.asarray(self.dense_BT['rival']),
+        values_GK=jnp.asarray(self.values_GK),
         rows=rows,
         valid_GK=masked.valid(batch),
         valid_G=masked.valid_groups(batch),
     )
     ref = types.Stats(
-        logps_BT=jnp.asarray(self.ref_BT), logps_GK=sums(self.ref_BT), logratios_GK=sums(policy_BT - self.ref_BT)
+        logps_BT=jnp.asarray(self.ref_BT),
+        logps_GK=sums(self.ref_BT),
+        logratios_GK=sums(policy_BT - self.ref_BT),
+        kl_BT=jnp.asarray(self.dense_BT['kl']),
+        entropy_GK=sums(self.dense_BT['entropy']),
     )
     return policy, ref
 
@@ -138,11 +148,15 @@ def world(groups=5, size=2, seed=0, spread=0.5, same=False, empty=2, longest=6, 
   sequence = lambda g, k: (g, k, [1, 2], [3] * int(lengths[g][k]))
   rows = [[sequence(*x) for x in places[i : i + per_row]] for i in range(0, len(places), per_row)]
   batch = packed.micro_batch(rows, groups=groups + empty, size=size, length=10 * per_row)
-  arrays = [np.zeros(batch.mask_BT.shape, np.float32) for _ in range(3)]
+  own = np.random.default_rng(seed + 100)
+  ranges = {'kl': (0.01, 1.0), 'entropy': (0.01, 1.0), 'rival': (-3.0, -0.1)}
+  uniform = lambda low, high: [[own.uniform(low, high, n).astype(np.float32) for n in row] for row in lengths]
+  dense = {name: uniform(*bounds) for name, bounds in ranges.items()}
+  arrays = [np.zeros(batch.mask_BT.shape, np.float32) for _ in range(3 + len(dense))]
   for b, row in enumerate(rows):
     for rank, (g, k, _, _) in enumerate(row):
       where = (b, np.flatnonzero(batch.responses_BT[b] == rank))
-      for array, of in zip(arrays, (policy, ref, weights)):
+      for array, of in zip(arrays, (policy, ref, weights, *dense.values())):
         array[where] = of[g][k]
   pad = lambda x: np.concatenate([x, np.zeros((empty, size))])
   score = rng.uniform(0, 1, (groups, size))
@@ -154,4 +168,7 @@ def world(groups=5, size=2, seed=0, spread=0.5, same=False, empty=2, longest=6, 
       'desirable': np.repeat(rng.integers(0, 2, (groups, 1)), size, axis=1),
       'group': np.repeat(np.arange(groups)[:, None] % 3, size, axis=1),
   }
-  return World(policy, ref, weights, {name: pad(x) for name, x in labels.items()}, batch, *arrays)
+  labels = {name: pad(x) for name, x in labels.items()}
+  dense_BT = dict(zip(dense, arrays[3:]))
+  values_GK = own.normal(size=(groups + empty, size)).astype(np.float32)
+  return World(policy, ref, weights, labels, batch, *arrays[:3], dense_BT, values_GK)
