@@ -161,7 +161,7 @@ def load(spec: str, mesh: jax.sharding.Mesh, dtype: str | None = None) -> checkp
   """
   path = model_directory(spec)
   if is_checkpoint(path):
-    return checkpoint.writer(checkpoint.load(path, mesh))
+    return checkpoint.load(path, mesh)
   config, values = hf.read_config(path), hf.read_json(path / 'config.json')
   dtype = dtype or values.get('dtype') or values.get('torch_dtype') or 'float32'
   model = transformer.build(config, mesh, dtype=dtype, length=config.max_length)

@@ -122,7 +122,7 @@ def _prompts(
 
 
 def _policy(spec: str, mesh: jax.sharding.Mesh) -> checkpoint.Loaded:
-  loaded = recipe_lib.load(spec, mesh)
+  loaded = checkpoint.writer(recipe_lib.load(spec, mesh))
   if loaded.model.config.score_outputs:
     raise types.UsageError(f'{spec}: a reward model scores responses and writes none')
   return loaded

@@ -104,7 +104,7 @@ def _reading(job: recipe_lib.Job, loaded: checkpoint.Loaded, per: str, scored_fn
   head = functools.partial(forward.scores, model=loaded.model)
   if scored_fn is not None and per != 'response':
     raise types.UsageError(f'--per={per}: {job.model} judges whole responses')
-  if loaded.model.config.score_outputs:
+  if loaded.model.config.score_outputs and not loaded.run.get('writes'):
     if scored_fn is not None:
       return _Reading(head, scored_fn, _of_both_orders)
     return _Reading(head, functools.partial(scored.responses, per=per))

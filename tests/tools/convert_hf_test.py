@@ -1,5 +1,7 @@
 """The way from a trained checkpoint to a Hugging Face directory, from the command line."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -74,3 +76,24 @@ class TestMain:
     assert 'config.json: cannot be read' in capsys.readouterr().err
     with pytest.raises(SystemExit):
       convert_hf.main([f'--checkpoint={tmp_path}'])
+
+  def test_leaves_the_value_head_of_a_policy_behind(self, tmp_path, capsys):
+    records = [{'prompt': f'Tom {i}', 'completions': [' ran', ' sat down'], 'scores': [1.0, i / 8]} for i in range(8)]
+    (tmp_path / 'lists.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
+    data = (f'--data=jsonl:{tmp_path / "lists.jsonl"}', '--algo=dro_v', '--eval_data=')
+    args = runs.flags(tmp_path, tmp_path / 'run', *data, steps=2)
+    assert main.main([x for x in args if 'model=' not in x and 'linear' not in x]) == 0
+    assert checkpoint.load(tmp_path / 'run', sharding.make_mesh()).model.config.score_outputs == 1
+    assert convert_hf.main([f'--checkpoint={tmp_path / "run"}', f'--output={tmp_path / "out"}']) == 0
+    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['architectures'] == ['LlamaForCausalLM']
+    capsys.readouterr()
+    said = []
+    for model in (tmp_path / 'run', tmp_path / 'out'):
+      args = ('--mode=sample', f'--model={model}', '--prompt=Once', '--temperature=0', '--max_new_tokens=8')
+      assert main.main(['jaxalign', *args]) == 0
+      said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0].startswith('Once')
+    scored = (f'--model={tmp_path / "run"}', f'--data=jsonl:{tmp_path / "pairs.jsonl"}', '--per=token')
+    runs.write_pairs(tmp_path / 'pairs.jsonl', 1)
+    assert main.main(['jaxalign', '--mode=score', *scored]) == 0  # by implicit rewards, as that of any policy
+    assert any(x != 0 for x in json.loads(capsys.readouterr().out)['scores'][0])
