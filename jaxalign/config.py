@@ -48,6 +48,7 @@ from jaxalign.losses import batchwise
 from jaxalign.losses import compose
 from jaxalign.losses import listwise
 from jaxalign.losses import parts
+from jaxalign.losses import pointwise
 from jaxalign.losses import preference
 from jaxalign.losses import reference_free
 from jaxalign.losses import reward

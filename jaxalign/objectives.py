@@ -102,7 +102,7 @@ def _dense(dense, needs: tracing.Needs) -> tuple[str, ...]:
 
 
 def reward(*, model: transformer.Transformer, loss_fn: tracing.LossFn, needs: tracing.Needs) -> Objective:
-  """Objective of losses on the scores of whole responses (`losses.reward`): the weight counts groups.
+  """Objective of losses on scores of responses (`losses.reward`, `losses.pointwise`): the weight counts groups.
 
   The data marks one position per response, where the model has just read its last token; the head is read there.
   """
@@ -125,7 +125,7 @@ def reward(*, model: transformer.Transformer, loss_fn: tracing.LossFn, needs: tr
 
 
 def process(*, model: transformer.Transformer, loss_fn: tracing.LossFn, needs: tracing.Needs) -> Objective:
-  """Objective of losses on the scores of steps (`losses.reward.process`): the weight is the number of steps.
+  """Objective of losses on the scores of steps (`losses.pointwise.process`): the weight is the number of steps.
 
   The data marks the position where the model has just read a step's last token; the head is read there.
   """

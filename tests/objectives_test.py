@@ -13,6 +13,7 @@ from jaxalign import objectives
 from jaxalign import sharding
 from jaxalign import tracing
 from jaxalign import types
+from jaxalign.losses import pointwise
 from jaxalign.losses import preference
 from jaxalign.losses import reward
 from jaxalign.losses import supervised
@@ -236,8 +237,8 @@ class TestSeveralOutputs:
     last = np.roll(batch.mask_BT, -1, axis=1) < batch.mask_BT
     labels_BS = {'class': np.where(batch.group_BS == 1, 2.0, 1.0).astype(np.float32)}
     batch = dataclasses.replace(batch, mask_BT=last.astype(np.float32), labels_BS=labels_BS)
-    needs = tracing.trace(reward.classification, group_size=1, labels=('class',), outputs=3)
-    made = objectives.reward(model=self.MODEL, loss_fn=reward.classification, needs=needs)
+    needs = tracing.trace(pointwise.classification, group_size=1, labels=('class',), outputs=3)
+    made = objectives.reward(model=self.MODEL, loss_fn=pointwise.classification, needs=needs)
     return jax.jit(made.of_micro)(self.params(), {}, batch, KEY, ())
 
   @pytest.mark.parametrize('layout', [[[0], [1], [2]], [[2, 0, 1], []]], ids=['alone', 'one row and an empty one'])
@@ -272,7 +273,7 @@ class TestProcess:
     batch = TestReward().batch()
     right_BT = np.where(np.arange(batch.mask_BT.shape[1]) % 2, 1.0, 0.0) * batch.mask_BT
     batch = dataclasses.replace(batch, labels_BT={'step': right_BT.astype(np.float32)})
-    total, sums = run(objectives.process, batch, loss_fn=reward.process, params=params, model=model)
+    total, sums = run(objectives.process, batch, loss_fn=pointwise.process, params=params, model=model)
     losses = []
     for b, t in zip(*np.nonzero(batch.mask_BT)):
       first = t - int(batch.positions_BT[b, t])
@@ -300,7 +301,7 @@ class TestNeeds:
     assert find(DPO) == {'policy.logps_GK', 'ref.logratios_GK'}
     assert find(supervised.cross_entropy) == {'policy.logps_BT'}
     assert find(reward.bradley_terry) == {'policy.rewards_GK', 'labels.margin'}
-    assert find(reward.process, token_labels=('step',), outputs=2) == {'policy.scores_BTO', 'labels.step'}
+    assert find(pointwise.process, token_labels=('step',), outputs=2) == {'policy.scores_BTO', 'labels.step'}
 
   def test_name_a_label_whatever_a_wrapper_adds_to_errors(self):
     class Augmented(KeyError):

@@ -23,6 +23,7 @@ from jaxalign import catalog
 from jaxalign.losses import batchwise
 from jaxalign.losses import listwise
 from jaxalign.losses import parts
+from jaxalign.losses import pointwise
 from jaxalign.losses import preference
 from jaxalign.losses import reference_free as free
 from jaxalign.losses import reward
@@ -781,7 +782,7 @@ case(
 # Reward models.
 KINDS = tree.RNG.dirichlet([4, 4, 4], R.shape)  # how often a response is of each class
 BOTH = np.transpose([*itertools.permutations(range(3), 2)])  # six texts of two responses
-HEADS = {reward.process: 2, reward.attributes: 2, reward.classification: 3}
+HEADS = {pointwise.process: 2, pointwise.attributes: 2, pointwise.classification: 3}
 case(
     'rm',
     'sigmoid(r_i - r_j) = p, and centring makes the sum 0',
@@ -815,14 +816,14 @@ case(
 case(
     'rm_regression',
     'the mean rating',
-    reward.regression,
+    pointwise.regression,
     tree.ratings({0.8: 0.25, -0.4: 0.75}),
     lambda found: (found[..., 0], R - 0.1),
 )
 case(
     'rm_attributes',
     'a mean of ratings, of which one of two on a response weighs half, and one alone whole',
-    _of(reward.attributes, attributes=('kind', 'terse')),
+    _of(pointwise.attributes, attributes=('kind', 'terse')),
     tree.demonstrations(np.ones((2, *R.shape))).labelled(
         kind=np.reshape([R + 0.3, R - 0.6], (-1, 1)), terse=np.reshape([-R, np.full(R.shape, np.nan)], (-1, 1))
     ),
@@ -831,28 +832,28 @@ case(
 case(
     'rm_classes',
     'the frequencies of classes',
-    reward.classification,
+    pointwise.classification,
     tree.demonstrations(np.moveaxis(KINDS, 2, 0)).labelled(**{'class': np.repeat(np.arange(3), R.size)[:, None]}),
     lambda found: (np.exp(found) / np.exp(found).sum(axis=2, keepdims=True), KINDS),
 )
 case(
     'preference_model',
     'the log-odds of the first: r_i - r_j for each text of two, which changes its sign with their order',
-    reward.correctness,
+    pointwise.correctness,
     tree.singles(WINS[:, *BOTH], among=range(6)),
     lambda found: (found[..., 0], R[:, BOTH[0]] - R[:, BOTH[1]]),
 )
 case(
     'orm',
     'the log-odds of being right',
-    reward.correctness,
+    pointwise.correctness,
     tree.singles(),
     lambda found: (found[:, :4, 0], logit(shown(SHARE))),
 )
 case(
     'prm',
     'the log-odds of being right',
-    reward.process,
+    pointwise.process,
     tree.singles(),
     lambda found: (found[:, :4, 1] - found[:, :4, 0], logit(shown(SHARE))),
 )

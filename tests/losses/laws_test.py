@@ -13,6 +13,7 @@ from jaxalign import types
 from jaxalign.losses import batchwise
 from jaxalign.losses import listwise
 from jaxalign.losses import parts
+from jaxalign.losses import pointwise
 from jaxalign.losses import preference
 from jaxalign.losses import reference_free as free
 from jaxalign.losses import reward
@@ -280,16 +281,16 @@ EQUAL = {
         ),
     ),
     'a classifier of two classes is a model of right and wrong': (
-        lambda *args: reward.correctness(*_as_rewards(*args)),
-        lambda policy, ref, labels: reward.classification(
+        lambda *args: pointwise.correctness(*_as_rewards(*args)),
+        lambda policy, ref, labels: pointwise.classification(
             policy.replace(outputs_GKO=jnp.stack([0 * ref.logratios_GK, ref.logratios_GK], axis=2)),
             ref,
             labels | {'class': labels['desirable']},
         ),
     ),
     'regression on one attribute is regression on ratings': (
-        lambda *args: reward.regression(*_as_rewards(*args)),
-        lambda policy, ref, labels: reward.attributes(
+        lambda *args: pointwise.regression(*_as_rewards(*args)),
+        lambda policy, ref, labels: pointwise.attributes(
             policy.replace(outputs_GKO=ref.logratios_GK[..., None]), ref, labels, attributes=('score',)
         ),
     ),

@@ -7,6 +7,7 @@ import pytest
 
 from jaxalign import types
 from jaxalign.losses import parts
+from jaxalign.losses import pointwise
 from jaxalign.losses import reward
 
 
@@ -97,7 +98,7 @@ class TestProcess:
 
   def process(self, scores_BTO, right_BT):
     stats = types.Stats(scores_BTO=jnp.asarray(scores_BTO, jnp.float32))
-    return reward.process(stats, types.Stats(), {'step': jnp.asarray(right_BT, jnp.float32)})
+    return pointwise.process(stats, types.Stats(), {'step': jnp.asarray(right_BT, jnp.float32)})
 
   def test_is_the_cross_entropy_of_a_softmax_over_two_outputs(self):
     rng = np.random.default_rng(0)
@@ -171,9 +172,9 @@ class TestLists:
   def test_regression_is_the_mean_square(self):
     stats, labels, r, score, there = _lists()
     wanted = [np.mean([(r[g, k] - score[g, k]) ** 2 for k in ks]) for g, ks in enumerate(there)]
-    np.testing.assert_allclose(reward.regression(stats, types.Stats(), labels).per_item, wanted, rtol=1e-5)
+    np.testing.assert_allclose(pointwise.regression(stats, types.Stats(), labels).per_item, wanted, rtol=1e-5)
 
-  @pytest.mark.parametrize('loss', [reward.all_pairs, reward.plackett_luce, reward.regression])
+  @pytest.mark.parametrize('loss', [reward.all_pairs, reward.plackett_luce, pointwise.regression])
   def test_responses_that_are_not_there_get_no_gradient(self, loss):
     stats, labels, *_ = _lists()
     slope = jax.grad(lambda x: jnp.sum(loss(stats.replace(rewards_GK=x), types.Stats(), labels).per_item))
@@ -230,7 +231,7 @@ class TestCorrectness:
 
   def test_is_the_cross_entropy_of_right_and_wrong(self):
     rewards_GK, right_GK = np.array([[2.0], [-1.0], [0.0]], np.float32), np.array([[1.0], [1.0], [0.0]], np.float32)
-    out = reward.correctness(
+    out = pointwise.correctness(
         types.Stats(rewards_GK=jnp.asarray(rewards_GK)), types.Stats(), {'desirable': jnp.asarray(right_GK)}
     )
     np.testing.assert_allclose(out.per_item, [0.126928011, 1.313261688, 0.693147181], rtol=1e-6)
@@ -267,7 +268,7 @@ class TestCalibrationError:
     rng = np.random.default_rng(4)
     rewards_GK, right_GK = rng.normal(0, 2, (300, 1)).astype(np.float32), rng.integers(0, 2, (300, 1)).astype('f')
     stats = types.Stats(rewards_GK=jnp.asarray(rewards_GK))
-    out = reward.correctness(stats, types.Stats(), {'desirable': jnp.asarray(right_GK)})
+    out = pointwise.correctness(stats, types.Stats(), {'desirable': jnp.asarray(right_GK)})
     p = 1 / (1 + np.exp(-rewards_GK[:, 0].astype(np.float64)))
     wanted = _error_of_bins(np.maximum(p, 1 - p), ((p > 0.5) == (right_GK[:, 0] > 0.5)).astype(np.float64))
     assert _mean(out.metrics['ece']) == pytest.approx(wanted, abs=1e-5)
@@ -297,7 +298,7 @@ class TestAttributes:
   def run(self, outputs_GKO, ratings_GKO, valid_GK):
     stats = types.Stats(outputs_GKO=jnp.asarray(outputs_GKO), valid_GK=jnp.asarray(valid_GK))
     labels = {name: jnp.asarray(ratings_GKO[..., i]) for i, name in enumerate(self.NAMES)}
-    return reward.attributes(stats, types.Stats(), labels, attributes=self.NAMES)
+    return pointwise.attributes(stats, types.Stats(), labels, attributes=self.NAMES)
 
   def test_is_the_mean_square_over_the_ratings_that_there_are(self):
     x_GKO, y_GKO, valid_GK = _outputs()
@@ -324,7 +325,7 @@ class TestAttributes:
 
   def test_refuses_a_head_of_another_size(self):
     x_GKO, y_GKO, valid_GK = _outputs(outputs=4)
-    with pytest.raises(types.UsageError, match='score_outputs = 4, but reward.attributes.attributes names 3'):
+    with pytest.raises(types.UsageError, match='score_outputs = 4, but pointwise.attributes.attributes names 3'):
       self.run(x_GKO, y_GKO, valid_GK)
 
 
@@ -333,7 +334,7 @@ class TestClassification:
   def run(self, outputs_GO, class_G):
     stats = types.Stats(outputs_GKO=jnp.asarray(outputs_GO, jnp.float32)[:, None])
     labels = {'class': jnp.asarray(class_G, jnp.float32)[:, None]}
-    return reward.classification(stats, types.Stats(), labels)
+    return pointwise.classification(stats, types.Stats(), labels)
 
   def test_is_the_cross_entropy_with_accuracy_baseline_and_calibration(self):
     rng = np.random.default_rng(0)
