@@ -78,8 +78,7 @@ def length_debiased(
 
     loss = -log sigmoid(r_w - r_l) + penalty * corr(r_w - r_l, n_w - n_l)^2
 
-  the correlation being that of the step's pairs. ODIN has a second head for length, and penalises the absolute
-  correlation of rewards and lengths over responses; differences within pairs leave out what prompts have in common.
+  the correlation being that of the step's pairs. ODIN has a second head, and takes |corr| over single responses.
 
   Args:
     policy: reads `rewards_GK`, `tokens_GK` and `valid_G`; K = 2, chosen first.
@@ -125,8 +124,7 @@ def all_pairs(
     `per_item` is `[G]`.
 
   References:
-    Ouyang et al., 2022 (InstructGPT), https://arxiv.org/abs/2203.02155, Eq. 1, derived from its definition: it
-    divides by all pairs, here ties do not count.
+    Ouyang et al., 2022 (InstructGPT), https://arxiv.org/abs/2203.02155, Eq. 1, from its definition; ties do not count.
   """
   del ref
   better_GKK = listwise.better(labels, policy).astype(jnp.float32)
