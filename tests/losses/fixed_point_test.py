@@ -863,7 +863,7 @@ case(
 def fitted(loss, data, steps=3000, follows=()):
   """The policy that a loss leads to, or the rewards."""
   function = getattr(loss, 'func', loss)
-  if function.__module__ == reward.__name__:
+  if function.__module__ in (reward.__name__, pointwise.__name__):
     return tree.scored(loss, data, steps, outputs=HEADS.get(function, 1))
   return tree.trained(loss, data, steps, follows)
 
