@@ -7,6 +7,8 @@ import re
 from jaxalign import types
 
 ROOT = pathlib.Path(__file__).parent / 'gin_configs'
+# Where in tests/losses the losses of a module are tested, if not in methods_test.py.
+_TESTED_IN = {'supervised': 'supervised', 'reward': 'reward', 'pointwise': 'reward'}
 
 
 def algorithms(root: pathlib.Path = ROOT) -> dict[str, str]:
@@ -45,7 +47,7 @@ def table() -> str:
     content = (ROOT / f'{name}.gin').read_text(encoding='utf-8')
     module, function = re.findall(r'loss_fn = @(\w+)\.(\w+)', content)[0]
     surveys = re.search(r'^#   Surveys: (.*)$', content, re.MULTILINE)
-    test = f'{module if module in ("supervised", "reward") else "methods"}_test.py'
+    test = f'{_TESTED_IN.get(module, "methods")}_test.py'
     paper = f'[{link[0].rpartition("/")[2]}]({link[0]})' if link else ''
     rows.append(f'| `{name}` | {what} | {paper} | {surveys[1] if surveys else ""} | `{module}.{function}` | `{test}` |')
   return '\n'.join(rows) + '\n'

@@ -69,9 +69,12 @@ class Reference(NamedTuple):
   moving: types.PyTree
   fixed: types.PyTree
 
-  def kept(self) -> 'Reference':
-    """The same, with a copy of what training takes over: the step takes the buffers that it starts from."""
-    return self._replace(moving=jax.tree.map(jnp.copy, self.moving))
+  def kept(self, follows: bool) -> 'Reference':
+    """The same, with a copy of what training takes over, as the step takes the buffers that it starts from.
+
+    Of a reference that follows the policy there is none: it is in the state of the step.
+    """
+    return self._replace(moving=None if follows else jax.tree.map(jnp.copy, self.moving))
 
   def alone(self) -> 'Reference':
     """The same, sharing nothing with what is trained."""

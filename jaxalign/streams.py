@@ -82,6 +82,8 @@ def open_streams(
   held_sets = recipe_lib.open_data(job, recipe, tokenizer, job.eval_data) if job.eval_data else []
   needs = [_needs(recipe, data) for data in train_sets + held_sets][0]
   logging.info('the loss reads %s', ', '.join(sorted(needs.fields)))
+  if recipe.sync is not None and not needs.reference:
+    raise types.UsageError(f'recipe.Recipe.sync = {recipe.sync}: the loss reads no reference that could follow')
   live = needs.reference and (needs.live or recipe.sync is not None or recipe.reference == 'live')
   extra_of = lambda loader, records, specs: None
   if needs.reference and not live:

@@ -58,7 +58,7 @@ def train(
     base = _keep_base(job, store, ref) if streams.needs.reference or frozen else ''
     opt = optimizer(options.steps)
     follows = streams.live and recipe.sync is not None
-    live = reference.Reference.of(model, trained, frozen, follows=follows).kept() if streams.live else None
+    live = reference.Reference.of(model, trained, frozen, follows=follows).kept(follows) if streams.live else None
     state, data_state = _start(job, store, trained, opt, streams.needs.state, follows)
     evaluator = evaluate.Evaluator(job, recipe, model, tokenizer, streams, samples, counter, frozen, live)
     before = _before(job, evaluator, state)

@@ -60,7 +60,8 @@ class TestTable:
       assert (ROOT / 'gin_configs' / f'{name.strip("`")}.gin').is_file()
       module, function = loss.strip('`').split('.')
       assert f'\ndef {function}(' in (ROOT / 'jaxalign' / 'losses' / f'{module}.py').read_text()
-      assert (ROOT / 'tests' / 'losses' / test.strip('`')).is_file()
+      tested = (ROOT / 'tests' / 'losses' / test.strip('`')).read_text()
+      assert re.search(rf'\b(free|{module})\.{function}\b', tested), f'{loss} in {test}'
 
   def test_is_the_one_of_the_readme(self):
     assert f'<!-- jaxalign --list --markdown -->\n\n{catalog.table()}' in (ROOT / 'README.md').read_text()

@@ -14,6 +14,7 @@ from jaxalign import recipe as recipe_lib
 from jaxalign import reference
 from jaxalign import sharding
 from jaxalign import streams as streams_lib
+from jaxalign import types
 from jaxalign.data import examples
 from jaxalign.data import loader
 from jaxalign.losses import preference
@@ -98,6 +99,12 @@ class TestOpenStreams:
       assert np.asarray(one.ref_logps_BT)[np.asarray(one.mask_BT) > 0].max() < 0
       np.testing.assert_array_equal(one.inputs_BT, other.inputs_BT)
       assert other.ref_logps_BT is None
+
+  def test_refuses_a_reference_that_follows_where_the_loss_reads_none(self, job, tiny):
+    data = write(job.workdir.parent / 'texts.jsonl', [{'prompt': 'Once', 'completion': ' a cat'}] * 3)
+    recipe = dataclasses.replace(SFT, sync=reference.Sync(every=1, alpha=1.0))
+    with pytest.raises(types.UsageError, match='the loss reads no reference that could follow'):
+      open_streams(dataclasses.replace(job, data=data, eval_data=''), recipe, *tiny)
 
   def test_computes_no_reference_for_a_loss_that_reads_none(self, job, tiny):
     data = write(job.workdir.parent / 'texts.jsonl', [{'prompt': 'Once', 'completion': ' a cat'}] * 3)

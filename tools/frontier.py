@@ -46,6 +46,8 @@ _LEFT_OUT = {
     'csft',
     'c_rlft',
     'hindsight',
+    'quark',
+    'bco_udm',
 }
 
 

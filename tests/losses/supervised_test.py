@@ -1,5 +1,7 @@
 """Tests of the losses on demonstrations."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,3 +87,23 @@ class TestClassWeighted:
     )
     wanted = sum(-x[0].astype(np.float64).sum() * (1 if good else 0.1) for x, good in zip(w.policy, w.desirable))
     np.testing.assert_allclose((per_token_BT * w.batch.mask_BT).sum(), wanted, rtol=1e-5)
+
+
+class TestCringe:
+
+  def test_is_likelihood_where_desirable_and_loses_against_the_rival_elsewhere(self):
+    w = world_lib.world(groups=6, size=1)
+    out = w.run(functools.partial(supervised.cringe, alpha=0.6)).per_item
+    desirable = w.desirable
+    rival_BT = w.dense_BT['rival']
+    against_BT = np.where(rival_BT != 0, np.logaddexp(0, w.policy_BT.astype(np.float64) - rival_BT), 0.0)
+    wanted = np.where(desirable > 0.5, -w.s[:, 0], 0.6 * world_lib.sums(w, against_BT)[:, 0])
+    assert 0 < desirable.sum() < len(desirable)
+    np.testing.assert_allclose(world_lib.sums(w, np.asarray(out))[:, 0], wanted, rtol=1e-5)
+
+class TestQuark:
+
+  def test_is_likelihood_and_the_divergence_of_each_token(self):
+    w = world_lib.world(groups=6, size=1)
+    out = w.run(functools.partial(supervised.quark, beta=0.3)).per_item
+    np.testing.assert_allclose(out, -w.policy_BT.astype(np.float64) + 0.3 * w.dense_BT['kl'], rtol=1e-6)

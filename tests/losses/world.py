@@ -172,3 +172,12 @@ def world(groups=5, size=2, seed=0, spread=0.5, same=False, empty=2, longest=6, 
   dense_BT = dict(zip(dense, arrays[3:]))
   values_GK = own.normal(size=(groups + empty, size)).astype(np.float32)
   return World(policy, ref, weights, labels, batch, *arrays[:3], dense_BT, values_GK)
+
+
+def sums(w, x_BT):
+  """Of each response, in float64."""
+  batch, found = w.batch, np.zeros(w.s.shape)
+  for b, t in np.argwhere(np.asarray(batch.responses_BT) >= 0):
+    place = int(batch.responses_BT[b, t])
+    found[batch.group_BS[b, place], batch.slot_BS[b, place]] += np.float64(x_BT[b, t])
+  return found
