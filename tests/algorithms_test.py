@@ -3,7 +3,6 @@
 import json
 import math
 
-import jax
 import pytest
 
 from jaxalign import catalog
@@ -16,6 +15,7 @@ SAID = {
     'step_dpo': {'steps': [' He had a cat.']},
     'soft_dpo': {'probability': 0.75},
     'group_robust': {'group': 1},
+    'bco_udm': {'completion': ' ran away.', 'label': False, 'density_ratio': 1.0},
 }
 LOG_2 = math.log(2)
 # The loss before the first update, where the policy is its own reference and a new head is zero.
@@ -23,6 +23,7 @@ FIRST_LOSS = {
     **dict.fromkeys(('dpo', 'cdpo', 'robust', 'rso', 'chi_po', 'sigmoid_norm', 'dpop', 'margin_dpo', 'ld_dpo'), LOG_2),
     **dict.fromkeys(('f_dpo_forward_kl', 'f_dpo_jensen_shannon', 'f_dpo_alpha', 'aot', 'aot_unpaired', *SAID), LOG_2),
     **dict.fromkeys(('dr_dpo', 'beta_dpo', 'bco', 'rm', 'prm', 'orm', 'rm_all_pairs', 'rm_length_debiased'), LOG_2),
+    **dict.fromkeys(('tdpo1', 'tdpo2', 'mallows_dpo', 'tr_dpo', 'sdpo', 'd2o'), LOG_2),
     **dict.fromkeys(('ipo', 'ipo_averaged'), 25.0),
     **dict.fromkeys(('hinge', 'gpo_exponential', 'gpo_quadratic', 'apo_zero', 'apo_down'), 1.0),
     **dict.fromkeys(('kto', 'apo_zero_unpaired'), 0.5),
@@ -36,14 +37,6 @@ FIRST_LOSS = {
     'rm_classes': math.log(3),
     'preference_model': LOG_2,
 }
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_in_haste():
-  """Nothing here is timed, and most of the time goes into compiling."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.fixture(scope='module')
