@@ -161,7 +161,9 @@ def _rivals_local(output, among, axes, hidden, head, targets, uniform, mask):
     rows = jax.lax.dynamic_slice(index, (i * chunk,), (chunk,))
     target, u = (vocab.take(x.reshape(-1), rows) for x in (targets, uniform))
     logits = vocab.logits(axes, output, vocab.take(hidden, rows), head)
-    best, where = jax.lax.top_k(jnp.where(columns == target[:, None], vocab.MASKED_LOGIT, logits), among)
+    # No device has more of the likeliest than columns.
+    most = min(among, logits.shape[1])
+    best, where = jax.lax.top_k(jnp.where(columns == target[:, None], vocab.MASKED_LOGIT, logits), most)
     ids = jnp.take_along_axis(jnp.broadcast_to(columns, logits.shape), where, axis=1)
     if axes.vocab:
       best, ids = (jax.lax.all_gather(x, axes.vocab, axis=1, tiled=True) for x in (best, ids))

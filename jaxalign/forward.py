@@ -83,6 +83,8 @@ def targets_fn(
     `rival_logps` and, of the reference, `ref_logps`, `ref_entropy` and `ref_kl`.
   """
   reads = needs.fields.__contains__
+  if not 1 <= rivals < model.config.vocab_size:
+    raise types.UsageError(f'rivals = {rivals}: the model has {model.config.vocab_size} tokens, of which one is right')
 
   def stats(params, frozen, batch, key, ref=None):
     policy = lora.join(params, frozen)

@@ -223,9 +223,12 @@ def _source(job: Job, recipe: Recipe) -> tuple[architecture.Config, Callable[[tr
     config = hf.read_config(path)
     kept = lambda model: functools.partial(lora_lib.kept, lora=model.lora)
     return config, lambda model: hf_import.read_params(path, config, job.mesh, model.base_dtype, kept(model))
-  folder, _ = checkpoint.find(path)
-  config = architecture.Config.from_json(checkpoint.read_json(folder / 'run.json')['model'])
-  return config, lambda model: shrunk(checkpoint.merged(checkpoint.load(path, job.mesh)), model)
+  run = checkpoint.read_json(checkpoint.find(path)[0] / 'run.json')
+  config = architecture.Config.from_json(run['model'])
+  if run.get('writes'):
+    config = dataclasses.replace(config, score_outputs=0, score_bias=False)
+  load = lambda: checkpoint.merged(checkpoint.writer(checkpoint.load(path, job.mesh)))
+  return config, lambda model: shrunk(load(), model)
 
 
 def _open_adapter(job: Job, recipe: Recipe, config: architecture.Config) -> peft.Adapter | None:

@@ -51,9 +51,12 @@ class Sync:
       raise types.UsageError(f'{self}: every must be at least 1, alpha above 0 and at most 1')
 
   def moved(self, ref: types.PyTree, params: types.PyTree, step: types.Array) -> types.PyTree:
-    """The reference after `step` steps, of which the last led to `params`."""
+    """The reference of the next step after `step` steps, of which the last led to `params`.
+
+    It moves as a step begins, so that what is evaluated and saved after a step is what that was trained against.
+    """
     mixed = lambda: jax.tree.map(lambda r, p: (1 - self.alpha) * r + self.alpha * p, ref, params)
-    return jax.lax.cond(step % self.every == 0, mixed, lambda: ref)
+    return jax.lax.cond((step > 0) & (step % self.every == 0), mixed, lambda: ref)
 
 
 class Reference(NamedTuple):
@@ -92,7 +95,9 @@ class Reference(NamedTuple):
     """What `model` is before its first step; where it `follows` the policy, with adapters that change nothing yet."""
     if model.lora is None or model.lora.adapter or follows:
       return cls(transformer.without_dropout(model), trained, frozen)
-    return cls(transformer.without_adapters(model), {}, frozen)
+    # A head is trained, and no reference's is read.
+    config = dataclasses.replace(model.config, score_outputs=0, score_bias=False)
+    return cls(transformer.without_adapters(model).clone(config=config), {}, frozen)
 
 
 def checksum(params: types.PyTree) -> str:

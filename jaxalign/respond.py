@@ -74,8 +74,9 @@ def to_records(
     temperature: of sampling, 0 is greedy.
 
   Returns:
-    The records with a column `samples`, a list of texts, more. Where one of them was cut, `append_eos` is false, so
-    that no end is learned of the record. Records whose prompt leaves no room in the context are left out and counted.
+    The records with a column `samples`, a list of texts, more; a prompt that was said in a chat is then messages. Where
+    a sample was cut, `append_eos` is false, so that no end is learned of the record. Records whose prompt leaves no
+    room in the context are left out and counted.
 
   Raises:
     UsageError: the model is a reward model.
@@ -88,6 +89,8 @@ def to_records(
     drawn = _draw(loaded, ids, is_chat, per_prompt, max_new_tokens, temperature, job.seed)
   for index, record in enumerate(kept):
     own = drawn[index * per_prompt : (index + 1) * per_prompt]
+    if chat and isinstance(record['prompt'], str):
+      record['prompt'] = records.messages(record, 'prompt', 'user')
     record['samples'] = [loaded.tokenizer.decode(one.ids, continuation=not is_chat) for one in own]
     if not all(one.finished for one in own):
       record['append_eos'] = False

@@ -119,7 +119,7 @@ def make_step(
     good_steps = state.step - state.skipped
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch.inputs_BT.shape[0]))
-    ref = ref if sync is None else state.reference
+    ref = ref if sync is None else sync.moved(state.reference, state.params, state.step)
     grads, (weight, metrics, loss_state) = gradients(state, frozen, batch, keys, ref)
     grads = jax.tree.map(lambda g: g / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny), grads)
     norm = optax.tree.norm(grads)
@@ -130,9 +130,9 @@ def make_step(
     params, opt_state, loss_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
     in_row = (state.skipped_in_row + 1) * skipped
-    ref = () if sync is None else sync.moved(state.reference, params, state.step + 1)
+    followed = () if sync is None else ref
     counts = state.skipped + skipped, in_row
-    new_state = TrainState(state.step + 1, params, opt_state, loss_state, state.key, *counts, ref)
+    new_state = TrainState(state.step + 1, params, opt_state, loss_state, state.key, *counts, followed)
     gauges = {
         'grad_norm': norm,
         'learning_rate': jnp.asarray(optimizer.schedule(good_steps), jnp.float32),

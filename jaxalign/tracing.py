@@ -46,18 +46,27 @@ class Needs(NamedTuple):
     return 'policy.valid_G' in self.fields or bool(jax.tree.leaves(self.state))
 
 
-class _Recorder:
-  """Stands for an argument of a loss and writes down which of its fields are read."""
+# Fields of `types.Stats` that a reference alone has, and those that it has like the policy.
+_OF_REF = frozenset({'logratios_GK', 'kl_BT', 'entropy_GK'})
+_OF_BOTH = frozenset({'logps_BT', 'mask_BT', 'logps_GK', 'tokens_GK'})
 
-  def __init__(self, name: str, fields: Mapping[str, types.Array], needs: set[str]):
-    self._name, self._fields, self._needs = name, fields, needs
+
+class _Recorder:
+  """Stands for an argument of a loss and writes down which of its fields are read, and which are missing."""
+
+  def __init__(self, name: str, fields: Mapping[str, types.Array], needs: set[str], missing: list[str]):
+    self._name, self._fields, self._needs, self._missing = name, fields, needs, missing
 
   def __getattr__(self, field: str):
     if field not in self._fields:
-      raise AttributeError(f'{self._name} has no field {field!r}; there are {", ".join(self._fields)}')
+      self._missing.append(f'{self._name}.{field}, but {self._name} has {", ".join(self._fields)}')
+      raise AttributeError(field)
     return self[field]
 
   def __getitem__(self, field: str):
+    if field not in self._fields:
+      self._missing.append(f'the label {field!r}, but the data has only {", ".join(self._fields) or "none"}')
+      raise KeyError(field)
     self._needs.add(f'{self._name}.{field}')
     return self._fields[field]
 
@@ -77,12 +86,13 @@ def trace(
     group_size: K, responses per group in the data.
     labels: names of the labels that the data has of responses.
     token_labels: names of those that it has of tokens.
-    outputs: of the head that scores.
+    outputs: of the head that scores, 0 where there is none.
 
   Raises:
-    UsageError: the loss reads a label or a response that the data lacks.
+    UsageError: the loss reads a label or a response that the data lacks, or of a model what there is not.
   """
   found: set[str] = set()
+  missing: list[str] = []
   number = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   index = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   table, tokens = number(2, group_size), number(2, 4)
@@ -92,16 +102,21 @@ def trace(
   shapes['rows'] = types.Rows(tokens, index(2, 4), index(2, 2), index(2, 2), 2, group_size)
   given = dict.fromkeys(labels, table) | dict.fromkeys(token_labels, tokens)
 
+  of_policy = {name: x for name, x in shapes.items() if name not in _OF_REF}
+  of_ref = {name: x for name, x in shapes.items() if name in _OF_REF | _OF_BOTH}
+
   def run(policy, ref, given):
-    recorders = (_Recorder(*one, found) for one in (('policy', policy), ('ref', ref), ('labels', given)))
+    recorders = (_Recorder(*one, found, missing) for one in (('policy', policy), ('ref', ref), ('labels', given)))
     return loss_fn(*recorders, state=()).state
 
   try:
-    state = jax.eval_shape(run, shapes, shapes, given)
-  except KeyError as err:
-    raise types.UsageError(
-        f'the loss reads the label {err.args[0]!r}, but the data has only {", ".join(given) or "none"}'
-    ) from err
+    state = jax.eval_shape(run, of_policy, of_ref, given)
+  except (KeyError, AttributeError) as err:
+    if not missing:  # It is of the loss itself. What gin makes of an error does not tell the name.
+      raise
+    raise types.UsageError(f'the loss reads {missing[-1]}') from err
   except IndexError as err:
     raise types.UsageError(f'the loss reads more responses to a prompt than the {group_size} of the data') from err
+  if 'policy.values_GK' in found and not outputs:
+    raise types.UsageError('the loss reads policy.values_GK of a head: bind recipe.Recipe.score_outputs = 1')
   return Needs(frozenset(found), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state))

@@ -154,12 +154,12 @@ class TestSync:
     step = jax.jit(step_lib.make_step(objective, OPTIMIZER, sync))
     state = step_lib.init_state(PARAMS, OPTIMIZER.tx, 0, follows=True)
     wanted = PARAMS
-    for done in range(1, 5):
+    for done in range(1, 7):
+      if done in (3, 5):  # what the first two, and the next two, led to
+        wanted = jax.tree.map(lambda r, p: 0.75 * r + 0.25 * p, wanted, state.params)
       state, measured = step(state, {}, packed.stack(batch_of()))
       if done == 1:
         np.testing.assert_allclose(measured.means['loss'].mean(), np.log(2), rtol=1e-6)
-      if done % 2 == 0:
-        wanted = jax.tree.map(lambda r, p: 0.75 * r + 0.25 * p, wanted, state.params)
       jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), state.reference, wanted)
     assert not np.allclose(state.reference['embed'], PARAMS['embed'])
 
@@ -205,12 +205,14 @@ class TestRuns:
     params, ref = ended = arrays(workdir)
     assert any(not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(ref)))
     summary = json.loads((workdir / 'summary.json').read_text())
+    capsys.readouterr()
     elsewhere = ('--mesh=data:4,tensor:2', '--gin=evaluate.evaluate.samples = None')
     assert main.main(['jaxalign', '--mode=eval', f'--checkpoint={workdir}', *elsewhere]) == 0
     found = json.loads(capsys.readouterr().out)
     for name in ('eval/loss', 'eval/rewards/margins'):
       assert found[name] == pytest.approx(summary[name], rel=1e-3, abs=1e-5)
     shutil.rmtree(workdir / 'checkpoints' / '6')
+    (workdir / 'summary.json').unlink()
     assert main.main(flags) == 0
     runs.assert_same(arrays(workdir), ended)
 
@@ -221,3 +223,24 @@ class TestRuns:
     losses = [line['loss'] for line in runs.logged(workdir).values()]
     assert losses[0] == pytest.approx(np.log(2), rel=1e-6) and losses[2] != losses[0]
     assert not list((folder / 'cache').glob('ref-*'))
+
+  def test_of_adapters_and_a_value_head_have_a_reference_without_either(self, folder, capsys):
+    lists = [{'prompt': f'Tom {i}', 'completions': [' ran', ' sat'], 'scores': [1.0, i / 8]} for i in range(8)]
+    (folder / 'lists.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in lists))
+    given = (f'--data=jsonl:{folder / "lists.jsonl"}', f'--eval_data=jsonl:{folder / "lists.jsonl"}')
+    flags = runs.flags(folder, folder / 'dro_v', '--algo=dro_v', '--lora=rank:2', *given, steps=3)
+    assert main.main(flags) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    quiet = '--gin=evaluate.evaluate.samples = None'
+    assert main.main(['jaxalign', '--mode=eval', f'--checkpoint={folder / "dro_v"}', quiet]) == 0
+    summary = json.loads((folder / 'dro_v' / 'summary.json').read_text())
+    found = json.loads(capsys.readouterr().out)
+    assert found['eval/loss'] == pytest.approx(summary['eval/loss'], rel=1e-4)
+
+  def test_that_end_where_the_reference_moves_are_compared_with_what_they_were_trained_against(self, folder, capsys):
+    held = f'--eval_data=jsonl:{folder / "pairs.jsonl"}[:6]'
+    flags = runs.flags(folder, folder / 'sdpo', '--algo=sdpo', '--gin=reference.Sync.every = 3', held, steps=6)
+    assert main.main(flags) == 0, capsys.readouterr().err
+    losses = [line['loss'] for line in runs.logged(folder / 'sdpo').values()]
+    np.testing.assert_allclose(losses[::3], np.log(2), rtol=1e-6)
+    assert json.loads((folder / 'sdpo' / 'summary.json').read_text())['eval/loss'] < 0.69

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -303,17 +304,33 @@ class TestNeeds:
     assert find(reward.bradley_terry) == {'policy.rewards_GK', 'labels.margin'}
     assert find(pointwise.process, token_labels=('step',), outputs=2) == {'policy.scores_BTO', 'labels.step'}
 
-  def test_name_a_label_whatever_a_wrapper_adds_to_errors(self):
-    class Augmented(KeyError):
-
-      def __str__(self):
-        return f'{super().__str__()}\n  In call to configurable'
-
+  def test_name_a_label_though_gin_hides_what_an_error_holds(self):
     def loss(policy, ref, labels, *, state):
-      raise Augmented('stars')
+      return labels['stars']
 
+    wrapped = gin.external_configurable(loss, 'loss_of_a_test')
     with pytest.raises(types.UsageError, match="reads the label 'stars', but the data has only margin"):
-      tracing.trace(loss, group_size=2, labels=('margin',))
+      tracing.trace(wrapped, group_size=2, labels=('margin',))
+
+  @pytest.mark.parametrize(
+      'field,said',
+      [
+          (lambda policy, ref: policy.kl_BT, 'policy.kl_BT, but policy has .*logps_GK'),
+          (lambda policy, ref: ref.values_GK, 'ref.values_GK, but ref has .*logratios_GK'),
+          (lambda policy, ref: policy.values_GK, 'policy.values_GK of a head: bind recipe.Recipe.score_outputs = 1'),
+      ],
+  )
+  def test_name_what_a_model_does_not_give(self, field, said):
+    loss = lambda policy, ref, labels, *, state: types.LossOut(field(policy, ref), {}, state)
+    with pytest.raises(types.UsageError, match=f'the loss reads {said}'):
+      tracing.trace(loss, group_size=2, labels=(), outputs=0)
+
+  def test_leave_errors_of_the_loss_itself_as_they_are(self):
+    def loss(policy, ref, labels, *, state):
+      return {}['own']
+
+    with pytest.raises(KeyError, match='own'):
+      tracing.trace(loss, group_size=2, labels=())
 
   def test_name_the_label_that_the_data_lack(self):
     def loss(policy, ref, labels, *, state):

@@ -73,6 +73,7 @@ class TestToRecords:
     turns = [{'role': 'user', 'content': 'Hi'}]
     found = self.run(tmp_path, capsys, [{'prompt': turns}], '--temperature=0')
     said = self.run(tmp_path, capsys, [{'prompt': 'Hi'}], '--temperature=0', '--chat')
+    assert said[0]['prompt'] == turns  # so that what is learned follows the prompt that was sampled behind
     plain = self.run(tmp_path, capsys, [{'prompt': 'Hi'}], '--temperature=0')
     assert found[0]['samples'] == said[0]['samples'] != plain[0]['samples']
 

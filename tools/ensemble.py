@@ -43,6 +43,8 @@ def read(path: pathlib.Path) -> dict[str, dict[str, Any]]:
         raise types.RunError(
             f'{path}:{number}: scores that are no numbers; one score a response is wanted (--per=response)'
         )
+      if one['record'] in found:
+        raise types.RunError(f'{path}:{number}: {one["record"]} for the second time; score files of other names apart')
       found[one['record']] = one
     except (json.JSONDecodeError, KeyError, TypeError) as err:
       raise types.RunError(f'{path}:{number}: not a line of --mode=score ({err!r})') from err
@@ -115,6 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   except (types.UsageError, types.RunError) as err:
     print(f'ensemble: {err}', file=sys.stderr)
     return 2 if isinstance(err, types.UsageError) else 1
+  except (OSError, UnicodeDecodeError) as err:
+    print(f'ensemble: a file of {", ".join(map(str, args.scores))} or {args.output}: {err}', file=sys.stderr)
+    return 1
   return 0
 
 

@@ -36,7 +36,7 @@ _OPTIONS = {
 
 def _load(spec: str) -> checkpoint.Loaded:
   """A model in float32 without adapters."""
-  loaded = recipe.load(spec, sharding.make_mesh(), dtype='float32')
+  loaded = checkpoint.writer(recipe.load(spec, sharding.make_mesh(), dtype='float32'))
   return loaded._replace(params=checkpoint.merged(loaded))
 
 

@@ -306,6 +306,11 @@ def negative(
     prompt, rejected, samples, eos = *map(values.get, ('prompt', 'rejected', 'samples')), records.append_eos(values)
     if not isinstance(samples, list | tuple):
       raise types.RunError('column samples: a list of responses is wanted')
+    if examples.is_conversation(values, 'rejected'):
+      turns = records.messages(values, 'rejected')
+      prompt, rejected = turns[:-1], turns[-1:]
+    if not isinstance(rejected, str):
+      samples = [[{'role': 'assistant', 'content': x}] if isinstance(x, str) else x for x in samples]
   elif 'completions' in values:
     prompt, found, scores, eos = scored_list(record, columns)
     worst = int(np.argmin(scores))

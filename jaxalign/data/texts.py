@@ -79,6 +79,10 @@ def quantiled(
   """
   if not edges or any(not low < high for low, high in zip(edges, [*edges[1:], math.inf])):
     raise types.UsageError(f'texts.quantiled.edges = {edges!r}: numbers that increase are wanted')
+  try:
+    tag.format(1, 1)
+  except (LookupError, ValueError) as err:
+    raise types.UsageError(f'texts.quantiled.tag = {tag!r}: it may have two fields, written {{}} and {{}}') from err
   values = records.known(record, columns)
   if {'prompt', 'completion', 'score'} <= set(values):
     found, eos = [values['completion']], records.append_eos(values)

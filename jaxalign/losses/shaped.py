@@ -153,7 +153,7 @@ def mallows_dpo(policy, ref, labels, *, state=(), beta: float, scale: float) -> 
   the number of tokens and the entropy of the uniform distribution. log 2 at the reference.
 
   References:
-    Chen et al., 2024, https://arxiv.org/abs/2405.14953, Sec. 4 (Mallows-phi-DPO).
+    Chen et al., 2024, https://arxiv.org/abs/2405.14953: Mallows-theta-DPO; the form with another link is not offered.
   """
   entropy_GK = ref.entropy_GK / jnp.maximum(policy.tokens_GK, 1.0)
   phi_G = -scale * jnp.log(jnp.clip(0.5 * (entropy_GK[:, 0] + entropy_GK[:, 1]), 1e-6, 1.0))

@@ -99,7 +99,7 @@ def cringe(
     loss_t = -log p(target_t)  or, where undesirable,  alpha log(1 + p(target_t) / p(rival_t))
 
   The rival is drawn, at each step anew, from the softmax over the 5 likeliest tokens (`objectives.supervised.rivals`)
-  other than the target.
+  other than the target: which one depends on where the token is packed.
 
   Args:
     policy: reads `logps_BT`, `rival_logps_BT` and `rows`.

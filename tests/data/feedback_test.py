@@ -222,6 +222,16 @@ class TestNegative:
     assert all(s.ids[:3].tolist() == [0, *letters.encode('ab')] for s in group.sequences)
     assert len(feedback.negative(record, letters, row_length=20).sequences) == 4
 
+  def test_takes_a_rejected_conversation_apart(self, letters):
+    turns = lambda said: [{'role': 'user', 'content': 'ab'}, {'role': 'assistant', 'content': said}]
+    pair = {'chosen': turns('a'), 'rejected': turns('x')}
+    wanted = examples.preference(pair, letters, row_length=60, template='hh').sequences
+    record = {'prompt': 'ab', 'rejected': turns('x'), 'samples': ['a']}
+    found = feedback.negative(record, letters, row_length=60, template='hh').sequences
+    for one, other in zip(found, wanted[::-1], strict=True):
+      np.testing.assert_array_equal(one.ids, other.ids)
+      np.testing.assert_array_equal(one.mask, other.mask)
+
   def test_of_a_list_is_its_worst_before_the_others(self, letters, said):
     group = feedback.negative(LIST | {'scores': [0.5, 0.1, 0.9, 0.7]}, letters, row_length=20)
     assert [said(s) for s in group.sequences] == ['b', 'a', 'aa', 'bb']

@@ -24,7 +24,7 @@ from tests.losses import methods_test as methods
 from tests.losses import world as world_lib
 
 _of = functools.partial
-# Losses that read whole distributions, rivals or values; their formulas are in `dense_test`.
+# Losses that read whole distributions, rivals or values; their formulas are in `methods_test`.
 DENSE_PAIRS = {
     'tdpo1': _of(shaped.tdpo1, beta=0.3),
     'tdpo2': _of(shaped.tdpo2, beta=0.3, alpha=0.5),

@@ -101,6 +101,7 @@ class TestCringe:
     assert 0 < desirable.sum() < len(desirable)
     np.testing.assert_allclose(world_lib.sums(w, np.asarray(out))[:, 0], wanted, rtol=1e-5)
 
+
 class TestQuark:
 
   def test_is_likelihood_and_the_divergence_of_each_token(self):
