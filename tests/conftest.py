@@ -13,7 +13,6 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 # Before jax is imported. The TPU lines let tests compile for a TPU that is not there.
 os.environ.update(
     JAX_PLATFORMS='cpu',
-    JAX_DISABLE_MOST_OPTIMIZATIONS='1',  # most of the time goes into compiling; see `optimised`
     JAX_NUM_CPU_DEVICES='8',
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.2',
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES='0',
@@ -39,11 +38,3 @@ hypothesis.settings.load_profile('jaxalign')
 def own_cache(tmp_path, monkeypatch):
   """Tokenised data and reference log-probabilities of a test go to a folder of its own."""
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg_cache'))
-
-
-@pytest.fixture(scope='module')
-def optimised():
-  """For modules that look at what the compiler makes: programs are compiled as a user's are."""
-  jax.config.update('jax_disable_most_optimizations', False)
-  yield
-  jax.config.update('jax_disable_most_optimizations', True)

@@ -13,8 +13,6 @@ from jaxalign import types
 from jaxalign.models import architecture
 from jaxalign.models import transformer
 
-pytestmark = pytest.mark.usefixtures('optimised')
-
 TINY = architecture.Config(
     vocab_size=50,
     num_layers=2,
