@@ -73,9 +73,7 @@ def train(
         epoch_of=streams.epochs,
         constants=lambda: {'compilations': counter.count, **streams.report},
         flops_per_token=architecture.flops_per_token(model.config, recipe.packing.row_length, frozen=bool(frozen)),
-        after_first_step=functools.partial(
-            _save_run, job, recipe, model, tokenizer, base, streams.needs.writes, config
-        ),
+        after_first_step=functools.partial(_save_run, job, recipe, model, tokenizer, base, streams.needs, config),
         debug=job.debug,
     )
     if job.debug:
@@ -141,14 +139,14 @@ def _before(job, evaluator: evaluate.Evaluator, state: step_lib.TrainState) -> e
   return found
 
 
-def _save_run(job, recipe, model, tokenizer, base, writes, config) -> None:
+def _save_run(job, recipe, model, tokenizer, base, needs, config) -> None:
   """Writes what a checkpoint needs beside arrays; the first moment at which the operative configuration is known."""
   bindings, operative = config()
   run = {
       'model': model.config.to_json(),
       'lora': model.lora and dataclasses.asdict(model.lora),
       'base': base,
-      'writes': writes,
+      'writes': needs.writes,
       'hf_config': recipe_lib.origin(job, recipe),
       'dtype': recipe.dtype,
       'row_length': recipe.packing.row_length,
