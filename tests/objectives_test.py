@@ -308,7 +308,8 @@ class TestNeeds:
     def loss(policy, ref, labels, *, state):
       return labels['stars']
 
-    wrapped = gin.external_configurable(loss, 'loss_of_a_test')
+    with gin.unlock_config():
+      wrapped = gin.external_configurable(loss, 'loss_of_a_test')
     with pytest.raises(types.UsageError, match="reads the label 'stars', but the data has only margin"):
       tracing.trace(wrapped, group_size=2, labels=('margin',))
 
