@@ -86,7 +86,13 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
     (_POSITIVE, 'log_every', None, 'Steps between logged lines.'),
     (_COUNT, 'eval_every', None, 'Steps between evaluations; 0: only before and after.'),
     (_COUNT, 'save_every', None, 'Steps between checkpoints; 0: only the last.'),
-    (flags.DEFINE_multi_string, 'gin_file', [], 'A gin file of your own, applied after those of the algorithm.'),
+    (
+        flags.DEFINE_multi_string,
+        'gin_file',
+        [],
+        'A gin file of your own, applied after those of the algorithm; with --mode=score after what the run bound, for'
+        ' a recipe.Recipe.scored_fn of your own.',
+    ),
     (flags.DEFINE_multi_string, 'gin', [], "A gin binding, applied last, as 'preference.dpo.beta=0.2'."),
     (flags.DEFINE_string, 'checkpoint', None, 'For --mode=eval, sample and score: a workdir, or one checkpoint in it.'),
     (flags.DEFINE_multi_string, 'prompt', [], 'For --mode=sample: what to continue, instead of --data.'),
@@ -137,7 +143,7 @@ _UNREAD: dict[str, tuple[str, ...]] = {
     'show': ('checkpoint', *_OF_SAMPLING, *_OF_SCORING),
     'eval': (*_OF_TRAINING, *_OF_SAMPLING, *_OF_SCORING),
     'sample': (*_but(_OF_TRAINING, 'model', 'data'), *_but(_OF_DATA, 'data_dir'), *_OF_SCORING),
-    'score': (*_but(_OF_TRAINING, 'model', 'data'), *_OF_SAMPLING, 'eval_data', 'gin_file', 'gin', 'seed'),
+    'score': (*_but(_OF_TRAINING, 'model', 'data'), *_OF_SAMPLING, 'eval_data', 'gin', 'seed'),
 }
 _INSTEAD = {
     'checkpoint': '; --model=DIR starts from a checkpoint',

@@ -37,6 +37,7 @@ from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import recipe
 from jaxalign import reference
+from jaxalign import score
 from jaxalign import train
 from jaxalign.data import examples
 from jaxalign.data import feedback
@@ -98,7 +99,7 @@ def parse_saved(texts: Sequence[str], user_files: Sequence[str], bindings: Seque
   """
 
   def package() -> None:
-    with contextlib.chdir(catalog.ROOT), _explained('the bindings of the checkpoint'):
+    with contextlib.chdir(catalog.ROOT), _explained('the bindings of the checkpoint (modules of yours: --gin_file)'):
       for text in texts:
         gin.parse_config(text)
 

@@ -38,7 +38,6 @@ from jaxalign import score
 from jaxalign import sharding
 from jaxalign import streams
 from jaxalign import types
-from jaxalign.data import scored
 from jaxalign.data import sources
 
 # Bindings that may differ between a run and its resumption: they change how long and how often, not what.
@@ -292,7 +291,7 @@ def _sample(args: flags.FlagValues) -> None:
   options |= {'max_new_tokens': args.max_new_tokens, 'temperature': args.temperature}
   if args.data:
     found = respond.to_records(_job(args, {'model_spec': spec, 'eval_data': ''}), **options)
-    lines = [json.dumps(record) + '\n' for record in found]
+    lines = [sources.to_json(record) + '\n' for record in found]
   else:
     mesh = sharding.make_mesh(args.mesh, args.dcn_mesh)
     responses = respond.respond(spec, mesh, args.prompt, seed=args.seed or 0, **options)
@@ -307,23 +306,23 @@ def _score(args: flags.FlagValues) -> None:
   spec = _model_of(args)
   if not args.data:
     raise types.UsageError('--mode=score needs --data=SPEC, the responses to score')
-  if args.per not in scored.PER:
-    raise types.UsageError(f'--per={args.per}: it is one of {", ".join(scored.PER)}')
   _start(args)
   job = _job(args, {'model_spec': spec, 'eval_data': ''})
-  for one in score.score(job, per=args.per, row_length=args.row_length, scored_fn=_scored_fn(spec)):
+  for one in score.score(job, per=args.per, row_length=args.row_length, recipe=_scoring_recipe(args, spec)):
     if jax.process_index() == 0:
-      sys.stdout.write(json.dumps(one) + '\n')
+      sys.stdout.write(sources.to_json(one) + '\n')
 
 
-def _scored_fn(spec: str) -> Any:
-  """`recipe.Recipe.scored_fn` of the run that trained a model, None where there is none."""
+def _scoring_recipe(args: flags.FlagValues, spec: str) -> recipe_lib.Recipe | None:
+  """The recipe of the run that trained a model, and of --gin_file, where it says what is read to score a response."""
   path = recipe_lib.model_directory(spec)
   run = checkpoint.read_json(checkpoint.find(path)[0] / 'run.json') if recipe_lib.is_checkpoint(path) else {}
-  if 'recipe.Recipe.scored_fn = @' not in (run.get('bindings') or ''):
+  if args.gin_file and not run.get('bindings'):
+    raise types.UsageError(f'--gin_file: it is read behind the bindings of a run, and {spec} is of none')
+  if not args.gin_file and not run.get('scored_fn'):
     return None
-  config.parse_saved([run['bindings']], [], [])
-  return config.get('recipe.Recipe')().scored_fn
+  config.parse_saved([run['bindings']], args.gin_file, [])
+  return config.get('recipe.Recipe')()
 
 
 def _model_of(args: flags.FlagValues) -> str:

@@ -43,6 +43,9 @@ class Recipe:
     loss_fn: from `losses`, or a function of the user's own.
     example_fn: from `data.examples`: a record to a group of sequences.
     scored_fn: the same of a record whose responses are to be scored; None reads them as they are, see `score`.
+    combine_fn: makes scores of what the model makes of those examples, a list of `[O]`, one of each sequence: outputs
+      of its head, or without one log-probabilities of what is marked. None takes those of a head as they are, or else
+      implicit rewards.
     mismatched: whether each record is given another one, see `data.feedback.mismatched`.
     data: what is trained on where there is no `--data`.
     eval_data: what is held out then.
@@ -68,6 +71,7 @@ class Recipe:
   eval_data: str = ''
   mismatched: bool = False
   scored_fn: Callable | None = None
+  combine_fn: Callable | None = None
   model: architecture.Config | None = None
   score_outputs: int = 0
   score_bias: bool = False
@@ -79,6 +83,10 @@ class Recipe:
   lora: lora_lib.Lora | None = None
 
   def __post_init__(self):
+    if self.combine_fn is not None and self.scored_fn is None:
+      raise types.UsageError(
+          'recipe.Recipe.combine_fn: it is of the examples that recipe.Recipe.scored_fn makes; bind that'
+      )
     if self.reference not in ('cached', 'live'):
       raise types.UsageError(f"recipe.Recipe.reference = {self.reference!r}: it is 'cached' or 'live'")
 

@@ -74,12 +74,12 @@ def to_records(
     temperature: of sampling, 0 is greedy.
 
   Returns:
-    The records with a column `samples`, a list of texts, more; a prompt that was said in a chat is then messages. Where
-    a sample was cut, `append_eos` is false, so that no end is learned of the record. Records whose prompt leaves no
-    room in the context are left out and counted.
+    The records with a column `samples`, a list of texts, in place of any other list and its scores; a prompt that was
+    said in a chat is then messages. Where a sample was cut, `append_eos` is false, so that no end is learned of the
+    record. Records whose prompt leaves no room in the context are left out and counted.
 
   Raises:
-    UsageError: the model is a reward model.
+    UsageError: the model is a reward model, or sources have weights.
     RunError: a record has no prompt or cannot be read, or prompts are of text and of messages, or none is left.
   """
   with jax.set_mesh(job.mesh):
@@ -91,6 +91,8 @@ def to_records(
     own = drawn[index * per_prompt : (index + 1) * per_prompt]
     if chat and isinstance(record['prompt'], str):
       record['prompt'] = records.messages(record, 'prompt', 'user')
+    for name in ('completions', 'scores', 'ranks', *(['append_eos'] if 'samples' in record else [])):
+      record.pop(name, None)  # They say something of another list.
     record['samples'] = [loaded.tokenizer.decode(one.ids, continuation=not is_chat) for one in own]
     if not all(one.finished for one in own):
       record['append_eos'] = False
@@ -102,7 +104,7 @@ def _prompts(
 ) -> tuple[list[dict[str, Any]], list[list[int]], bool]:
   """The records of `--data` whose prompt fits, the ids of each prompt, and whether they are chats."""
   kept, ids, chats, left = [], [], set(), []
-  for source in (sources.open_source(spec, job.data_dir) for spec, _ in sources.parse_mixture(job.data)):
+  for source in (sources.open_source(spec, job.data_dir) for spec in sources.parse_all(job.data)):
     for index in range(len(source)):
       record = source[index]
       try:

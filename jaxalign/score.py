@@ -1,6 +1,8 @@
 """Scores of responses, their tokens or their steps: by the head of a reward model, or implied by an aligned policy."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
 import functools
 from typing import Any
 from typing import NamedTuple
@@ -14,6 +16,7 @@ from jaxalign import forward
 from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
 from jaxalign import types
+from jaxalign.data import dataset as dataset_lib
 from jaxalign.data import loader as loader_lib
 from jaxalign.data import scored
 from jaxalign.data import sources
@@ -28,17 +31,17 @@ class _Reading(NamedTuple):
   Attributes:
     outputs: (params, micro-batch) -> `[B, T, O]`, of which those are added up that the examples mark in a sequence.
     example_fn: makes examples of records.
-    combined: makes scores of responses of the outputs `[O]` of a record's sequences; None takes those.
+    combine_fn: see `recipe.Recipe`.
   """
 
   outputs: Callable
   example_fn: Callable
-  combined: Callable[[list[np.ndarray]], list[np.ndarray]] | None = None
+  combine_fn: Callable[[list[np.ndarray]], list[np.ndarray]] | None = None
 
 
 def score(
-    job: recipe_lib.Job, *, per: str, row_length: int | None, scored_fn: Callable | None = None
-) -> list[dict[str, Any]]:
+    job: recipe_lib.Job, *, per: str, row_length: int | None, recipe: recipe_lib.Recipe | None = None
+) -> Iterator[dict[str, Any]]:
   """Scores the responses in `--data` by the head of `--model`.
 
   The checkpoint of a policy that was trained against a reference has no head; its implicit rewards are then the
@@ -48,26 +51,32 @@ def score(
   A model that reads two responses in one text (`data.judged.both_orders`) gives each the logarithm of the probability
   that it is better than the other, the mean over both orders; a judge in words (`data.judged.answered`) log p of the
   good answer less log p of the other. So sigmoid(r_a - r_b) is the probability that a is better with all of them.
+  What such a model reads, and how its outputs become scores, its recipe says (`scored_fn`, `combine_fn`).
 
   Args:
     job: names model, data and mesh.
     per: 'response', 'token' or 'step', see `data.scored.responses`.
     row_length: tokens of the longest sequence, longer ones are cut; None for 1024 or the context of the model.
-    scored_fn: `recipe.Recipe.scored_fn` of the model's run.
+    recipe: of the model's run, with a `scored_fn`; None takes the columns that `data.scored.responses` reads.
 
   Returns:
     One object a record that was kept: `record` says which it is, `scores` has a score per response or, of tokens and
-    steps, a list of scores; `truncated` says whether a part of the record did not fit the row. A score is a number, or
-    a list of them where the head has several outputs (of a classifier, before the softmax).
+    steps, a list of scores; `truncated` says whether a part of the record did not fit the row; the columns that the
+    record itself has follow. A score is a number, or a list of them where the head has several outputs (of a
+    classifier, before the softmax).
 
   Raises:
     UsageError: the model has neither a head that scores nor a reference, or does not score what `per` says, or its
-      context is shorter than `row_length`.
+      context is shorter than `row_length`, or sources have weights, or the recipe has no `scored_fn`.
     RunError: a file or a record cannot be read.
   """
+  if per not in scored.PER:
+    raise types.UsageError(f'--per={per}: it is one of {", ".join(scored.PER)}')
+  if recipe is not None and recipe.scored_fn is None:
+    raise types.UsageError('--gin_file: nothing binds recipe.Recipe.scored_fn, which is all that is read of it here')
   with jax.set_mesh(job.mesh):
     loaded = recipe_lib.load(job.model, job.mesh)
-    reading = _reading(job, loaded, per, scored_fn)
+    reading = _reading(job, loaded, per, recipe)
     context = loaded.model.config.max_length
     if row_length is not None and row_length > context:
       raise types.UsageError(f'--row_length={row_length}: the context of the model is {context} tokens')
@@ -80,40 +89,53 @@ def score(
       values = np.asarray(fn(loaded.params, batch))
       for place in loader.places(plan):
         found.setdefault(place.record, {})[place.slot] = values[place.micro, place.row][place.targets]
-  return [
-      {
-          'record': loader.dataset.where(record),
-          'scores': _scores_of([slots[slot] for slot in sorted(slots)], per, reading.combined),
-          'truncated': loader.dataset[record].truncated,
-      }
-      for record, slots in sorted(found.items())
-  ]
+  own = [sources.open_source(spec, job.data_dir) for spec in sources.parse_all(job.data)]
+  return (
+      _scored(loader.dataset, own, record, slots, per, reading.combine_fn) for record, slots in sorted(found.items())
+  )
 
 
-def _scores_of(values: list[np.ndarray], per: str, combined: Callable | None) -> list[Any]:
+def _scored(
+    dataset: dataset_lib.Joined,
+    own: Sequence[sources.Source],
+    record: int,
+    slots: dict[int, np.ndarray],
+    per: str,
+    combine_fn: Callable | None,
+) -> dict[str, Any]:
+  """A record with its scores, of the outputs of each of its sequences, `[n, O]` by number."""
+  made = {
+      'record': dataset.where(record),
+      'scores': _scores_of([slots[slot] for slot in sorted(slots)], per, combine_fn),
+      'truncated': dataset[record].truncated,
+  }
+  source, place = dataset.place(record)
+  return made | own[source].at(place) | made  # What was made comes first, and wins.
+
+
+def _scores_of(values: list[np.ndarray], per: str, combine_fn: Callable | None) -> list[Any]:
   """Scores of a record's responses, of what each of its sequences was marked for, `[n, O]`."""
   number = lambda outputs: float(outputs[0]) if outputs.size == 1 else outputs.tolist()
   if per != 'response':
     return [[number(outputs) for outputs in one] for one in values]
   # A head is read once a response, where its last token has been read; log-ratios add up.
   sums = [one.sum(axis=0) for one in values]
-  return list(map(number, sums if combined is None else combined(sums)))
+  return list(map(number, sums if combine_fn is None else combine_fn(sums)))
 
 
-def _reading(job: recipe_lib.Job, loaded: checkpoint.Loaded, per: str, scored_fn: Callable | None) -> _Reading:
-  head = functools.partial(forward.scores, model=loaded.model)
+def _reading(job: recipe_lib.Job, loaded: checkpoint.Loaded, per: str, recipe: recipe_lib.Recipe | None) -> _Reading:
+  scored_fn, combine_fn = (recipe.scored_fn, recipe.combine_fn) if recipe is not None else (None, None)
   if scored_fn is not None and per != 'response':
-    raise types.UsageError(f'--per={per}: {job.model} judges whole responses')
+    raise types.UsageError(f'--per={per}: {job.model} judges whole responses (by its recipe.Recipe.scored_fn)')
   if loaded.model.config.score_outputs and not loaded.run.get('writes'):
-    if scored_fn is not None:
-      return _Reading(head, scored_fn, _of_both_orders)
-    return _Reading(head, functools.partial(scored.responses, per=per))
-  if scored_fn is None:
-    return _implied(job, loaded, per)
-  return _Reading(lambda params, batch: _logps(loaded.model, params, batch)[..., None], scored_fn, _of_answers)
+    head = functools.partial(forward.scores, model=loaded.model)
+    return _Reading(head, scored_fn or functools.partial(scored.responses, per=per), combine_fn)
+  if combine_fn is not None:
+    return _Reading(lambda params, batch: _logps(loaded.model, params, batch)[..., None], scored_fn, combine_fn)
+  return _Reading(_ratios(job, loaded, per), scored_fn or scored.plain)
 
 
-def _of_both_orders(outputs: list[np.ndarray]) -> list[np.ndarray]:
+def of_both_orders(outputs: list[np.ndarray]) -> list[np.ndarray]:
   """Log-probabilities that each of two responses is better, of the log-odds that the one which comes first is."""
   log_sigmoid = lambda x: -np.logaddexp(0.0, -x.astype(np.float64))
   ahead, behind = outputs
@@ -121,7 +143,7 @@ def _of_both_orders(outputs: list[np.ndarray]) -> list[np.ndarray]:
   return [mean(ahead, -behind), mean(-ahead, behind)]
 
 
-def _of_answers(outputs: list[np.ndarray]) -> list[np.ndarray]:
+def of_answers(outputs: list[np.ndarray]) -> list[np.ndarray]:
   """Log-odds of the good answer, of which each is followed by the other."""
   return [yes - no for yes, no in zip(outputs[::2], outputs[1::2])]
 
@@ -130,8 +152,8 @@ def _logps(model, params, batch) -> jax.Array:
   return forward.target_stats(params, batch, model=model)['logps']
 
 
-def _implied(job: recipe_lib.Job, loaded: checkpoint.Loaded, per: str) -> _Reading:
-  """Reads the log-ratio to the reference of the model's run."""
+def _ratios(job: recipe_lib.Job, loaded: checkpoint.Loaded, per: str) -> Callable:
+  """The log-ratio to the reference of the model's run, of each token that counts."""
   path = recipe_lib.model_directory(job.model)
   if not recipe_lib.is_checkpoint(path) or not loaded.run.get('base'):
     raise types.UsageError(f'{job.model}: it has no head that scores (train one with --algo=rm) and no reference')
@@ -142,12 +164,16 @@ def _implied(job: recipe_lib.Job, loaded: checkpoint.Loaded, per: str) -> _Readi
   def ratios(params, batch):
     return (_logps(loaded.model, params, batch) - _logps(ref.model, ref.params, batch))[..., None]
 
-  return _Reading(ratios, scored.plain)
+  return ratios
 
 
 def _open(job: recipe_lib.Job, tokenizer, example_fn: Callable, row_length: int) -> loader_lib.Loader:
-  rows = sharding.parts(job.mesh, 'batch') * -(-_ROWS // sharding.parts(job.mesh, 'batch'))
+  specs = sources.parse_all(job.data)
+  datasets = [recipe_lib.open_source(job, example_fn, tokenizer, spec, row_length) for spec in specs]
+  # The responses of a record lie in one micro-batch. Placed one by one where there is room, the longest first, they
+  # leave at most one row half empty.
+  half_rows = max(int(dataset.lengths_NK.sum(axis=1).max()) for dataset in datasets) * 2 // row_length
+  parts = sharding.parts(job.mesh, 'batch')
+  rows = parts * -(-max(_ROWS, min(half_rows + 1, max(dataset.group_size for dataset in datasets))) // parts)
   packing = loader_lib.Packing(rows=rows, row_length=row_length)
-  specs = sources.parse_mixture(job.data)
-  datasets = [recipe_lib.open_source(job, example_fn, tokenizer, spec, row_length) for spec, _ in specs]
-  return loader_lib.Loader(datasets, [weight for _, weight in specs], packing=packing, mesh=job.mesh, seed=0)
+  return loader_lib.Loader(datasets, [1.0] * len(datasets), packing=packing, mesh=job.mesh, seed=0)

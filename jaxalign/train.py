@@ -147,6 +147,7 @@ def _save_run(job, recipe, model, tokenizer, base, needs, config) -> None:
       'lora': model.lora and dataclasses.asdict(model.lora),
       'base': base,
       'writes': needs.writes,
+      'scored_fn': recipe.scored_fn is not None,
       'hf_config': recipe_lib.origin(job, recipe),
       'dtype': recipe.dtype,
       'row_length': recipe.packing.row_length,

@@ -69,6 +69,23 @@ class TestToRecords:
     found = self.run(tmp_path, capsys, [{'prompt': 'a'}, {'prompt': 'b'}], '--samples_per_prompt=2')
     assert [record.get('append_eos') for record in found] == [None, False]
 
+  def test_takes_the_place_of_another_list(self, tmp_path, capsys):
+    rows = [{'prompt': 'a', 'completions': ['b'], 'scores': [1], 'ranks': [1], 'append_eos': True, 'rejected': ' x'}]
+    (record,) = self.run(tmp_path, capsys, rows, '--samples_per_prompt=2')
+    assert set(record) == {'prompt', 'rejected', 'append_eos', 'samples'}
+
+  def test_forgets_the_end_of_samples_before(self, tmp_path, capsys, monkeypatch):
+    done = pytypes.SimpleNamespace(ids=[5], finished=True)
+    monkeypatch.setattr(respond.sampling, 'sample', lambda *args, **options: [done, done])
+    rows = [{'prompt': 'a', 'append_eos': False}, {'prompt': 'a', 'append_eos': False, 'samples': ['b'], 'scores': [1]}]
+    found = self.run(tmp_path, capsys, rows)
+    assert [record.get('append_eos') for record in found] == [False, None]
+    assert 'scores' not in found[1]
+
+  def test_refuses_weights(self, tmp_path, capsys):
+    said = self.run(tmp_path, capsys, [{'prompt': 'a'}], '--data=jsonl:a:0.7,jsonl:b:0.3', code=2)
+    assert 'every record is read once, so leave out the weight 0.7 of jsonl:a' in said
+
   def test_answers_messages(self, tmp_path, capsys):
     turns = [{'role': 'user', 'content': 'Hi'}]
     found = self.run(tmp_path, capsys, [{'prompt': turns}], '--temperature=0')

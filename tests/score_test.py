@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import numpy as np
@@ -106,6 +107,42 @@ class TestScore:
       wanted = expected([*prompt, *response, tokenizer.eos_id])[len(prompt) :]
       np.testing.assert_allclose(one['scores'], [wanted], atol=1e-4)
 
+  @pytest.mark.parametrize('column,length', [('samples', 1), ('completions', 8)])
+  def test_reads_each_of_a_list_in_its_order_however_long(self, capsys, model, expected, tmp_path, column, length):
+    tokenizer = tokenizers.load(STORIES)
+    texts = [(' ran', ' sat')[i % 2] * (length + i) for i in range(20)]
+    records = [
+        {'prompt': 'Tom', column: texts},
+        {'prompt': 'Lily', column: texts[:3], 'chosen': ' a', 'rejected': ' b'},
+    ]
+    found = score(capsys, model, records, tmp_path, '--mesh=fsdp:4,tensor:2')
+    assert [len(one['scores']) for one in found] == [20, 3]
+    for one, record in zip(found, records):
+      for value, text in zip(one['scores'], record[column]):
+        prompt, response = ids_of(tokenizer, record['prompt'], text)
+        assert value == pytest.approx(expected([*prompt, *response, tokenizer.eos_id])[-1], abs=1e-4)
+
+  def test_keeps_the_columns_of_each_record(self, capsys, model, tmp_path):
+    equal = {'prompt': 'a', 'chosen': ' b', 'rejected': ' b'}
+    first = PAIRS[0] | {'id': [7, None], 'scores': 'old', 'truncated': 'old'}
+    found = score(capsys, model, [equal, first, PAIRS[1]], tmp_path)
+    assert [list(one)[:3] for one in found] == [['record', 'scores', 'truncated']] * 2
+    ours = [{name: one[name] for name in ('record', 'scores', 'truncated')} for one in found]
+    assert [one['record'] for one in ours] == ['records.jsonl:2', 'records.jsonl:3']
+    assert [len(one['scores']) for one in ours] == [2, 2] and not ours[0]['truncated']
+    assert found == [first | ours[0], PAIRS[1] | ours[1]]
+
+  def test_keeps_those_of_several_sources(self, capsys, model, tmp_path):
+    (tmp_path / 'more.jsonl').write_text(''.join(json.dumps(record | {'id': 1}) + '\n' for record in PAIRS[:2]))
+    more = f'--data=jsonl:{tmp_path / "records.jsonl"}[1:],jsonl:{tmp_path / "more.jsonl"}'
+    found = score(capsys, model, PAIRS, tmp_path, more)
+    named = [('records.jsonl:2', PAIRS[1]), ('records.jsonl:3', PAIRS[2])]
+    named += [(f'more.jsonl:{i + 1}', PAIRS[i] | {'id': 1}) for i in (0, 1)]
+    assert [(one['record'], one) for one in found] == [
+        (name, record | {key: one[key] for key in ('record', 'scores', 'truncated')})
+        for (name, record), one in zip(named, found)
+    ]
+
   def ends_of_steps(self, prompt, steps):
     tokenizer = tokenizers.load(STORIES)
     ids, ends = [tokenizer.bos_id, *tokenizer.encode(prompt)], []
@@ -181,6 +218,13 @@ class TestImplicitRewards:
         assert value == pytest.approx(ratios[len(prompt) - 1 :].sum(), abs=1e-3)
         assert abs(value) > 1e-2
 
+  def test_of_a_list_are_those_of_its_items(self, capsys, policy, tmp_path):
+    texts = [side[name] for side in PAIRS for name in ('chosen', 'rejected')]
+    (of_list,) = score(capsys, policy, [{'prompt': 'Tom', 'samples': texts}], tmp_path)
+    alone = score(capsys, policy, [{'prompt': 'Tom', 'completion': text} for text in texts], tmp_path)
+    np.testing.assert_allclose(of_list['scores'], [one['scores'][0] for one in alone], atol=1e-4)
+    assert len(set(of_list['scores'])) == len(texts)
+
   def test_are_not_of_steps(self, capsys, policy):
     assert main.main(['jaxalign', '--mode=score', f'--checkpoint={policy}', '--data=jsonl:x', '--per=step']) == 2
     assert 'its implicit rewards are of tokens' in capsys.readouterr().err
@@ -233,6 +277,10 @@ class TestKinds:
       assert abs(orders[0] + orders[1] - 1) > 1e-3
       p = (orders[0] + 1 - orders[1]) / 2
       np.testing.assert_allclose(one['scores'], np.log([p, 1 - p]), atol=1e-4)
+    args = f'--data=jsonl:{tmp_path / "list.jsonl"}', f'--cache_dir={tmp_path}', f'--checkpoint={workdir}'
+    (tmp_path / 'list.jsonl').write_text(json.dumps({'prompt': 'Tom', 'samples': [' ran', ' sat', ' sang']}) + '\n')
+    assert main.main(['jaxalign', '--mode=score', *args]) == 1
+    assert 'list.jsonl:1: column samples: this model compares two responses' in capsys.readouterr().err
 
   def test_of_a_judge_in_words_gives_the_log_odds_of_the_good_answer(self, capsys, tmp_path_factory, tmp_path):
     workdir = trained(tmp_path_factory, 'generative_rm', "--gin=judged.answered.answers = (' sun', ' moon')")
@@ -241,7 +289,10 @@ class TestKinds:
     (yes, *_), (no, *_) = (encode(word) for word in (' sun', ' moon'))
     assert yes != no
     singles = [{'prompt': pair['prompt'], 'completion': pair['chosen']} for pair in PAIRS]
-    found, alone = (score(capsys, workdir, records, tmp_path) for records in (PAIRS, singles))
+    lists = [{'prompt': pair['prompt'], 'samples': [pair[x] for x in ('rejected', 'chosen')] * 2} for pair in PAIRS]
+    found, alone, several = (score(capsys, workdir, records, tmp_path) for records in (PAIRS, singles, lists))
+    for one, other in zip(found, several):
+      assert other['scores'] == pytest.approx(one['scores'][::-1] * 2, abs=1e-5)
     for one, other, record in zip(found, alone, PAIRS):
       assert other['scores'] == pytest.approx(one['scores'][:1], abs=1e-5)
       for value, side in zip(one['scores'], ('chosen', 'rejected')):
@@ -251,6 +302,107 @@ class TestKinds:
         assert value == pytest.approx(logits[yes] - logits[no], abs=1e-3)
     assert main.main(['jaxalign', '--mode=score', f'--checkpoint={workdir}', '--data=jsonl:x', '--per=token']) == 2
     assert 'judges whole responses' in capsys.readouterr().err
+
+
+MINE = """
+from jaxalign.data import scored
+
+def talk(record, tokenizer, *, row_length, end):
+  pair = {'prompt': record['q'], 'chosen': record['a'] + end, 'rejected': record['b'] + end}
+  return scored.comparison(pair, tokenizer, row_length=row_length)
+
+def answer(record, tokenizer, *, row_length, end):
+  return scored.responses({'prompt': record['q'], 'completion': record['a'] + end}, tokenizer, row_length=row_length)
+"""
+MINE_GIN = """
+from __gin__ import dynamic_registration
+import my_examples
+from jaxalign import recipe
+recipe.Recipe.example_fn = @my_examples.talk
+recipe.Recipe.scored_fn = @my_examples.answer
+my_examples.talk.end = '.'
+my_examples.answer.end = '.'
+"""
+
+
+class TestUsersExamples:
+
+  def test_are_scored_as_the_run_says(self, capsys, tmp_path_factory, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+    (tmp_path / 'my_examples.py').write_text(MINE)
+    own = [{'q': pair['prompt'], 'a': pair['chosen'], 'b': pair['rejected']} for pair in PAIRS]
+    (tmp_path / 'own.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in own))
+    (tmp_path / 'my.gin').write_text(MINE_GIN.rsplit('\n', 2)[0])
+    mine = f'--gin_file={tmp_path / "my.gin"}'
+    workdir = trained(tmp_path_factory, 'rm', mine, f'--data=jsonl:{tmp_path / "own.jsonl"}')
+    # In a process of its own, nothing would have imported the module.
+    monkeypatch.setattr(sys, 'path', [path for path in sys.path if path != str(tmp_path)])
+    del sys.modules['my_examples']
+    args = f'--checkpoint={workdir}', f'--data=jsonl:{tmp_path / "own.jsonl"}', f'--cache_dir={tmp_path}'
+    assert main.main(['jaxalign', '--mode=score', *args]) == 2
+    assert "--gin_file): No module named 'my_examples'" in capsys.readouterr().err
+    # What only scoring calls, only scoring needs.
+    (tmp_path / 'my.gin').write_text(MINE_GIN)
+    found = score(capsys, workdir, own, tmp_path, mine)
+    head = jax.device_get(checkpoint.load(workdir, ONE).params)
+    tokenizer = tokenizers.load(STORIES)
+    for one, record in zip(found, own, strict=True):
+      prompt, response = ids_of(tokenizer, record['q'], record['a'] + '.')
+      read, _ = TestKinds().hidden(workdir, [*prompt, *response, tokenizer.eos_id])
+      np.testing.assert_allclose(one['scores'], read @ head['score'].astype(np.float64), atol=1e-4)
+      assert one['b'] == record['b']
+
+  def test_may_be_bound_when_they_are_scored(self, capsys, policy, tmp_path):
+    (tmp_path / 'columns.gin').write_text(
+        'from __gin__ import dynamic_registration\nfrom jaxalign import recipe\nfrom jaxalign.data import scored\n'
+        "recipe.Recipe.scored_fn = @scored.plain\nscored.plain.columns = {'prompt': 'q', 'samples': 'a'}\n"
+    )
+    texts = [' ran', ' sat']
+    flag = f'--gin_file={tmp_path / "columns.gin"}'
+    (one,) = score(capsys, policy, [{'q': 'Tom', 'a': texts}], tmp_path, flag)
+    (other,) = score(capsys, policy, [{'prompt': 'Tom', 'samples': texts}], tmp_path)
+    assert one['scores'] == pytest.approx(other['scores'], abs=1e-4)
+
+  def test_are_all_that_a_gin_file_is_read_for(self, capsys, model, policy, tmp_path):
+    (tmp_path / 'idle.gin').write_text('')
+    for where, said in (f'--model={model}', 'is of none'), (f'--checkpoint={policy}', 'nothing binds recipe.Recipe.sc'):
+      args = where, '--data=jsonl:x', f'--gin_file={tmp_path / "idle.gin"}'
+      assert main.main(['jaxalign', '--mode=score', *args]) == 2
+      assert '--gin_file' in (line := capsys.readouterr().err.splitlines()[-1]) and said in line
+
+
+class TestRound:
+
+  def test_is_sampled_scored_and_trained_on(self, capsys, tmp_path_factory, tmp_path):
+    judge = trained(tmp_path_factory, 'rm')
+    cache = f'--cache_dir={tmp_path}'
+
+    def call(name, *flags):
+      capsys.readouterr()
+      assert main.main(['jaxalign', *flags]) == 0
+      (tmp_path / name).write_text(capsys.readouterr().out)
+      return f'--data=jsonl:{tmp_path / name}'
+
+    options = '--samples_per_prompt=4', '--max_new_tokens=8'
+    first = '--data=builtin:lists:train[:6]'
+    sampled = call('samples.jsonl', '--mode=sample', '--model=builtin:stories260K', first, *options)
+    data = call('scored.jsonl', '--mode=score', f'--checkpoint={judge}', sampled, cache)
+    records = [json.loads(line) for line in (tmp_path / 'scored.jsonl').read_text().splitlines()]
+    assert [len(record['scores']) for record in records] == [4] * 6
+    best = [record['samples'][int(np.argmax(record['scores']))] for record in records]
+    call('shown.txt', '--mode=show', '--algo=raft', data)
+    shown = (tmp_path / 'shown.txt').read_text()
+    for record, text in zip(records, best):
+      assert f'{record["prompt"]}[[{text}]]'.replace('\n', '\\n') in shown
+    assert shown.count('[[') == 6
+    small = '--steps=2', '--gin=loader.Packing.rows = 8', '--save_every=0', '--gin=train.train.samples = None', cache
+    call('summary.json', '--algo=raft', data, *small, f'--workdir={tmp_path / "raft"}')
+    assert json.loads((tmp_path / 'summary.json').read_text())['data/kept'] == 6
+    # The next round samples from what was trained, for the same records.
+    again = call('again.jsonl', '--mode=sample', f'--checkpoint={tmp_path / "raft"}', data, *options)
+    newer = call('newer.jsonl', '--mode=score', f'--checkpoint={judge}', again, cache)
+    call('shown.txt', '--mode=show', '--algo=rest', newer, '--gin=feedback.selected.threshold = -100.0')
+    assert (tmp_path / 'shown.txt').read_text().count('[[') == 24
 
 
 class TestErrors:
@@ -270,6 +422,7 @@ class TestErrors:
               '--row_length=999: the context of the model is 512',
           ),
           (('--model={model}', '--data=jsonl:x', '--gin=a.b=1'), '--mode=score does not read --gin'),
+          (('--model={model}', '--data=jsonl:x:0.7,jsonl:y:0.3'), 'leave out the weight 0.7 of jsonl:x'),
           (('--checkpoint=nowhere', '--data=jsonl:x'), '--checkpoint=nowhere: no checkpoint there'),
       ],
   )

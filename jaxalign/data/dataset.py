@@ -89,7 +89,11 @@ class Dataset:
 
   def where(self, index: int) -> str:
     """Which record of the source a group was made of: 'pairs.jsonl:17'."""
-    return f'{self._affixes[0]}{self._places[index]}{self._affixes[1]}'
+    return f'{self._affixes[0]}{self.place(index)}{self._affixes[1]}'
+
+  def place(self, index: int) -> int:
+    """The place of that record in the source, see `sources.Source`."""
+    return int(self._places[index])
 
   def log_report(self, spec: str) -> None:
     """Logs what became of the records: one line, and one per reason for leaving some out."""
@@ -126,17 +130,22 @@ class Joined:
     return sum(self.sizes)
 
   def __getitem__(self, index: int) -> examples.Group:
-    dataset, local = self._find(index)
-    return dataset[local]
+    source, local = self._find(index)
+    return self._datasets[source][local]
 
   def where(self, index: int) -> str:
     """Which record of which source a group was made of."""
-    dataset, local = self._find(index)
-    return dataset.where(local)
+    source, local = self._find(index)
+    return self._datasets[source].where(local)
 
-  def _find(self, index: int) -> tuple[Dataset, int]:
+  def place(self, index: int) -> tuple[int, int]:
+    """Which source that is, and the record's place in it."""
+    source, local = self._find(index)
+    return source, self._datasets[source].place(local)
+
+  def _find(self, index: int) -> tuple[int, int]:
     source = int(np.searchsorted(self._ends, index, 'right'))
-    return self._datasets[source], int(index) - int(self._ends[source]) + self.sizes[source]
+    return source, int(index) - int(self._ends[source]) + self.sizes[source]
 
 
 def _unpack(data: bytes) -> examples.Group:

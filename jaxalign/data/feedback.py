@@ -131,9 +131,9 @@ def ranked(
 ) -> examples.Group:
   """A list of responses with the label `score` of each, higher being better.
 
-  The record has `prompt`, `completions` (texts or lists of messages) and `scores` (numbers) or `ranks` (1 is the best;
-  the score is then minus the rank). Of more than `most` responses those are taken whose places in the ranking are
-  spread evenly, the best and the worst among them.
+  The record has `prompt`, `completions` or `samples` (texts or lists of messages) and `scores` (numbers, as
+  `--mode=score` gives them) or `ranks` (1 is the best; the score is then minus the rank). Of more than `most` responses
+  those are taken whose places in the ranking are spread evenly, the best and the worst among them.
 
   Args:
     record: the columns above.
@@ -303,15 +303,14 @@ def negative(
   """
   values = records.known(record, columns)
   if {'prompt', 'rejected', 'samples'} <= set(values):
-    prompt, rejected, samples, eos = *map(values.get, ('prompt', 'rejected', 'samples')), records.append_eos(values)
-    if not isinstance(samples, list | tuple):
-      raise types.RunError('column samples: a list of responses is wanted')
+    prompt, rejected, eos = values['prompt'], values['rejected'], records.append_eos(values)
+    samples = records.responses(values, 'samples')
     if examples.is_conversation(values, 'rejected'):
       turns = records.messages(values, 'rejected')
       prompt, rejected = turns[:-1], turns[-1:]
     if not isinstance(rejected, str):
       samples = [[{'role': 'assistant', 'content': x}] if isinstance(x, str) else x for x in samples]
-  elif 'completions' in values:
+  elif records.list_column(values):
     prompt, found, scores, eos = scored_list(record, columns)
     worst = int(np.argmin(scores))
     rejected, samples = found[worst], found[:worst] + found[worst + 1 :]
@@ -340,11 +339,10 @@ def listed(record: records.Record, columns: Mapping[str, str] | None) -> tuple[A
     RunError: a column is missing or of the wrong kind.
   """
   values = records.known(record, columns)
-  if not {'prompt', 'completions'} <= set(values) or not {'scores', 'ranks'} & set(values):
-    raise records.missing(record, columns, ('prompt', 'completions', 'scores'), ('prompt', 'completions', 'ranks'))
-  found = values['completions']
-  if not isinstance(found, list | tuple):
-    raise types.RunError('column completions: a list of responses is wanted')
+  column = records.list_column(values) or 'completions'
+  if not {'prompt', column} <= set(values) or not {'scores', 'ranks'} & set(values):
+    raise records.missing(record, columns, ('prompt', column, 'scores'), ('prompt', column, 'ranks'))
+  found = records.responses(values, column)
   name = 'scores' if 'scores' in values else 'ranks'
   scores = records.numbers(values, name, len(found)) * (1.0 if name == 'scores' else -1.0)
-  return values['prompt'], list(found), scores, records.append_eos(values)
+  return values['prompt'], found, scores, records.append_eos(values)

@@ -36,7 +36,8 @@ def both_orders(
     row_length: the longest sequence, in slots; here a sequence of n tokens takes n. Prompts alone are cut.
     first: what precedes the first response.
     second: what precedes the second one.
-    labelled: whether to train; otherwise lists are not read.
+    labelled: whether to train; otherwise lists are refused: of n responses each would be read in 2 (n - 1) texts, for
+      a score that depends on the others.
     columns: what the record calls the columns above, where it is something else.
 
   Returns:
@@ -65,11 +66,14 @@ def both_orders(
 
 def _pairs(values, record, columns, *, lists: bool) -> list[tuple[str, str, str]]:
   """Prompt, better and worse response of the pairs of a record, as text."""
-  if lists and 'completions' in values:
+  is_pair, column = {'chosen', 'rejected'} <= set(values), records.list_column(values)
+  if column and not lists:
+    raise types.RunError(f'column {column}: this model compares two responses, chosen and rejected; it scores no list')
+  if column and ({'scores', 'ranks'} & set(values) or not is_pair):
     prompt, found, scores, _ = feedback.scored_list(record, columns)
     count = range(len(found))
     pairs = [(prompt, found[i], found[j]) for i in count for j in count if scores[i] > scores[j]]
-  elif {'chosen', 'rejected'} <= set(values):
+  elif is_pair:
     (prompt, better, _), (_, worse, _) = feedback.responses({k: v for k, v in values.items() if k != 'label'})
     pairs = [(prompt, better, worse)]
   else:
@@ -104,7 +108,7 @@ def answered(
     before: what precedes the response.
     question: what follows it.
     answers: of a desirable response, and of another one.
-    labelled: whether to train; otherwise single responses need no label.
+    labelled: whether to train; otherwise single responses need no label, and lists are read, see `scored.responses`.
     columns: see `feedback.binary`.
 
   Returns:
@@ -118,7 +122,8 @@ def answered(
   values = records.known(record, columns)
   if not labelled and {'prompt', 'completion'} <= set(values):
     values['label'] = True
-  found = feedback.responses(values)
+  several = [] if labelled else scored.listed(record, columns)[1]
+  found = [(values['prompt'], one, 1.0) for one in several] or feedback.responses(values)
   asked = lambda response: [(before, False), (_text(response, 'response'), False), (question, False)]
   texts = [
       examples.Text(_text(prompt, 'prompt'), [*asked(response), (answer, True)], False)

@@ -66,6 +66,7 @@ _PROBES: tuple[records.Record, ...] = (
     {'chosen': _TALK, 'rejected': [_TALK[0], {'role': 'assistant', 'content': ''}]},
     {'prompt': 'a', 'completions': [f'b {i}' for i in range(40)], 'scores': [i % 7 + i / 50 for i in range(40)]},
     {'prompt': 'a', 'completions': ['b', 'c'], 'scores': [-1e30, -1e31]},
+    {'prompt': 'a', 'samples': ['b', 'c'], 'scores': [0.5, 2]},
     {
         'prompt': _TALK[:1],
         'rejected': [_OTHER],

@@ -80,6 +80,29 @@ def messages(values: Mapping[str, Any], name: str, role: str | None = None) -> l
   return list(value)
 
 
+def list_column(values: Mapping[str, Any]) -> str:
+  """The column that is a list of responses: `samples`, a model's own, or `completions`; '' where there is neither.
+
+  Raises:
+    RunError: there are both, so that scores could be of either.
+  """
+  names = [name for name in ('samples', 'completions') if name in values]
+  if len(names) == 2 and values['samples'] is not values['completions']:  # which `columns` may have made one
+    raise types.RunError('columns samples and completions: scores belong to one list of responses; leave the other out')
+  return names[0] if names else ''
+
+
+def responses(values: Mapping[str, Any], name: str) -> list[Any]:
+  """A column of a list of responses.
+
+  Raises:
+    RunError: it is something else.
+  """
+  if not isinstance(values[name], list | tuple):
+    raise types.RunError(f'column {name}: a list of responses is wanted')
+  return list(values[name])
+
+
 def append_eos(values: Mapping[str, Any]) -> bool:
   """The column `append_eos`, by default true.
 

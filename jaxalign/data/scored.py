@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -137,10 +138,13 @@ def responses(
     template: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> examples.Group:
-  """Responses to be scored: pairs, as `examples.preference` reads them, or others, as `examples.supervised` does.
+  """Responses to be scored: of a list, or else a pair, or else a single one.
+
+  A list is the column `samples` or `completions` (texts or lists of messages) beside `prompt`. Its sequences are in its
+  order; like those of a pair they are cut alike to fit the row, or the record is dropped as a whole.
 
   Args:
-    record: see there; for 'step' see `steps`.
+    record: a list, or see `examples.preference` and `examples.supervised`; for 'step' see `steps`.
     tokenizer: turns text into ids.
     row_length: the longest sequence, in slots; here a sequence of n tokens takes n.
     per: what has a score: the 'response' (where its last token has been read), each 'token' of it, or each 'step'
@@ -167,11 +171,34 @@ def plain(
     template: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> examples.Group:
-  """Responses as a policy reads them, without labels: a pair, or a single one; see `responses`."""
-  is_pair = {'chosen', 'rejected'} <= set(records.known(record, columns))
+  """Responses as a policy reads them, without labels: a list, a pair, or a single one; see `responses`."""
+  values = records.known(record, columns)
+  column, found = listed(record, columns)
+  if found:
+    both = [{'prompt': values['prompt'], column: one} for one in found]
+    texts = [examples.prompted_text(tokenizer, one, column, template) for one in both]
+    return examples.of_texts(texts, tokenizer, row_length, labels={}, append_eos=records.append_eos(values))
+  is_pair = {'chosen', 'rejected'} <= set(values)
   read = examples.preference if is_pair else examples.supervised
   group = read(record, tokenizer, row_length=row_length, template=template, columns=columns)
   return dataclasses.replace(group, labels={})
+
+
+def listed(record: records.Record, columns: Mapping[str, str] | None) -> tuple[str, list[Any]]:
+  """The column of a record that is a list of responses, and the responses; ('', []) where there is none.
+
+  Raises:
+    Dropped: the list is empty.
+    RunError: there is no prompt, or the column is no list, or there are two.
+  """
+  values = records.known(record, columns)
+  column = records.list_column(values)
+  if column and 'prompt' not in values:
+    raise records.missing(record, columns, ('prompt', column))
+  found = records.responses(values, column) if column else []
+  if column and not found:
+    raise examples.Dropped('no response')
+  return column, found
 
 
 def steps(

@@ -58,6 +58,10 @@ class Source:
     """The record's place in words, for messages: 'pairs.jsonl:17'."""
     return f'{self.affixes[0]}{self.places[index]}{self.affixes[1]}'
 
+  def at(self, place: int) -> dict[str, Any]:
+    """The record of one of `places`."""
+    return self.read(int(np.searchsorted(self.places, place)))
+
 
 def open_source(spec: str, data_dir: str | None = None) -> Source:
   """Opens a spec.
@@ -109,6 +113,19 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
     if weight is not None and not 0 < weight < math.inf:
       raise types.UsageError(f'data {text!r}: the weight of {spec} is {weight:g}; weights must be positive')
   return [(spec, 1.0 if weight is None else weight) for spec, weight in mixture]
+
+
+def parse_all(text: str) -> list[str]:
+  """The specs of a mixture whose records are all read, once each.
+
+  Raises:
+    UsageError: as `parse_mixture` does; or sources have weights, which only training draws by.
+  """
+  mixture = parse_mixture(text)
+  for spec, weight in mixture:
+    if weight != 1.0:
+      raise types.UsageError(f'data {text!r}: every record is read once, so leave out the weight {weight:g} of {spec}')
+  return [spec for spec, _ in mixture]
 
 
 def _cut_slice(text: str) -> tuple[str, tuple[str, str] | None]:
@@ -286,6 +303,17 @@ def _as_python(value: Any, feature: Any) -> Any:
   if isinstance(value, np.ndarray | np.generic):
     return _as_python(value.tolist(), feature)
   return [_as_python(item, feature) for item in value] if isinstance(value, list) else value
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+  """A record as a line of JSON Lines, without its end; dates, decimals and bytes, which Parquet has, become text."""
+  return json.dumps(record, default=_as_text)
+
+
+def _as_text(value: Any) -> str:
+  if isinstance(value, bytes):
+    return value.decode('utf-8', 'backslashreplace')
+  return value.isoformat() if hasattr(value, 'isoformat') else str(value)
 
 
 def one_line(err: Exception) -> str:

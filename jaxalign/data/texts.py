@@ -87,7 +87,7 @@ def quantiled(
   if {'prompt', 'completion', 'score'} <= set(values):
     found, eos = [values['completion']], records.append_eos(values)
     scores = np.array([records.number(values, 'score')])
-  elif 'completions' in values:
+  elif records.list_column(values):
     _, found, scores, eos = feedback.listed(record, columns)
   else:
     # The edges are told, as others could put all records that `probes` knows into the same ranges.
@@ -130,7 +130,7 @@ def hindsight(
   values = records.known(record, columns)
   if {'prompt', 'chosen', 'rejected'} <= set(values):
     prompt, worst, best, eos = values['prompt'], values['rejected'], values['chosen'], records.append_eos(values)
-  elif 'completions' in values:
+  elif records.list_column(values):
     prompt, found, scores, eos = feedback.scored_list(record, columns)
     worst, best = found[int(np.argmin(scores))], found[int(np.argmax(scores))]
   else:

@@ -308,6 +308,7 @@ class TestJoined:
     assert (len(joined), joined.sizes) == (3, [1, 2])
     _assert_same_groups(joined, _RECORDS, _example_of)
     assert [joined.where(i) for i in range(3)] == ['a.jsonl:1', 'b.jsonl:1', 'b.jsonl:2']
+    assert [joined.place(i) for i in range(3)] == [(0, 1), (1, 1), (1, 2)]
     np.testing.assert_array_equal(joined.lengths_NK, [[3, 4], [2, 1], [3, 3]])
     np.testing.assert_array_equal(joined.keys_NK[1:], parts[1].keys_NK)
 

@@ -107,6 +107,12 @@ class TestRanked:
     assert [said(s) for s in group.sequences] == LIST['completions']
     assert group.labels == {'score': LIST['scores']}
 
+  def test_reads_samples_as_it_does_completions(self, letters):
+    record = {'samples' if name == 'completions' else name: value for name, value in LIST.items()}
+    assert repr(feedback.ranked(record, letters, row_length=20)) == repr(feedback.ranked(LIST, letters, row_length=20))
+    renamed = feedback.ranked(record, letters, row_length=20, columns={'completions': 'samples'})
+    assert repr(renamed) == repr(feedback.ranked(LIST, letters, row_length=20))
+
   def test_takes_ranks_of_which_1_is_the_best(self, letters):
     record = {'prompt': 'ab', 'completions': ['a', 'b'], 'ranks': [2, 1]}
     assert feedback.ranked(record, letters, row_length=20).labels == {'score': [-2.0, -1.0]}
@@ -144,6 +150,8 @@ class TestRanked:
           ({'scores': [1, 2, 3, float('nan')]}, 'column scores: nan where a finite number'),
           ({'scores': None}, 'wanted prompt \\+ completions \\+ scores or prompt \\+ completions \\+ ranks'),
           ({'completions': 'ab'}, 'column completions: a list of responses is wanted'),
+          ({'samples': ['a', 'b', 'c', 'd']}, 'columns samples and completions: scores belong to one list'),
+          ({'completions': None, 'samples': ['a'], 'scores': None}, 'wanted prompt \\+ samples \\+ scores'),
       ],
   )
   def test_refuses_lists_that_are_none(self, letters, change, said):
@@ -235,6 +243,8 @@ class TestNegative:
   def test_of_a_list_is_its_worst_before_the_others(self, letters, said):
     group = feedback.negative(LIST | {'scores': [0.5, 0.1, 0.9, 0.7]}, letters, row_length=20)
     assert [said(s) for s in group.sequences] == ['b', 'a', 'aa', 'bb']
+    record = {'prompt': 'ab', 'samples': ['a', 'b', 'bb'], 'scores': [2, 1, 3]}
+    assert [said(s) for s in feedback.negative(record, letters, row_length=20).sequences] == ['b', 'a', 'bb']
 
   def test_drops_and_refuses_what_it_cannot_use(self, letters):
     record = {'prompt': 'ab', 'rejected': 'x', 'samples': ['x']}

@@ -47,6 +47,17 @@ class TestBothOrders:
     better = {text for text, group in zip(texts, groups) if group.labels['desirable']}
     assert better == {'p|y/x', 'p|z/x'}
 
+  def test_take_a_list_that_has_scores_before_a_pair(self, letters):
+    record = PAIR | {'samples': ['x', 'y']}
+    first = lambda record: letters.decode(self.read(letters, record)[0].sequences[0].ids[1:-2].tolist())
+    assert first(record) == 'ab|a/bb'
+    assert first(record | {'scores': [2, 1]}) == 'ab|x/y'
+
+  @pytest.mark.parametrize('column', ['samples', 'completions'])
+  def test_are_not_scored_in_lists(self, letters, column):
+    with pytest.raises(types.RunError, match=f'column {column}: this model compares two responses'):
+      self.read(letters, PAIR | {column: ['x', 'y', 'z']}, labelled=False)
+
   def test_read_messages_as_what_they_say(self, letters):
     said = lambda role, text: {'role': role, 'content': text}
     turns = [said('user', 'ab')]
@@ -96,6 +107,14 @@ class TestAnswered:
     assert [text_of(letters, s) for s in group.sequences] == ['ab|a?Ya', 'ab|a?Yo', 'ab|bb?Ya', 'ab|bb?Yo']
     single = self.read(letters, {'prompt': 'ab', 'completion': 'a'}, labelled=False)
     assert [text_of(letters, s) for s in single.sequences] == ['ab|a?Ya', 'ab|a?Yo']
+
+  def test_asks_about_each_of_a_list_where_it_is_scored(self, letters):
+    record = {'prompt': 'ab', 'completion': 'x', 'samples': ['a', 'bb', [{'role': 'assistant', 'content': 'b'}]]}
+    group = self.read(letters, record, labelled=False)
+    answers = [text_of(letters, s) for s in group.sequences]
+    assert answers == ['ab|a?Ya', 'ab|a?Yo', 'ab|bb?Ya', 'ab|bb?Yo', 'ab|b?Ya', 'ab|b?Yo']
+    trained = self.read(letters, record | {'label': True})
+    assert [text_of(letters, group.sequences[0]) for group in trained] == ['ab|x?Ya']
 
   def test_loses_its_prompt_alone(self, letters):
     group, _ = self.read(letters, PAIR, row_length=8)

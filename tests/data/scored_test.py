@@ -60,6 +60,44 @@ class TestResponses:
     alone = scored.responses({'prompt': 'ab', 'completion': 'ba', 'append_eos': False}, letters, row_length=20)
     assert [self.read(s) for s in alone.sequences] == [letters.encode('a')]
 
+  @pytest.mark.parametrize('column', ['samples', 'completions'])
+  def test_are_those_of_a_list_in_order_whatever_else_there_is(self, letters, column):
+    said = [{'role': 'assistant', 'content': 'b'}]
+    record = {'prompt': 'ab', column: ['ba', 'a', 'ba'], 'chosen': 'aa', 'rejected': 'bb', 'completion': 'bbb'}
+    group = scored.responses(record, letters, row_length=20)
+    assert [s.ids[:-1].tolist() for s in group.sequences] == [
+        [0, *letters.encode('ab' + text), 1] for text in record[column]
+    ]
+    assert [self.read(s) for s in group.sequences] == [[1]] * 3
+    tokens = scored.responses(record, letters, row_length=20, per='token').sequences
+    assert [self.read(s) for s in tokens] == [[*letters.encode(text), 1] for text in record[column]]
+    talk = {'prompt': [{'role': 'user', 'content': 'a'}], column: ['b', said]}
+    one, other = scored.responses(talk, letters, row_length=60, template='hh').sequences
+    assert one.ids.tolist() == other.ids.tolist()
+
+  def test_of_a_list_stay_together(self, letters):
+    record = {'prompt': 'abab', 'samples': ['a', 'b' * 9, ''], 'append_eos': True}
+    group = scored.responses(record, letters, row_length=9)
+    assert group.truncated and len(group.sequences) == 3
+    assert [s.ids[-2] for s in group.sequences] == [1, *letters.encode('b'), 1]
+    with pytest.raises(examples.Dropped, match='empty response'):
+      scored.responses(record | {'append_eos': False}, letters, row_length=9)
+    with pytest.raises(examples.Dropped, match='no response'):
+      scored.responses(record | {'samples': []}, letters, row_length=9)
+
+  @pytest.mark.parametrize(
+      'change,said',
+      [
+          ({'prompt': None}, 'wanted prompt \\+ samples, found samples'),
+          ({'samples': 'ab'}, 'column samples: a list of responses is wanted'),
+          ({'samples': ['a', 3]}, 'column samples: int where text or a list of messages'),
+          ({'completions': ['a']}, 'columns samples and completions: scores belong to one list'),
+      ],
+  )
+  def test_refuse_lists_that_are_none(self, letters, change, said):
+    with pytest.raises(types.RunError, match=said):
+      scored.responses({'prompt': 'a', 'samples': ['b']} | change, letters, row_length=9)
+
   def test_are_scored_at_each_of_their_tokens(self, letters):
     group = scored.responses({'prompt': 'ab', 'completion': 'ba'}, letters, row_length=20, per='token')
     assert self.read(group.sequences[0]) == [*letters.encode('ba'), 1]

@@ -1,5 +1,7 @@
 """Tests of where records come from."""
 
+import datetime
+import decimal
 import gzip
 import importlib.resources
 import json
@@ -210,6 +212,7 @@ class TestOpenSource:
     source = sources.open_source(_write_jsonl(tmp_path / 'a.jsonl', _RECORDS) + bounds)
     assert [record['n'] for record in _all(source)] == list(expected)
     assert source.where(0) == f'a.jsonl:{expected[0] + 1}'
+    assert [source.at(place)['n'] for place in source.places] == list(expected)
 
   def test_tfds_takes_a_slice_too(self, tfds_dir):
     assert _all(sources.open_source('tfds:chats:1.2.0:train[2:4]', tfds_dir)) == _RECORDS[2:4]
@@ -264,3 +267,38 @@ class TestParseMixture:
   def test_nothing_is_refused(self, text):
     with pytest.raises(types.UsageError, match='no data'):
       sources.parse_mixture(text)
+
+
+class TestParseAll:
+
+  def test_is_the_specs(self):
+    assert sources.parse_all('builtin:x,jsonl:a.jsonl[3:]') == ['builtin:x', 'jsonl:a.jsonl[3:]']
+    assert sources.parse_all('jsonl:a:1,jsonl:b:1') == ['jsonl:a', 'jsonl:b']
+
+  @pytest.mark.parametrize('text', ['jsonl:a:0.7,jsonl:b:0.3', 'jsonl:a:2'])
+  def test_refuses_weights(self, text):
+    with pytest.raises(types.UsageError, match='every record is read once, so leave out the weight .* of jsonl:a'):
+      sources.parse_all(text)
+
+
+class TestToJson:
+
+  def test_is_the_record_where_it_can_be(self):
+    record = {'text': 'é\n\ud800', 'n': None, 'list': [{'a': 1.5}]}
+    assert json.loads(sources.to_json(record)) == record
+
+  def test_makes_text_of_what_parquet_has_besides(self, tmp_path):
+    record = {
+        'at': datetime.datetime(2024, 5, 6, 7, 8),
+        'price': decimal.Decimal('1.50'),
+        'raw': b'a\xff',
+        'took': datetime.timedelta(seconds=2),
+    }
+    pq.write_table(pa.Table.from_pylist([record]), tmp_path / 'a.parquet')
+    (found,) = _all(sources.open_source(f'parquet:{tmp_path / "a.parquet"}'))
+    assert json.loads(sources.to_json(found)) == {
+        'at': '2024-05-06T07:08:00',
+        'price': '1.50',
+        'raw': 'a\\xff',
+        'took': '0:00:02',
+    }

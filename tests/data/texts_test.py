@@ -54,9 +54,10 @@ class TestQuantiled:
     assert text_of(letters, group.sequences[0]) == 'Reward 1 of 2: ab[a]'
 
   def test_takes_lists_of_equal_scores(self, letters):
-    record = {'prompt': 'ab', 'completions': ['a'], 'ranks': [1]}
-    (group,) = texts.quantiled(record, letters, row_length=40, edges=[0])
-    assert group.labels == {'score': -1.0}
+    for column in ('completions', 'samples'):
+      record = {'prompt': 'ab', column: ['a'], 'ranks': [1]}
+      (group,) = texts.quantiled(record, letters, row_length=40, edges=[0])
+      assert group.labels == {'score': -1.0}
 
   @pytest.mark.parametrize('edges', [(), (1, 1), (2, 1), (0.5, float('nan'))])
   def test_refuses_edges_that_do_not_increase(self, letters, edges):
@@ -81,6 +82,9 @@ class TestHindsight:
       texts.hindsight(PAIR, letters, row_length=7, bad='-', good='+')
     cut = texts.hindsight(PAIR, letters, row_length=9, bad='-', good='+')
     assert text_of(letters, cut.sequences[0]) == 'b-[bbb]+[ba</s>]'
+    scored = {'prompt': 'ab', 'samples': ['ba', 'a', 'bbb'], 'scores': [3, 2, 1]}
+    of_list = texts.hindsight(scored, letters, row_length=40, bad='-', good='+')
+    assert of_list.sequences[0].ids.tolist() == group.sequences[0].ids.tolist()
     with pytest.raises(types.RunError, match='wanted prompt \\+ chosen \\+ rejected'):
       texts.hindsight({'prompt': 'a', 'completion': 'b'}, letters, row_length=40)
 
