@@ -108,6 +108,10 @@ class Job:
   skip_bad_records: bool
   debug: bool
 
+  def __post_init__(self):
+    if self.eval_data:
+      sources.parse_all(self.eval_data)  # refuses weights, as nothing is drawn
+
   def identity(self) -> dict[str, str | int]:
     """What must not change when a run is resumed, as run.json has it (where `model` holds sizes)."""
     return {

@@ -130,7 +130,7 @@ def _reading(job: recipe_lib.Job, loaded: checkpoint.Loaded, per: str, recipe: r
   if loaded.model.config.score_outputs and not loaded.run.get('writes'):
     head = functools.partial(forward.scores, model=loaded.model)
     return _Reading(head, scored_fn or functools.partial(scored.responses, per=per), combine_fn)
-  if combine_fn is not None:
+  if scored_fn is not None and combine_fn is not None:
     return _Reading(lambda params, batch: _logps(loaded.model, params, batch)[..., None], scored_fn, combine_fn)
   return _Reading(_ratios(job, loaded, per), scored_fn or scored.plain)
 

@@ -406,6 +406,11 @@ REFUSED = {
         ['columns.jsonl:1', 'answer, question'],
     ),
     'broken line': (('--algo=dpo', '--data=jsonl:{files}/broken.jsonl'), 1, ['broken.jsonl:2', 'not valid JSON']),
+    'weights of held-out data': (
+        ('--algo=dpo', '--data=jsonl:{files}/pairs.jsonl', '--eval_data=jsonl:a:0.7,jsonl:b:0.3'),
+        2,
+        ['every record is read once', 'weight 0.7 of jsonl:a'],
+    ),
     'empty data': (('--algo=dpo', '--data=jsonl:{files}/empty.jsonl'), 1, ['empty.jsonl', 'it holds no records']),
     'torn archive': (('--algo=dpo', '--data=jsonl:{files}/torn.jsonl.gz'), 1, ['torn.jsonl.gz', 'not a whole gzip']),
     'equal responses': (('--algo=dpo', '--data=jsonl:{files}/equal.jsonl'), 1, ['1 dropped: equal responses']),

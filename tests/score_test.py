@@ -327,7 +327,7 @@ my_examples.answer.end = '.'
 
 class TestUsersExamples:
 
-  def test_are_scored_as_the_run_says(self, capsys, tmp_path_factory, tmp_path, monkeypatch):
+  def test_are_scored_as_the_run_says(self, tmp_path_factory, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'path', sys.path[:])
     (tmp_path / 'my_examples.py').write_text(MINE)
     own = [{'q': pair['prompt'], 'a': pair['chosen'], 'b': pair['rejected']} for pair in PAIRS]
@@ -335,15 +335,15 @@ class TestUsersExamples:
     (tmp_path / 'my.gin').write_text(MINE_GIN.rsplit('\n', 2)[0])
     mine = f'--gin_file={tmp_path / "my.gin"}'
     workdir = trained(tmp_path_factory, 'rm', mine, f'--data=jsonl:{tmp_path / "own.jsonl"}')
-    # In a process of its own, nothing would have imported the module.
-    monkeypatch.setattr(sys, 'path', [path for path in sys.path if path != str(tmp_path)])
-    del sys.modules['my_examples']
-    args = f'--checkpoint={workdir}', f'--data=jsonl:{tmp_path / "own.jsonl"}', f'--cache_dir={tmp_path}'
-    assert main.main(['jaxalign', '--mode=score', *args]) == 2
-    assert "--gin_file): No module named 'my_examples'" in capsys.readouterr().err
-    # What only scoring calls, only scoring needs.
-    (tmp_path / 'my.gin').write_text(MINE_GIN)
-    found = score(capsys, workdir, own, tmp_path, mine)
+    (tmp_path / 'my.gin').write_text(MINE_GIN)  # with what only scoring calls
+    args = ['jaxalign', '--mode=score', f'--checkpoint={workdir}', f'--data=jsonl:{tmp_path / "own.jsonl"}']
+    args.append(f'--cache_dir={tmp_path}')
+    # In processes of their own, which have not imported the module.
+    spawned = [runs.spawn(args + more, cwd=tmp_path.parent) for more in ([], [mine])]
+    (_, err), (out, told) = (process.communicate(timeout=200) for process in spawned)
+    assert [process.returncode for process in spawned] == [2, 0], told
+    assert "--gin_file): No module named 'my_examples'" in err.splitlines()[-1]
+    found = [json.loads(line) for line in out.splitlines()]
     head = jax.device_get(checkpoint.load(workdir, ONE).params)
     tokenizer = tokenizers.load(STORIES)
     for one, record in zip(found, own, strict=True):

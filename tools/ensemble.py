@@ -7,8 +7,8 @@
   python tools/ensemble.py rm0.jsonl rm1.jsonl rm2.jsonl --how=uncertainty --penalty=0.5 --output=all.jsonl
 
 It reads what `--mode=score` prints: members may differ in size, tokenizer and mesh, and another way of combining them
-costs nothing. `--output` has the same form. Of records of two responses, the first being the better one, a table on the
-terminal gives accuracy, Brier score and expected calibration error of sigmoid(r_1 - r_2).
+costs nothing. `--output` has the same form. Of pairs, the first response being the better one, a table on the terminal
+gives accuracy, Brier score and expected calibration error of sigmoid(r_1 - r_2).
 """
 
 import argparse
@@ -95,7 +95,7 @@ def ensemble(args: argparse.Namespace) -> None:
     records = [one | {'scores': part.tolist()} for one, part in zip(members[0].values(), parts)]
     metrics.write_text(args.output, ''.join(json.dumps(record) + '\n' for record in records))
   print(f'{len(sizes)} records, mean deviation between members {scores_EN.std(axis=0).mean():.4f}')
-  if set(sizes) == {2}:
+  if set(sizes) == {2} and not any({'samples', 'completions'} & set(one) for one in members[0].values()):
     names = [*map(str, args.scores), args.how]
     print('| member | accuracy | Brier | ECE |\n|---|---|---|---|')
     for name, scores_N in zip(names, [*scores_EN, combined_N]):

@@ -122,7 +122,7 @@ def answered(
   values = records.known(record, columns)
   if not labelled and {'prompt', 'completion'} <= set(values):
     values['label'] = True
-  several = [] if labelled else scored.listed(record, columns)[1]
+  several = [] if labelled else scored.unscored_list(record, columns)[1]
   found = [(values['prompt'], one, 1.0) for one in several] or feedback.responses(values)
   asked = lambda response: [(before, False), (_text(response, 'response'), False), (question, False)]
   texts = [

@@ -173,7 +173,7 @@ def plain(
 ) -> examples.Group:
   """Responses as a policy reads them, without labels: a list, a pair, or a single one; see `responses`."""
   values = records.known(record, columns)
-  column, found = listed(record, columns)
+  column, found = unscored_list(record, columns)
   if found:
     both = [{'prompt': values['prompt'], column: one} for one in found]
     texts = [examples.prompted_text(tokenizer, one, column, template) for one in both]
@@ -184,7 +184,7 @@ def plain(
   return dataclasses.replace(group, labels={})
 
 
-def listed(record: records.Record, columns: Mapping[str, str] | None) -> tuple[str, list[Any]]:
+def unscored_list(record: records.Record, columns: Mapping[str, str] | None) -> tuple[str, list[Any]]:
   """The column of a record that is a list of responses, and the responses; ('', []) where there is none.
 
   Raises:

@@ -60,6 +60,16 @@ class TestMain:
       wanted = [np.mean(margins > 0), np.mean((1 - sigmoid(margins)) ** 2), ece]
       np.testing.assert_allclose(rows[name], wanted, atol=1e-4)
 
+  def test_compares_no_responses_of_a_list(self, tmp_path, capsys):
+    paths = write(tmp_path)
+    for path in paths:
+      lines = [json.loads(line) | {'samples': ['a', 'b']} for line in open(path)]
+      with open(path, 'w') as file:
+        file.write(''.join(json.dumps(line) + '\n' for line in lines))
+    assert ensemble.main([*paths, f'--output={tmp_path / "all.jsonl"}']) == 0
+    assert '|' not in capsys.readouterr().out
+    assert [json.loads(line)['samples'] for line in open(tmp_path / 'all.jsonl')] == [['a', 'b']] * 2
+
   def test_centres_members(self, tmp_path):
     offsets = [[[x + 10.0 * i for x in pair] for pair in pairs] for i, pairs in enumerate(MEMBERS)]
     found = []
