@@ -14,6 +14,7 @@ from jaxalign import sharding
 from jaxalign import types
 from jaxalign.data import examples
 from jaxalign.data import loader
+from jaxalign.data import scored
 from jaxalign.losses import preference
 from jaxalign.models import architecture
 
@@ -73,6 +74,12 @@ class TestRecipe:
   def test_names_the_kinds_of_reference(self):
     with pytest.raises(types.UsageError, match="reference = 'none': it is 'cached' or 'live'"):
       make_recipe(reference='none')
+
+  def test_combines_what_is_read_to_score_alone(self):
+    combine = lambda outputs: outputs
+    assert make_recipe(scored_fn=scored.plain, combine_fn=combine).combine_fn is combine
+    with pytest.raises(types.UsageError, match='recipe.Recipe.combine_fn: .* that recipe.Recipe.scored_fn makes'):
+      make_recipe(combine_fn=combine)
 
 
 class TestJob:

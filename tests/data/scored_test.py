@@ -63,12 +63,12 @@ class TestResponses:
   @pytest.mark.parametrize('column', ['samples', 'completions'])
   def test_are_those_of_a_list_in_order_whatever_else_there_is(self, letters, column):
     said = [{'role': 'assistant', 'content': 'b'}]
-    record = {'prompt': 'ab', column: ['ba', 'a', 'ba'], 'chosen': 'aa', 'rejected': 'bb', 'completion': 'bbb'}
+    record = {'prompt': 'ab', column: ['ba', 'a', 'bb', 'ba'], 'chosen': 'aa', 'rejected': 'bb', 'completion': 'bbb'}
     group = scored.responses(record, letters, row_length=20)
     assert [s.ids[:-1].tolist() for s in group.sequences] == [
         [0, *letters.encode('ab' + text), 1] for text in record[column]
     ]
-    assert [self.read(s) for s in group.sequences] == [[1]] * 3
+    assert [self.read(s) for s in group.sequences] == [[1]] * 4
     tokens = scored.responses(record, letters, row_length=20, per='token').sequences
     assert [self.read(s) for s in tokens] == [[*letters.encode(text), 1] for text in record[column]]
     talk = {'prompt': [{'role': 'user', 'content': 'a'}], column: ['b', said]}
