@@ -3,7 +3,6 @@
 import json
 import math
 
-import jax
 import pytest
 
 from jaxalign import catalog
@@ -38,14 +37,6 @@ FIRST_LOSS = {
     'rm_classes': math.log(3),
     'preference_model': LOG_2,
 }
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_in_haste():
-  """Nothing here is timed, and most of the time goes into compiling."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.fixture(scope='module')

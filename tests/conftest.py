@@ -1,6 +1,7 @@
 """What every test runs under: eight CPU devices, no implicit rank promotion, no network, no cache of the user's."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -9,6 +10,15 @@ import tempfile
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='jaxalign-compiled-')
   atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+
+# Most of the time goes into compiling: for CPUs without most optimisations (but see `optimised`), and by the emitters of
+# before, which are twice as fast at it; XLA ends at a flag that it does not know. On a busy machine eight devices take
+# long to meet, and XLA gives up after 40 s.
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+if importlib.metadata.version('jaxlib').startswith('0.10.'):
+  os.environ['XLA_FLAGS'] = (
+      '--xla_cpu_use_fusion_emitters=false --xla_cpu_collective_call_terminate_timeout_seconds=600'
+  )
 
 # Before jax is imported. The TPU lines let tests compile for a TPU that is not there.
 os.environ.update(
@@ -38,3 +48,11 @@ hypothesis.settings.load_profile('jaxalign')
 def own_cache(tmp_path, monkeypatch):
   """Tokenised data and reference log-probabilities of a test go to a folder of its own."""
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg_cache'))
+
+
+@pytest.fixture(scope='module')
+def optimised():
+  """For modules that look at what the compiler makes: programs are compiled as a user's are."""
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)

@@ -12,6 +12,8 @@ import pytest
 from jaxalign import logps
 from jaxalign import sharding
 
+pytestmark = pytest.mark.usefixtures('optimised')
+
 B, T, D, V = 8, 12, 16, 384
 VOCAB = 301  # the other columns are padding
 MESHES = ('fsdp:2,tensor:2,context:2', 'data:2,fsdp:2,tensor:2', 'tensor:8', 'fsdp:8')

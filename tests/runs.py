@@ -55,7 +55,7 @@ def flags(folder, workdir, *more, steps=12):
 
 def spawn(args, devices=2, cwd=ROOT, **env):
   """A run in a process of its own, in a folder; JAX is told here what a conftest tells it for tests."""
-  clean = {k: v for k, v in os.environ.items() if not k.startswith(('TPU_', 'XLA_'))}
+  clean = {k: v for k, v in os.environ.items() if not k.startswith('TPU_')}
   env = clean | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices), 'PYTHONPATH': str(ROOT)} | env
   command = [sys.executable, '-m', 'jaxalign.main', *args[1:]]
   return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)

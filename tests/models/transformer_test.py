@@ -13,6 +13,8 @@ from jaxalign import types
 from jaxalign.models import architecture
 from jaxalign.models import transformer
 
+pytestmark = pytest.mark.usefixtures('optimised')
+
 TINY = architecture.Config(
     vocab_size=50,
     num_layers=2,
