@@ -11,9 +11,9 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='jaxalign-compiled-')
   atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
-# Most of the time goes into compiling: for CPUs without most optimisations (but see `optimised`), and by the emitters of
-# before, which are twice as fast at it; XLA ends at a flag that it does not know. On a busy machine eight devices take
-# long to meet, and XLA gives up after 40 s.
+# Compiling takes most of the time: for CPUs without most optimisations (but see `optimised`), and by older emitters,
+# which are twice as fast at it; XLA ends at a flag that it does not know. On a busy machine eight devices take long to
+# meet, and XLA gives up after 40 s.
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
   os.environ['XLA_FLAGS'] = (

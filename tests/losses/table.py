@@ -35,9 +35,10 @@ def loss_of(algo: str) -> Callable:
 
 def lines_of(function: Callable) -> int:
   """Lines of a function's body behind its docstring."""
-  body = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0].body  # type: ignore[attr-defined]
-  statements = body[1:] if ast.get_docstring(ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]) else body
-  return statements[-1].end_lineno - statements[0].lineno + 1
+  (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+  assert isinstance(definition, ast.FunctionDef) and ast.get_docstring(definition), function
+  first, *_, last = definition.body[1:] * 2
+  return last.end_lineno - first.lineno + 1
 
 
 def gold_error(algo: str) -> str:
@@ -75,18 +76,17 @@ def fixed_point_of(algo: str) -> tuple[str, str]:
 def main() -> None:
   """Prints the table."""
   held = laws(sys.argv[1])
-  print('| method | loss | lines | gold error | laws | fixed point | error |\n|---|---|---|---|---|---|---|')
+  write = sys.stdout.write
+  write('| method | loss | lines | gold error | laws | fixed point | error |\n|---|---|---|---|---|---|---|\n')
   lines = {}
   for algo in catalog.algorithms():
     loss, (error, why) = loss_of(algo), fixed_point_of(algo)
     lines[loss] = lines_of(inspect.unwrap(loss))
     module = loss.__module__.rpartition('.')[2]
     passed = ', '.join(f'{about} {count}' for about, count in sorted(held[algo].items()))
-    print(
-        f'| {algo} | {module}.{loss.__name__} | {lines[loss]} | {gold_error(algo)} | {passed} | {why} | {error} |',
-        flush=True,
-    )
-  print(f'\n{len(lines)} losses: median {statistics.median(lines.values()):g} lines, at most {max(lines.values())}.')
+    row = algo, f'{module}.{loss.__name__}', lines[loss], gold_error(algo), passed, why, error
+    write(f'| {" | ".join(map(str, row))} |\n')
+  write(f'\n{len(lines)} losses: median {statistics.median(lines.values()):g} lines, at most {max(lines.values())}.\n')
 
 
 if __name__ == '__main__':
