@@ -89,6 +89,14 @@ def steps():
   return short, compiled(mesh, 2048)[0], state
 
 
+@pytest.fixture
+def in_haste():
+  """A program is compiled, but not as fast or small as it can be, which takes four times as long."""
+  jax.config.update('jax_exec_time_optimization_effort', -1.0)
+  yield
+  jax.config.update('jax_exec_time_optimization_effort', 0.0)
+
+
 def computations(text):
   """The lines of each computation of an HLO module, by its name."""
   found, name = {}, None
@@ -149,12 +157,14 @@ class TestStep:
     of_device = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert step.memory_analysis().alias_size_in_bytes >= 0.99 * of_device
 
+  @pytest.mark.usefixtures('in_haste')
   def test_compiles_for_several_slices(self):
     mesh = sharding.make_mesh('fsdp:2,tensor:2', 'data:2', devices=topology('v5e:2x2', num_slices=2))
     assert dict(mesh.shape) == {'data': 2, 'fsdp': 2, 'tensor': 2, 'context': 1, 'expert': 1}
     step, _ = compiled(mesh, 1024)
     assert 'tpu_custom_call' in step.as_text()
 
+  @pytest.mark.usefixtures('in_haste')
   def test_of_adapters_keeps_the_base_once_in_few_bits_and_makes_no_gradient_of_it(self):
     mesh = sharding.make_mesh('fsdp:4,tensor:4', devices=topology('v5e:4x4'))
     config = dataclasses.replace(CONFIG, embed_dim=2048, mlp_dim=8192, vocab_size=1024)
@@ -168,6 +178,7 @@ class TestStep:
     # No array has a layer's whole weight in it but those that were gathered in 16 bits.
     assert not [line for line in step.as_text().splitlines() if re.search(r'f32\[(2,)?2048,8192\]', line)]
 
+  @pytest.mark.usefixtures('in_haste')
   def test_compiles_windows_soft_caps_and_experts(self):
     mesh = sharding.make_mesh('fsdp:4,tensor:4', devices=topology('v5e:4x4'))
     step, _ = compiled(mesh, 1024, OTHER)
