@@ -50,19 +50,23 @@ def train(
   """
   with jax.set_mesh(job.mesh):
     tokenizer = recipe_lib.open_tokenizer(job)
-    model, trained, frozen = recipe_lib.open_model(job, recipe, tokenizer)
+    model, params = recipe_lib.open_model(job, recipe, tokenizer)
+    streams = streams_lib.open_streams(job, recipe, tokenizer, train=True)
+    follows = streams.live and recipe.sync is not None
+    ref_model = reference.model_of(model, follows=follows) if streams.live else None
+    objective = recipe_lib.bind(recipe, model, streams.needs, ref_model)
+    trained, frozen = params()
     counter = metrics.Compilations()
     ref = reference.Reference.of(model, trained, frozen)
-    streams = streams_lib.open_streams(job, recipe, tokenizer, lambda: ref, steps=options.steps, counter=counter)
+    if streams.cached:
+      streams = streams_lib.with_reference(streams, job, recipe, ref, steps=options.steps, counter=counter)
     store = checkpoint.Store(job.workdir / 'checkpoints', checkpoints)
     base = _keep_base(job, store, ref) if streams.needs.reference or frozen else ''
     opt = optimizer(options.steps)
-    follows = streams.live and recipe.sync is not None
     live = reference.Reference.of(model, trained, frozen, follows=follows).kept(follows) if streams.live else None
     state, data_state = _start(job, store, trained, opt, streams.needs.state, follows)
     evaluator = evaluate.Evaluator(job, recipe, model, tokenizer, streams, samples, counter, frozen, live)
     before = _before(job, evaluator, state)
-    objective = recipe_lib.bind(recipe, model, streams.needs, live and live.model)
     step = step_lib.make_step(objective, opt, recipe.sync if follows else None)
     tools = loop.Tools(
         step_fn=_jit_step(job, counter.counted(step), state, frozen, live and live.moving),
@@ -72,7 +76,9 @@ def train(
         clock=metrics.Clock(data_state['num_tokens']),
         epoch_of=streams.epochs,
         constants=lambda: {'compilations': counter.count, **streams.report},
-        flops_per_token=architecture.flops_per_token(model.config, recipe.packing.row_length, frozen=bool(frozen)),
+        flops_per_token=architecture.flops_per_token(
+            model.config, recipe.packing.row_length, frozen=bool(frozen), live=streams.live
+        ),
         after_first_step=functools.partial(_save_run, job, recipe, model, tokenizer, base, streams.needs, config),
         debug=job.debug,
     )
@@ -108,11 +114,13 @@ def _keep_base(job, store: checkpoint.Store, ref: reference.Reference) -> str:
 def _start(
     job, store: checkpoint.Store, params, opt: optim.Optimizer, loss_state: types.PyTree, follows: bool
 ) -> tuple[step_lib.TrainState, dict[str, int]]:
-  """The newest checkpoint's state, or a fresh one that takes `params` over; and the place in the data."""
+  """The newest checkpoint's state, or a fresh one; and the place in the data. Neither leaves anything of `params`."""
   abstract = step_lib.abstract_state(job.mesh, params, opt.tx, job.seed, loss_state, follows)
   step = store.latest()
   if step is not None:
     logging.info('resuming at step %d from %s', step, job.workdir)
+    for x in jax.tree.leaves(params):
+      x.delete()  # What is restored takes its place, as a fresh state takes it over.
     return store.restore(step, abstract)
   init = lambda fresh: step_lib.init_state(fresh, opt.tx, job.seed, loss_state, follows)
   state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract), donate_argnums=0)(params)

@@ -13,6 +13,7 @@ import pytest
 from jaxalign import checkpoint
 from jaxalign import forward
 from jaxalign import main
+from jaxalign import metrics
 from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import reference
@@ -123,6 +124,18 @@ class TestRivals:
     counts = np.asarray(batch.mask_BT) > 0
     np.testing.assert_allclose(np.asarray(stats['rival_logps'])[counts], log_p.max(-1)[counts], rtol=1e-5)
 
+  @pytest.mark.parametrize('loss', [functools.partial(preference.dpo, beta=0.5), supervised.cross_entropy])
+  def test_are_refused_where_the_loss_reads_none(self, loss):
+    for make in (objectives.preference, objectives.supervised):
+      with pytest.raises(types.UsageError, match='rivals = 5: bound, but the loss reads no rivals; leave it out'):
+        objective_of(loss, make, ref_model=None, rivals=5)
+
+  @pytest.mark.parametrize('rivals', [0, 50])
+  def test_are_no_more_than_there_are(self, rivals):
+    cringe = functools.partial(shaped.pairwise_cringe, alpha=1.0, gate_margin=1.0, temperature=1.0)
+    with pytest.raises(types.UsageError, match=f'rivals = {rivals}: the model has 50 tokens, of which one is right'):
+      objective_of(cringe, ref_model=None, rivals=rivals)
+
 
 class TestValues:
 
@@ -216,13 +229,18 @@ class TestRuns:
     assert main.main(flags) == 0
     runs.assert_same(arrays(workdir), ended)
 
-  def test_that_need_a_live_reference_have_one_without_being_told(self, folder, capsys):
+  def test_that_need_a_live_reference_have_one_without_being_told(self, folder, capsys, monkeypatch):
+    monkeypatch.setitem(metrics.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
     workdir = folder / 'tdpo'
     flags = runs.flags(folder, workdir, '--algo=tdpo2', '--lora=rank:2', '--eval_data=', steps=3)
     assert main.main(flags) == 0, capsys.readouterr().err
     losses = [line['loss'] for line in runs.logged(workdir).values()]
     assert losses[0] == pytest.approx(np.log(2), rel=1e-6) and losses[2] != losses[0]
     assert not list((folder / 'cache').glob('ref-*'))
+    last = json.loads((workdir / 'metrics.jsonl').read_text().splitlines()[-1])
+    products, attention = 16 * (16 + 2 * 8 + 16 + 3 * 32) + 16 * 512, 2 * 8 * 64 / 2
+    flops = (2 + 1) * 2 * products + (3 + 1) * 4 * attention  # the frozen weights have no gradient
+    assert last['mfu'] == pytest.approx(flops * last['tokens_per_s'] / (1e9 * 8), rel=1e-6)
 
   def test_of_adapters_and_a_value_head_have_a_reference_without_either(self, folder, capsys):
     lists = [{'prompt': f'Tom {i}', 'completions': [' ran', ' sat'], 'scores': [1.0, i / 8]} for i in range(8)]
