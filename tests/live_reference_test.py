@@ -249,8 +249,10 @@ class TestRuns:
     flags = runs.flags(folder, folder / 'dro_v', '--algo=dro_v', '--lora=rank:2', *given, steps=3)
     assert main.main(flags) == 0, capsys.readouterr().err
     capsys.readouterr()
-    quiet = '--gin=evaluate.evaluate.samples = None'
-    assert main.main(['jaxalign', '--mode=eval', f'--checkpoint={folder / "dro_v"}', quiet]) == 0
+    more = '--gin=evaluate.evaluate.samples = None', f'--cache_dir={folder / "cache"}'
+    kept = sorted((folder / 'cache').iterdir())
+    assert main.main(['jaxalign', '--mode=eval', f'--checkpoint={folder / "dro_v"}', *more]) == 0
+    assert sorted((folder / 'cache').iterdir()) == kept  # What was tokenised for training serves here too.
     summary = json.loads((folder / 'dro_v' / 'summary.json').read_text())
     found = json.loads(capsys.readouterr().out)
     assert found['eval/loss'] == pytest.approx(summary['eval/loss'], rel=1e-4)
