@@ -21,6 +21,8 @@ from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import tracing
 from jaxalign import types
+from jaxalign.losses import batchwise
+from jaxalign.losses import compose
 from jaxalign.losses import listwise
 from jaxalign.losses import preference
 from jaxalign.losses import shaped
@@ -157,6 +159,35 @@ class TestValues:
         group, slot = int(batch.group_BS[b, place]), int(batch.slot_BS[b, place])
         np.testing.assert_allclose(seen[-1][group, slot], scores_BT[b, first], rtol=1e-5)
         assert int(batch.inputs_BT[b, first]) == PAIRS[group][0][-1]
+
+
+class TestMicroBatches:
+  # All that a live reference gives, and rivals; more than one of them would be drawn of each micro-batch anew.
+  LOSSES = (
+      (1.0, functools.partial(shaped.tdpo2, beta=0.5, alpha=0.5)),
+      (1.0, functools.partial(shaped.mallows_dpo, beta=0.5, scale=1.0)),
+      (0.1, functools.partial(shaped.pairwise_cringe, alpha=1.0, gate_margin=1.0, temperature=1.0)),
+  )
+
+  @pytest.mark.parametrize(
+      'more,sync',
+      [((), reference.Sync(every=2, alpha=0.25)), (((1.0, functools.partial(batchwise.aot, beta=0.5)),), None)],
+      ids=['each alone, and a reference that moves', 'the whole step, and one that stays'],
+  )
+  def test_give_the_update_of_one(self, more, sync):
+    objective = objective_of(functools.partial(compose.mixture, losses=self.LOSSES + more), rivals=1)
+    assert objective.whole_step == bool(more)
+    quick = {'xla_backend_optimization_level': 0}
+    step = jax.jit(step_lib.make_step(objective, OPTIMIZER, sync), compiler_options=quick)
+    found = []
+    for ways in (1, 2):
+      parts = [PAIRS[i : i + 4 // ways] for i in range(0, 4, 4 // ways)]
+      state = step_lib.init_state(PARAMS, OPTIMIZER.tx, 0, follows=sync is not None)
+      for _ in range(3):
+        state, measured = step(state, {}, packed.stack(*map(batch_of, parts)), None if sync else OTHER)
+      means = {name: pair.mean() for name, pair in measured.means.items()}
+      found.append((means, measured.gauges['grad_norm'], state.opt_state[1].mu, state.reference))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), *found)
 
 
 class TestSync:
