@@ -7,6 +7,8 @@ from typing import Any
 
 import gin
 
+from jaxalign.data import probes
+
 # A binding: its scope, the full name of what it configures, the parameter.
 Key = tuple[str, str, str]
 
@@ -56,12 +58,14 @@ def is_used(key: Key, used: set[Key]) -> bool:
 
 
 def options(name: str, parameter: str) -> str:
-  """What is bound to a parameter of the package's, and to all that it refers to, in any scope, as text.
+  """What is bound to a parameter of the package's, and to all that it refers to, in any scope, as text with its source.
 
   Defaults are left out, so that the operative configuration tells the same as the bindings that led to it.
   """
   start = gin.config._CONFIG.get(('', f'jaxalign.{name}'), {}).get(parameter)
-  nodes, lines = reached(_referred(start)), [f'{parameter} = {start!r}']
+  nodes = reached(_referred(start))
+  lines = [f'{parameter} = {start!r}']
+  lines += [probes.told(gin.config._REGISTRY[one].wrapped) for one in nodes if not one.startswith('%')]
   for (scope, function), values in gin.config._CONFIG.items():
     if node(scope, function) in nodes:
       known = inspect.signature(gin.config._REGISTRY[function].wrapped).parameters

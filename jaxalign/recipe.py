@@ -40,7 +40,8 @@ class Recipe:
   """An algorithm: which examples, which objective, which loss, in which precision.
 
   Attributes:
-    objective: from `objectives`; what it needs of the batch is what the examples provide.
+    objective: from `objectives`; what it needs of the batch is what the examples provide. One that takes no `ref_model`
+      has no reference.
     loss_fn: from `losses`, or a function of the user's own.
     example_fn: from `data.examples`: a record to a group of sequences.
     scored_fn: the same of a record whose responses are to be scored; None reads them as they are, see `score`.

@@ -342,6 +342,12 @@ class TestRecipe:
     config.parse_saved([bindings, operative], (), ())
     assert config.recipe().example_fn.options == options
 
+  def test_tells_it_the_source_of_functions_that_it_is_given(self, write):
+    write('given.py', 'def made(record, *, of):\n  return of()\ndef part():\n  return 12345\n')
+    user = write('my.gin', 'from __gin__ import dynamic_registration\nimport given\ngiven.made.of = @given.part\n')
+    parse(user_files=[user], bindings=['recipe.Recipe.example_fn = @given.made'])
+    assert 'return 12345' in config.recipe().example_fn.options
+
   def test_tells_what_scores_responses_too(self):
     parse(bindings=['recipe.Recipe.scored_fn = @scored.responses', 'scored.responses.per = "step"'])
     assert "scored.responses.per = 'step'" in config.recipe().scored_fn.options

@@ -30,6 +30,18 @@ class Bound:
     return self.function(*args, **kwargs)
 
 
+def told(value: Any) -> str:
+  """A function or class by its source and options, anything else as it is written."""
+  if isinstance(value, Bound):
+    return f'{told(value.function)} {value.options}'
+  if isinstance(value, functools.partial):
+    keywords = [f'{name}={told(option)}' for name, option in sorted(value.keywords.items())]
+    return ' '.join([told(value.func), *map(told, value.args), *keywords])
+  if inspect.isfunction(value) or inspect.ismethod(value) or inspect.isclass(value):
+    return inspect.getsource(inspect.unwrap(value))
+  return repr(value)
+
+
 def describe(
     example_fn: Callable[..., examples.Group | list[examples.Group]],
     tokenizer: tokenizers.Tokenizer,
@@ -39,10 +51,10 @@ def describe(
   """A hash of what an example function does, for the key of a cache of its results.
 
   It is taken from the function's source, from its options, of `functools.partial` and of `Bound`, and from what it
-  makes of a few records, errors included. These show what the others hide: what a closure holds, and whether functions
-  have changed that it calls, whose source is not read.
+  makes of a few records, errors included. Records show what the others hide: what a closure holds, and whether
+  functions have changed that it calls, whose source is not read.
   """
-  digest = hashlib.blake2b(f'{row_length} {_told(example_fn)}'.encode(), digest_size=12)
+  digest = hashlib.blake2b(f'{row_length} {told(example_fn)}'.encode(), digest_size=12)
   for record in _PROBES:
     try:
       found = example_fn(record, tokenizer, row_length=row_length)
@@ -54,18 +66,6 @@ def describe(
       made = f'{type(err).__name__} {str(err).partition(chr(10))[0]}'
     digest.update(made.encode())
   return digest.hexdigest()
-
-
-def _told(value: Any) -> str:
-  """A function by its source and options, anything else as it is written."""
-  if isinstance(value, Bound):
-    return f'{_told(value.function)} {value.options}'
-  if isinstance(value, functools.partial):
-    keywords = [f'{name}={_told(option)}' for name, option in sorted(value.keywords.items())]
-    return ' '.join([_told(value.func), *map(_told, value.args), *keywords])
-  if inspect.isroutine(value):
-    return inspect.getsource(inspect.unwrap(value))
-  return repr(value)
 
 
 class _Rated(dict):

@@ -198,9 +198,8 @@ def flops_per_token(config: Config, length: int, *, frozen: bool = False, live: 
     6 * (parameters of the matrices that a token meets) + 12 * L * N * H * length / 2
 
   With `frozen` weights the 6 is a 4: they have no gradient; adapters do not count. A `live` reference is one more pass
-  forward, which adds a third of the whole: 2 to the 6 and 4 to the 12. In 'local' layers a query meets at most `window`
-  keys. Recomputation does not count, nor what the causal mask discards. Chowdhery et al., 2022,
-  https://arxiv.org/abs/2204.02311, App. B.
+  forward, which adds 2 to that and 4 to the 12. In 'local' layers a query meets at most `window` keys. Recomputation
+  does not count, nor what the causal mask discards. Chowdhery et al., 2022, https://arxiv.org/abs/2204.02311, App. B.
   """
   c = config
   attention = c.embed_dim * c.head_size * (2 * c.num_heads + 2 * c.num_kv_heads)

@@ -120,6 +120,7 @@ class TestDescribe:
     assert keys[0] != keys[1]
     again = probes.describe(functools.partial(make('b'), said=first), letters, row_length=64)
     assert again == keys[0]
+    assert probes.describe(functools.partial(fn, said=len), letters, row_length=64) not in keys
 
   def test_differs_by_thresholds_that_take_the_same(self, letters):
     keys = {
