@@ -13,6 +13,7 @@ from jaxalign import checkpoint
 from jaxalign import evaluate
 from jaxalign import loop
 from jaxalign import metrics
+from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
@@ -20,7 +21,9 @@ from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import streams as streams_lib
 from jaxalign import types
+from jaxalign.data import tokenizers
 from jaxalign.models import architecture
+from jaxalign.models import transformer
 
 
 def train(
@@ -50,24 +53,17 @@ def train(
   """
   with jax.set_mesh(job.mesh):
     tokenizer = recipe_lib.open_tokenizer(job)
-    model, params = recipe_lib.open_model(job, recipe, tokenizer)
-    streams = streams_lib.open_streams(job, recipe, tokenizer, train=True)
-    follows = streams.live and recipe.sync is not None
-    ref_model = reference.model_of(model, follows=follows) if streams.live else None
-    objective = recipe_lib.bind(recipe, model, streams.needs, ref_model)
-    trained, frozen = params()
-    counter = metrics.Compilations()
-    ref = reference.Reference.of(model, trained, frozen)
-    if streams.cached:
-      streams = streams_lib.with_reference(streams, job, recipe, ref, steps=options.steps, counter=counter)
+    counter, follows = metrics.Compilations(), recipe.sync is not None
+    model, objective, streams, (trained, frozen) = _open(job, recipe, tokenizer, options.steps, counter)
     store = checkpoint.Store(job.workdir / 'checkpoints', checkpoints)
+    ref = reference.Reference.of(model, trained, frozen)
     base = _keep_base(job, store, ref) if streams.needs.reference or frozen else ''
     opt = optimizer(options.steps)
     live = reference.Reference.of(model, trained, frozen, follows=follows).kept(follows) if streams.live else None
     state, data_state = _start(job, store, trained, opt, streams.needs.state, follows)
     evaluator = evaluate.Evaluator(job, recipe, model, tokenizer, streams, samples, counter, frozen, live)
     before = _before(job, evaluator, state)
-    step = step_lib.make_step(objective, opt, recipe.sync if follows else None)
+    step = step_lib.make_step(objective, opt, recipe.sync)
     tools = loop.Tools(
         step_fn=_jit_step(job, counter.counted(step), state, frozen, live and live.moving),
         evaluate=lambda now: evaluator.held_out(now.params, now.loss_state, now.reference),
@@ -90,6 +86,21 @@ def train(
     store.close()
     tools.writer.close()
     return _finish(job, state, before, after, tools, streams, counter)
+
+
+def _open(
+    job, recipe: recipe_lib.Recipe, tokenizer: tokenizers.Tokenizer, steps: int, counter: metrics.Compilations
+) -> tuple[transformer.Transformer, objectives.Objective, streams_lib.Streams, recipe_lib.Params]:
+  """Model, objective, data and parameters; what does not go together is refused before a weight is read."""
+  model, params = recipe_lib.open_model(job, recipe, tokenizer)
+  streams = streams_lib.open_streams(job, recipe, tokenizer, train=True)
+  ref_model = reference.model_of(model, follows=recipe.sync is not None) if streams.live else None
+  objective = recipe_lib.bind(recipe, model, streams.needs, ref_model)
+  first = params()
+  if streams.cached:
+    ref = reference.Reference.of(model, *first)
+    streams = streams_lib.with_reference(streams, job, recipe, ref, steps=steps, counter=counter)
+  return model, objective, streams, first
 
 
 def _keep_base(job, store: checkpoint.Store, ref: reference.Reference) -> str:
