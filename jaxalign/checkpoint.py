@@ -202,6 +202,11 @@ def save_base(directory: pathlib.Path, ref: reference.Reference) -> None:
       checkpointer.save(epath.Path(directory / name), quant.to_disk(params), force=True)
 
 
+def is_checkpoint(path: pathlib.Path) -> bool:
+  """Whether a path is a workdir, its folder of checkpoints or one checkpoint."""
+  return any((folder / 'run.json').exists() for folder in (path, path / 'checkpoints', path.parent))
+
+
 def find(directory: str | pathlib.Path) -> tuple[pathlib.Path, int]:
   """Finds the `checkpoints` folder and the step that a user means by a workdir, that folder or one step's folder.
 
