@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxalign import checkpoint
 from jaxalign import objectives
 from jaxalign import reference as reference_lib
+from jaxalign import rollouts as rollouts_lib
 from jaxalign import tracing
 from jaxalign import types
 from jaxalign.data import dataset
@@ -62,6 +63,7 @@ class Recipe:
       weights) is the fastest on CPUs too, where memory is slow.
     attention: one of `models.attention.KERNELS`; None takes what the platform does best.
     lora: adapters to train in place of the model's parameters; None trains those.
+    rollouts: what is sampled from the policy and trained on; None trains on the data themselves.
   """
 
   objective: Callable
@@ -82,6 +84,7 @@ class Recipe:
   remat: str = 'dots'
   attention: str | None = None
   lora: lora_lib.Lora | None = None
+  rollouts: rollouts_lib.Options | None = None
 
   def __post_init__(self):
     if self.combine_fn is not None and self.scored_fn is None:

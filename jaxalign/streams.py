@@ -13,13 +13,16 @@ from jaxalign import forward
 from jaxalign import metrics
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
+from jaxalign import rollouts
 from jaxalign import sharding
 from jaxalign import tracing
 from jaxalign import types
 from jaxalign.data import dataset
 from jaxalign.data import loader as loader_lib
 from jaxalign.data import rows
+from jaxalign.data import sources
 from jaxalign.data import tokenizers
+from jaxalign.models import transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +53,96 @@ class Streams:
     assert self.train is not None, 'opened for evaluation alone'
     return self.train.epochs(place)
 
-  def training_batches(self, epoch: int, step: int) -> Iterator[tuple[tuple[int, int], types.Batch]]:
+  def training_batches(
+      self, place: tuple[int, int], params: Callable[[], types.PyTree]
+  ) -> Iterator[tuple[tuple[int, int], types.Batch]]:
     """Batches from a data state on, for ever; with each the data state once it is consumed."""
+    del params  # They are the same whatever the policy.
     assert self.train is not None, 'opened for evaluation alone'
+    epoch, step = place
     for after_epoch, after_step, batch in self.train.batches(epoch, step):
       yield (after_epoch, after_step), batch
 
   def held_batches(self) -> Iterator[types.Batch]:
     """One pass over the held-out data, of which there may be none."""
     yield from self.held.evaluation_batches() if self.held is not None else ()
+
+
+class Online:
+  """The same for a run that trains on what it samples; nothing is held out but prompts (`evaluate.Samples`).
+
+  A data state is (rollout, updates by it).
+
+  Attributes:
+    needs: what the loss reads.
+    live: whether the step computes what the loss reads of the reference; nothing is cached, as responses are new.
+    held: None.
+    cached: False.
+  """
+
+  held = None
+  cached = False
+
+  def __init__(self, sampler: rollouts.Sampler, needs: tracing.Needs, report: dict[str, int]):
+    self.needs, self.live = needs, needs.reference
+    self._sampler, self._report = sampler, report
+
+  @property
+  def report(self) -> dict[str, float]:
+    """Counts of prompts, and what the newest rollout says of the policy, by name."""
+    return self._report | self._sampler.last
+
+  def epochs(self, place: tuple[int, int]) -> float:
+    """Epochs of prompts that a data state stands for."""
+    return self._sampler.epochs(place[0])
+
+  def training_batches(
+      self, place: tuple[int, int], params: Callable[[], types.PyTree]
+  ) -> Iterator[tuple[tuple[int, int], types.Batch]]:
+    """Batches of the rollouts of `params()`, from a data state on."""
+    return self._sampler.batches(*place, params)
+
+  def held_batches(self) -> Iterator[types.Batch]:
+    """None."""
+    return iter(())
+
+
+def open_prompts(
+    job: recipe_lib.Job,
+    recipe: recipe_lib.Recipe,
+    tokenizer: tokenizers.Tokenizer,
+    model: transformer.Transformer,
+) -> Online:
+  """Opens the prompts in `--data` for rollouts of `model`.
+
+  Raises:
+    UsageError: the loss reads what a rollout does not give, or a rollout does not fit a step.
+  """
+  options = recipe.rollouts
+  assert options is not None
+  datasets = recipe_lib.open_data(job, recipe, tokenizer, job.data)
+  mixture = sources.parse_mixture(job.data)
+  needs = tracing.trace(
+      recipe.loss_fn,
+      group_size=options.samples,
+      labels=(),
+      token_labels=rollouts.LABELS,
+      outputs=recipe.score_outputs,
+  )
+  logging.info('the loss reads %s', ', '.join(sorted(needs.fields)))
+  sampler = rollouts.Sampler(
+      options,
+      dataset.Joined(datasets),
+      [sources.open_source(spec, job.data_dir) for spec, _ in mixture],
+      weights=[weight for _, weight in mixture],
+      packing=recipe.packing,
+      model=transformer.without_dropout(model),
+      tokenizer=tokenizer,
+      mesh=job.mesh,
+      seed=job.seed,
+      folder=job.workdir / 'rollouts',
+  )
+  return Online(sampler, needs, _report(datasets, []))
 
 
 def open_streams(

@@ -23,6 +23,7 @@ from jaxalign import streams as streams_lib
 from jaxalign import types
 from jaxalign.data import tokenizers
 from jaxalign.models import architecture
+from jaxalign.models import lora
 from jaxalign.models import transformer
 
 
@@ -80,24 +81,41 @@ def train(
     )
     if job.debug:
       _show_shapes(state)
-    batches = streams.training_batches(data_state['epoch'], data_state['step'])
-    state = loop.run(state, batches, options, tools)
+    place = data_state['epoch'], data_state['step']
+    newest = _Newest(tools.step_fn, state)
+    batches = streams.training_batches(place, lambda: lora.join(newest.state.params, frozen))
+    state = loop.run(state, batches, options, dataclasses.replace(tools, step_fn=newest))
     after = evaluator.whole(state.params, state.loss_state, state.reference)
     store.close()
     tools.writer.close()
     return _finish(job, state, before, after, tools, streams, counter)
 
 
+class _Newest:
+  """A step that remembers the state which it returned last, for who needs the policy between two steps."""
+
+  def __init__(self, step_fn: Callable, state: step_lib.TrainState):
+    self._step_fn, self.state = step_fn, state
+
+  def __call__(self, state: step_lib.TrainState, batch: types.Batch):
+    self.state, measured = self._step_fn(state, batch)
+    return self.state, measured
+
+
 def _open(
     job, recipe: recipe_lib.Recipe, tokenizer: tokenizers.Tokenizer, steps: int, counter: metrics.Compilations
-) -> tuple[transformer.Transformer, objectives.Objective, streams_lib.Streams, recipe_lib.Params]:
+) -> tuple[transformer.Transformer, objectives.Objective, Any, recipe_lib.Params]:
   """Model, objective, data and parameters; what does not go together is refused before a weight is read."""
   model, params = recipe_lib.open_model(job, recipe, tokenizer)
-  streams = streams_lib.open_streams(job, recipe, tokenizer, train=True)
+  streams: streams_lib.Streams | streams_lib.Online
+  if recipe.rollouts is not None:
+    streams = streams_lib.open_prompts(job, recipe, tokenizer, model)
+  else:
+    streams = streams_lib.open_streams(job, recipe, tokenizer, train=True)
   ref_model = reference.model_of(model, follows=recipe.sync is not None) if streams.live else None
   objective = recipe_lib.bind(recipe, model, streams.needs, ref_model)
   first = params()
-  if streams.cached:
+  if isinstance(streams, streams_lib.Streams) and streams.cached:
     ref = reference.Reference.of(model, *first)
     streams = streams_lib.with_reference(streams, job, recipe, ref, steps=steps, counter=counter)
   return model, objective, streams, first

@@ -28,7 +28,7 @@ ROWS = (
     ('divergence', 'logps'),
     ('forward',),
     ('objectives', 'reference', 'sampling'),
-    ('step',),
+    ('rollouts', 'step'),
     ('checkpoint',),
     ('loop', 'recipe'),
     ('respond', 'resume', 'score', 'streams'),

@@ -1,0 +1,379 @@
+"""Rollouts: responses sampled from the policy as it is, their rewards, and the batches that it is trained on.
+
+A rollout takes the next prompts, samples several responses to each, has them scored, and makes of every response a
+sequence whose tokens carry an advantage. They are packed as other data are. The ids that were sampled are trained on as
+they are; text is only for those who score.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign import forward
+from jaxalign import metrics
+from jaxalign import sampling
+from jaxalign import sharding
+from jaxalign import types
+from jaxalign.data import dataset as dataset_lib
+from jaxalign.data import examples
+from jaxalign.data import loader as loader_lib
+from jaxalign.data import packing as packing_lib
+from jaxalign.data import sources
+from jaxalign.data import tokenizers
+from jaxalign.models import transformer
+from jaxalign.rewards import rules
+
+# (prompts, responses, ids, fields) -> a reward of each response
+RewardFn = Callable[..., Sequence[float]]
+_MAX_RESPONSES = 32  # of a row; static, as lengths differ from rollout to rollout
+
+LABELS = ('advantages', 'sampler_logps', 'old_logps')
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What a rollout is, and what becomes of it.
+
+  Attributes:
+    prompts: of a rollout.
+    samples: responses to each prompt, K.
+    max_new_tokens: length at which a response is cut.
+    reward_fn: scores responses.
+    advantage_fn: from `advantages`: rewards `[G, K]` to advantages `[G, K]`.
+    temperature: of sampling.
+    top_k: see `sampling.sample`.
+    top_p: see `sampling.sample`.
+    epochs: passes over a rollout.
+    minibatches: optimizer steps of a pass.
+  """
+
+  prompts: int
+  samples: int
+  max_new_tokens: int
+  reward_fn: RewardFn
+  advantage_fn: Callable[..., types.Array]
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  epochs: int = 1
+  minibatches: int = 1
+
+  def __post_init__(self):
+    for name in ('prompts', 'samples', 'max_new_tokens', 'epochs', 'minibatches'):
+      if getattr(self, name) < 1:
+        raise types.UsageError(f'rollouts.Options.{name} = {getattr(self, name)}: it must be at least 1')
+    if self.temperature <= 0:
+      raise types.UsageError(f'rollouts.Options.temperature = {self.temperature}: it must be above 0, or nothing varies')
+    if self.prompts % self.minibatches:
+      raise types.UsageError(
+          f'rollouts.Options.minibatches = {self.minibatches}: it must divide the {self.prompts} prompts of a rollout'
+      )
+
+  @property
+  def updates(self) -> int:
+    """Optimizer steps that a rollout is used for."""
+    return self.epochs * self.minibatches
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+  """Responses to prompts, G prompts with K responses each, one behind the other.
+
+  Attributes:
+    prompts: ids of each prompt, G of them.
+    responses: ids of each response, G K of them.
+    sampler_logps: log-probability of each of these ids when it was sampled, in nats.
+    finished: whether each response ended by itself.
+    rewards_GK: float64.
+    advantages_GK: float32.
+    old_logps: log-probabilities of the same ids by the program that trains, where it is used more than once.
+  """
+
+  prompts: list[list[int]]
+  responses: list[list[int]]
+  sampler_logps: list[list[float]]
+  finished: list[bool]
+  rewards_GK: np.ndarray
+  advantages_GK: np.ndarray
+  old_logps: list[list[float]] | None = None
+
+  def metrics(self) -> dict[str, float]:
+    """What it says of the policy that it was sampled from, by name."""
+    lengths, rewards = [len(ids) for ids in self.responses], self.rewards_GK
+    return {
+        'reward': float(rewards.mean()),
+        'reward_std': float(rewards.std()),
+        'frac_reward_zero_std': float((np.ptp(rewards, axis=1) == 0).mean()),
+        'completions/mean_length': float(np.mean(lengths)),
+        'completions/max_length': float(max(lengths)),
+        'completions/clipped_ratio': 1 - float(np.mean(self.finished)),
+        'completions/distinct_2': rules.distinct(2, self.responses),
+    }
+
+
+class Groups:
+  """The groups of a rollout, as a `data.dataset.Dataset` has them, for `data.loader.Loader`."""
+
+  label_names: tuple[str, ...] = ()
+
+  def __init__(self, rollout: Rollout):
+    samples = rollout.rewards_GK.shape[1]
+    self.group_size = samples
+    self.token_label_names = LABELS if rollout.old_logps is not None else LABELS[:2]
+    self._groups = [_group(rollout, g, samples) for g in range(len(rollout.prompts))]
+    self.lengths_NK = np.array([[len(one.ids) - 1 for one in group.sequences] for group in self._groups], np.int32)
+    self.keys_NK = np.zeros(self.lengths_NK.shape, np.uint64)
+
+  def __len__(self) -> int:
+    return len(self._groups)
+
+  def __getitem__(self, index: int) -> examples.Group:
+    return self._groups[index]
+
+  def where(self, index: int) -> str:
+    """Which prompt."""
+    return f'prompt {index} of the rollout'
+
+  def place(self, index: int) -> int:
+    """The same as a number."""
+    return index
+
+
+def _group(rollout: Rollout, index: int, samples: int) -> examples.Group:
+  prompt, sequences = rollout.prompts[index], []
+  for k in range(samples):
+    n = index * samples + k
+    ids = np.array(prompt + rollout.responses[n], np.int32)
+    count = len(rollout.responses[n])
+    labels = {'advantages': np.full(count, rollout.advantages_GK[index, k], np.float32)}
+    labels['sampler_logps'] = np.array(rollout.sampler_logps[n], np.float32)
+    if rollout.old_logps is not None:
+      labels['old_logps'] = np.array(rollout.old_logps[n], np.float32)
+    sequences.append(examples.Sequence(ids, np.arange(len(ids)) >= len(prompt), labels))
+  return examples.Group(tuple(sequences), {}, prompt_tokens=len(prompt))
+
+
+class Sampler:
+  """Makes the rollouts of a run, and batches of them."""
+
+  def __init__(
+      self,
+      options: Options,
+      prompts: dataset_lib.Joined,
+      records: Sequence[sources.Source],
+      *,
+      weights: Sequence[float],
+      packing: loader_lib.Packing,
+      model: transformer.Transformer,
+      tokenizer: tokenizers.Tokenizer,
+      mesh: jax.sharding.Mesh,
+      seed: int,
+      folder: pathlib.Path,
+  ):
+    """Checks that a rollout fits a step.
+
+    Args:
+      options: what a rollout is.
+      prompts: tokenised, see `examples.prompt`.
+      records: the sources that they came from, for the fields that rewards read.
+      weights: shares of the sources.
+      packing: the shape of a step.
+      model: of the policy, without dropout.
+      tokenizer: of the model.
+      mesh: where it lies.
+      seed: of the order of prompts and of sampling.
+      folder: where rollouts are kept.
+    """
+    self.options, self._prompts, self._records = options, prompts, records
+    groups = options.prompts // options.minibatches
+    self._packing = dataclasses.replace(
+        packing, groups_per_step=groups, max_responses=packing.max_responses or max(_MAX_RESPONSES, options.samples)
+    )
+    self._model, self._tokenizer, self._mesh, self._seed, self._folder = model, tokenizer, mesh, seed, folder
+    self._weights = list(weights)
+    self.last: dict[str, float] = {}
+    run = functools.partial(forward.ref_logps, model=model)
+    self._logps = jax.jit(run, out_shardings=sharding.named(mesh))
+    self._check_fit(groups)
+
+  def _check_fit(self, groups: int) -> None:
+    """Raises where the longest rollout that there can be does not fit a step."""
+    longest, options = int(self._prompts.lengths_NK.max()) + 1 + self.options.max_new_tokens, self.options
+    if longest > self._model.config.max_length:
+      raise types.UsageError(
+          f'a prompt of {longest - options.max_new_tokens} tokens and rollouts.Options.max_new_tokens ='
+          f' {options.max_new_tokens} exceed the context of the model, {self._model.config.max_length}'
+      )
+    lengths = np.full((groups, options.samples), longest - 1)
+    pack = self._packing
+    try:
+      steps = packing_lib.pack(
+          lengths,
+          np.arange(groups),
+          rows=pack.rows,
+          row_length=pack.row_length,
+          max_responses=pack.max_responses or 1,
+          micro_batches=pack.micro_batches,
+      ).num_steps
+    except packing_lib.DoesNotFit:
+      steps = 0
+    if steps != 1:
+      raise types.UsageError(
+          f'{groups} prompts with {options.samples} responses of up to {longest} tokens do not fit a step of'
+          f' {pack.micro_batches} x {pack.rows} rows of {pack.row_length} tokens: raise loader.Packing.micro_batches or'
+          ' rows, or lower rollouts.Options.prompts'
+      )
+
+  def epochs(self, iteration: int) -> float:
+    """Passes over the prompts that so many rollouts make."""
+    return iteration * self.options.prompts / len(self._prompts)
+
+  def batches(
+      self, iteration: int, update: int, params: Callable[[], types.PyTree]
+  ) -> Iterator[tuple[tuple[int, int], types.Batch]]:
+    """Batches from an update of a rollout on, without end.
+
+    Args:
+      iteration: which rollout.
+      update: which use of it is the first; the rollout is then read from where it was kept.
+      params: gives the policy's parameters, when a rollout begins.
+
+    Yields:
+      (iteration, update) to resume from once the batch has been consumed, and the batch.
+    """
+    while True:
+      rollout = self._read(iteration) if update else self._roll(iteration, params())
+      self.last = rollout.metrics()
+      loader = self._loader(rollout)
+      number = 0
+      for epoch in range(self.options.epochs):
+        order = np.argsort(np.random.default_rng([self._seed, iteration, epoch]).random(len(rollout.prompts)))
+        steps = loader.ordered(order)
+        if len(steps) != self.options.minibatches:
+          raise types.RunError(f'rollout {iteration} does not fit a step: raise loader.Packing.rows')
+        for _, batch in steps:
+          number += 1
+          if number > update:
+            yield (iteration, number) if number < self.options.updates else (iteration + 1, 0), batch
+      iteration, update = iteration + 1, 0
+
+  def _loader(self, rollout: Rollout) -> loader_lib.Loader:
+    return loader_lib.Loader([Groups(rollout)], [1.0], packing=self._packing, mesh=self._mesh, seed=0)  # type: ignore[list-item]
+
+  def _drawn(self, iteration: int) -> list[int]:
+    """Which prompts a rollout takes: the next ones of epochs that follow one another."""
+    found: list[int] = []
+    start = iteration * self.options.prompts
+    while len(found) < self.options.prompts:
+      epoch, first = divmod(start + len(found), len(self._prompts))
+      order = packing_lib.order(self._prompts.sizes, self._weights, self._seed, epoch)
+      found += order[first : first + self.options.prompts - len(found)].tolist()
+    return found
+
+  def _roll(self, iteration: int, params: types.PyTree) -> Rollout:
+    """Samples, scores and compares."""
+    chosen, samples = self._drawn(iteration), self.options.samples
+    prompts = [self._prompts[i].sequences[0].ids[: self._prompts[i].prompt_tokens].tolist() for i in chosen]
+    drawn = sampling.sample(
+        self._model,
+        params,
+        [ids for ids in prompts for _ in range(samples)],
+        max_new_tokens=self.options.max_new_tokens,
+        temperature=self.options.temperature,
+        top_k=self.options.top_k,
+        top_p=self.options.top_p,
+        seed=int(np.random.SeedSequence([self._seed, iteration]).generate_state(1)[0]),
+        stop_ids=(self._tokenizer.eos_id,),
+    )
+    rewards_GK = self._rewards(chosen, drawn)
+    rollout = Rollout(
+        prompts,
+        [one.ids for one in drawn],
+        [one.logps for one in drawn],
+        [one.finished for one in drawn],
+        rewards_GK,
+        np.asarray(self.options.advantage_fn(rewards_GK.astype(np.float32)), np.float32),
+    )
+    if self.options.updates > 1:
+      rollout = dataclasses.replace(rollout, old_logps=self._trainers(rollout, params))
+    self._keep(iteration, rollout)
+    return rollout
+
+  def _rewards(self, chosen: Sequence[int], drawn: Sequence[sampling.Sampled]) -> np.ndarray:
+    samples = self.options.samples
+    of = (self._prompts.place(i) for i in chosen)
+    records = [self._records[source][place] for source, place in of]
+    repeated = [record for record in records for _ in range(samples)]
+    texts = [self._tokenizer.decode(one.ids, continuation=True) for one in drawn]
+    found = self.options.reward_fn(texts)
+    del repeated
+    values = np.asarray(found, np.float64)
+    if values.shape != (len(drawn),) or not np.all(np.isfinite(values)):
+      raise types.RunError(f'the reward gave {values.shape} numbers for {len(drawn)} responses, or one is not finite')
+    return values.reshape(-1, samples)
+
+  def _trainers(self, rollout: Rollout, params: types.PyTree) -> list[list[float]]:
+    """Log-probabilities of the sampled ids by the program that trains."""
+    bare = dataclasses.replace(rollout, old_logps=None)
+    loader = self._loader(bare)
+    found: list[list[float]] = [[] for _ in rollout.responses]
+    for placements, batch in loader.ordered(np.arange(len(rollout.prompts))):
+      logps = np.asarray(self._logps(params, batch))
+      for place in loader.places(placements):
+        n = place.record * self.options.samples + place.slot
+        found[n] = logps[place.micro, place.row, place.targets].tolist()
+    return found
+
+  def _path(self, iteration: int) -> pathlib.Path:
+    return self._folder / f'{iteration:06d}.jsonl'
+
+  def _keep(self, iteration: int, rollout: Rollout) -> None:
+    """Writes a rollout, a line for each response, in words and in what it takes to go on from there."""
+    if jax.process_index():
+      return
+    samples, lines = self.options.samples, []
+    for n, ids in enumerate(rollout.responses):
+      g, k = divmod(n, samples)
+      line: dict[str, Any] = {
+          'prompt': self._tokenizer.decode(rollout.prompts[g]),
+          'response': self._tokenizer.decode(ids, continuation=True),
+          'reward': float(rollout.rewards_GK[g, k]),
+          'advantage': float(rollout.advantages_GK[g, k]),
+          'finished': rollout.finished[n],
+          'prompt_ids': rollout.prompts[g],
+          'ids': ids,
+          'sampler_logps': rollout.sampler_logps[n],
+      }
+      if rollout.old_logps is not None:
+        line['old_logps'] = rollout.old_logps[n]
+      lines.append(json.dumps(line) + '\n')
+    self._folder.mkdir(parents=True, exist_ok=True)
+    metrics.write_text(self._path(iteration), ''.join(lines))
+
+  def _read(self, iteration: int) -> Rollout:
+    """Undoes `_keep`."""
+    path, samples = self._path(iteration), self.options.samples
+    try:
+      lines = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+    except OSError as err:
+      raise types.RunError(f'{path}: the rollout that the run was at cannot be read ({err.strerror})') from err
+    of: Mapping[str, list[Any]] = {name: [line[name] for line in lines] for name in lines[0]}
+    table = lambda name, dtype: np.array(of[name], dtype).reshape(-1, samples)
+    return Rollout(
+        of['prompt_ids'][::samples],
+        of['ids'],
+        of['sampler_logps'],
+        of['finished'],
+        table('reward', np.float64),
+        table('advantage', np.float32),
+        of.get('old_logps'),
+    )
