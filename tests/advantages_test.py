@@ -157,7 +157,7 @@ def _batch(per_row):
   rows = [[sequence(*x) for x in PLACES[i : i + per_row]] for i in range(0, 6, per_row)]
   batch = packed.micro_batch([*rows, []], groups=3, size=3, length=24)
   for b, row in enumerate(rows):
-    for rank, (g, k, _, response) in enumerate(row):
+    for rank, (_, k, _, response) in enumerate(row):
       if len(response) > 2:
         at = np.flatnonzero(batch.responses_BT[b] == rank)[1]
         batch.mask_BT[b, at] = 0.0
