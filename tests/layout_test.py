@@ -24,7 +24,7 @@ ROWS = (
     ('types',),
     ('masked',),
     ('losses', 'sharding'),
-    ('data', 'metrics', 'models', 'optim', 'rewards', 'tracing', 'vocab'),
+    ('advantages', 'data', 'metrics', 'models', 'optim', 'rewards', 'tracing', 'vocab'),
     ('divergence', 'logps'),
     ('forward',),
     ('objectives', 'reference', 'sampling'),

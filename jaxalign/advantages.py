@@ -1,0 +1,223 @@
+"""How much better a response, or a token, did than expected: pure functions of rewards.
+
+Of groups: rewards `[G, K]` of K responses to each of G prompts, float32. `valid_GK` is 1 where there is such a
+response with a reward: one that is missing, or whose reward function abstained, is left out of every baseline and has
+the advantage 0, whatever stands in its place (not a NaN in rewards that count: check those where they are made).
+A response without another one to compare with has the advantage 0 too. Where all rewards that are compared are equal,
+advantages are exactly 0. `masked.to_tokens` spreads them over tokens.
+
+Of tokens: `[B, T]` in packed rows, where nothing ever crosses from one response to another.
+
+Whitening and all that looks at the whole batch gives other numbers for other batches: call it on all of a rollout.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign import masked
+from jaxalign import types
+from jaxalign.losses import policy_parts
+
+
+def mean_centred(rewards_GK, valid_GK) -> types.Array:
+  """Computes r - mean of the group. Liu et al., 2025 (Dr. GRPO), https://arxiv.org/abs/2503.20783.
+
+  On average over samples its policy gradient is (K - 1) / K of the true one, `leave_one_out`'s.
+  """
+  return _centred(rewards_GK, valid_GK, axis=1)
+
+
+def group_norm(rewards_GK, valid_GK, *, ddof: int = 1, epsilon: float = 1e-4) -> types.Array:
+  """Computes (r - mean) / (std + epsilon) of the group. Shao et al., 2024 (GRPO), https://arxiv.org/abs/2402.03300.
+
+  Args:
+    rewards_GK: rewards.
+    valid_GK: which of them count.
+    ddof: 1 for the unbiased variance of TRL, verl, Tunix and OpenRLHF, 0 for that of the population.
+    epsilon: of TRL; 1e-6 in verl and Tunix, 1e-9 in OpenRLHF.
+  """
+  return _normalised(rewards_GK, valid_GK, 1, ddof, epsilon)
+
+
+def batch_norm(rewards_GK, valid_GK, *, ddof: int = 1, epsilon: float = 1e-4) -> types.Array:
+  """(r - mean of the group) / (std of the batch + epsilon): TRL's `scale_rewards="batch"`.
+
+  Liu et al., 2025 (Lite PPO), https://arxiv.org/abs/2508.08221.
+  """
+  deviation_11 = _std(_centred(rewards_GK, valid_GK, axis=None), valid_GK, None, ddof)
+  return mean_centred(rewards_GK, valid_GK) / (deviation_11 + epsilon)
+
+
+def leave_one_out(rewards_GK, valid_GK) -> types.Array:
+  """Computes r - mean of the group's other rewards, which is K / (K - 1) of `mean_centred`; unbiased.
+
+  A lone response has no other: 0, as in Tunix and in verl's vectorised form; verl's loop leaves the reward as it is.
+  Ahmadian et al., 2024 (RLOO), https://arxiv.org/abs/2402.14740.
+  """
+  count_G1 = jnp.sum(valid_GK, axis=1, keepdims=True)
+  return mean_centred(rewards_GK, valid_GK) * count_G1 / jnp.maximum(count_G1 - 1, 1.0)
+
+
+def length_weighted(rewards_GK, valid_GK, *, tokens_GK) -> types.Array:
+  """Computes r - sum n r / sum n of the group, n being lengths in tokens.
+
+  The baseline of least variance where a token's gradient is as large as any other's.
+  Hao et al., 2025 (OPO), https://arxiv.org/abs/2505.23585.
+  """
+  return _centred(rewards_GK, valid_GK, axis=1, weight=valid_GK * tokens_GK)
+
+
+def best_only(rewards_GK, valid_GK, *, ddof: int = 1, epsilon: float = 1e-6) -> types.Array:
+  """(best - second best) / (std + epsilon) for the best response of a group, 0 for the others; ties give 0.
+
+  For pass@k: what counts is that one is right. Derived from the definition of verl's `grpo_passk`, after
+  https://arxiv.org/abs/2503.19595; the epsilon is verl's.
+  """
+  there_GK = jnp.where(valid_GK > 0, rewards_GK, -jnp.inf)
+  best_GK = jax.nn.one_hot(jnp.argmax(there_GK, axis=1), rewards_GK.shape[1]) * valid_GK
+  second_G1 = jnp.max(jnp.where(best_GK > 0, -jnp.inf, there_GK), axis=1, keepdims=True)
+  gap_GK = jnp.where((best_GK > 0) & jnp.isfinite(second_G1), rewards_GK - second_G1, 0.0)
+  return gap_GK / (_std(_centred(rewards_GK, valid_GK, axis=1), valid_GK, 1, ddof) + epsilon)
+
+
+def nonzero_scaled(rewards_GK, valid_GK) -> types.Array:
+  """Computes (r - mean of the group) times the batch's number of responses / that of rewards that are not 0, if any.
+
+  Chu et al., 2025 (GPG), https://arxiv.org/abs/2504.02546; verl's scale.
+  """
+  nonzero = jnp.sum(valid_GK * (rewards_GK != 0).astype(jnp.float32))
+  return mean_centred(rewards_GK, valid_GK) * (jnp.sum(valid_GK) / jnp.maximum(nonzero, 1.0))
+
+
+def greedy_baseline(rewards_GK, valid_GK, *, greedy_G) -> types.Array:
+  """Computes r - reward of the greedy response to the same prompt. Li et al., 2023 (ReMax), arXiv:2310.10505."""
+  return jnp.where(valid_GK > 0, rewards_GK - greedy_G[:, None], 0.0)
+
+
+def normalise_then_sum(rewards_RGK, valid_GK, *, weights_R, ddof: int = 1, epsilon: float = 1e-4) -> types.Array:
+  """Normalises each of R rewards in its group, sums them by weight, and normalises the sum over the batch.
+
+  Unlike the norm of a sum it tells combinations of rewards apart. TRL's `normalize_then_sum`.
+  Liu et al., 2026 (GDPO), https://arxiv.org/abs/2601.05242.
+  """
+  each_RGK = jax.vmap(lambda rewards_GK: group_norm(rewards_GK, valid_GK, ddof=ddof, epsilon=epsilon))(rewards_RGK)
+  return _normalised(jnp.tensordot(weights_R, each_RGK, axes=1), valid_GK, None, ddof, epsilon)
+
+
+def whitened(x, mask, *, ddof: int = 1, epsilon: float = 1e-8) -> types.Array:
+  """(x - mean) / sqrt(variance + epsilon) over all that counts, 0 elsewhere: of tokens `[B, T]` or of responses.
+
+  ddof 1 and epsilon inside the root are of verl and Tunix; OpenRLHF takes the variance of the population (ddof 0).
+  Tokens of long responses weigh as much as any. Hu et al., 2025 (REINFORCE++), https://arxiv.org/abs/2501.03262.
+  """
+  centred = _centred(x, mask, axis=None)
+  return centred / jnp.sqrt(jnp.square(_std(centred, mask, None, ddof)) + epsilon)
+
+
+def optimal_values(rewards_GK, valid_GK, *, beta: float) -> types.Array:
+  """Computes V* = beta log mean e^(r / beta) of a group that the reference sampled: `[G]`, 0 where it is empty.
+
+  A*-PO's first stage. Brantley et al., 2025, https://arxiv.org/abs/2505.20686, which uses beta 0.5.
+  """
+  count_G = jnp.sum(valid_GK, axis=1)
+  sum_G = jax.nn.logsumexp(jnp.where(valid_GK > 0, rewards_GK / beta, -jnp.inf), axis=1)
+  return jnp.where(count_G > 0, beta * (sum_G - jnp.log(jnp.maximum(count_G, 1.0))), 0.0)
+
+
+class Estimates(NamedTuple):
+  """Advantages of tokens, `[B, T]`, and the returns that a critic is to learn: advantages plus values."""
+
+  advantages: types.Array
+  returns: types.Array
+
+
+def gae(rewards_BT, values_BT, rows: types.Batch | types.Rows, *, discount: float, lam: float) -> Estimates:
+  """Generalised advantage estimation within each response.
+
+    delta_t = r_t + discount V_(t+1) - V_t,    A_t = delta_t + discount lam A_(t+1)
+
+  The next token is the response's next one that counts: prompts, padding and what a tool wrote in between are stepped
+  over, without discount. After its last one V and A are 0. A reward counts where the mask does.
+
+  Args:
+    rewards_BT: of each token.
+    values_BT: V, a critic's output where it has read what comes before the token.
+    rows: where the responses are.
+    discount: gamma; 1 is usual.
+    lam: 0.95 in TRL, 1 in OpenRLHF, where A_t + V_t is the discounted sum of the rewards that follow.
+
+  References:
+    Schulman et al., 2015, https://arxiv.org/abs/1506.02438, Eq. 16.
+  """
+
+  def back(carry, now):
+    next_advantage_B, next_value_B, next_response_B = carry
+    reward_B, value_B, response_B, mask_B = now
+    same_B = (response_B == next_response_B).astype(jnp.float32)
+    delta_B = reward_B + discount * same_B * next_value_B - value_B
+    advantage_B = delta_B + discount * lam * same_B * next_advantage_B
+    here = (advantage_B, value_B, response_B)
+    carry = jax.tree.map(lambda new, old: jnp.where(mask_B > 0, new, old), here, carry)
+    return carry, jnp.where(mask_B > 0, advantage_B, 0.0)
+
+  zeros_B = jnp.zeros_like(rewards_BT[:, 0])
+  start = (zeros_B, zeros_B, jnp.full(zeros_B.shape, -1, jnp.int32))
+  tokens = tuple(jnp.swapaxes(x_BT, 0, 1) for x_BT in (rewards_BT, values_BT, rows.responses_BT, rows.mask_BT))
+  advantages_BT = jnp.swapaxes(jax.lax.scan(back, start, tokens, reverse=True)[1], 0, 1)
+  return Estimates(advantages_BT, jnp.where(rows.mask_BT > 0, advantages_BT + values_BT, 0.0))
+
+
+def returns_to_go(rewards_BT, rows: types.Batch | types.Rows, *, discount: float = 1.0) -> types.Array:
+  """The discounted sum of a token's reward and all that follow in its response, `[B, T]`: `gae` without a critic."""
+  return gae(rewards_BT, jnp.zeros_like(rewards_BT), rows, discount=discount, lam=1.0).advantages
+
+
+def shaped_rewards(
+    rewards_GK,
+    log_ratio_BT,
+    rows: types.Batch | types.Rows,
+    *,
+    beta: float,
+    kl: policy_parts.Estimator = policy_parts.k1,
+) -> types.Array:
+  """Rewards of tokens, `[B, T]`: of a response at its last token that counts, of staying near the reference at each.
+
+    r_t = -beta kl(log pi_t - log ref_t) + [t is last] r
+
+  Args:
+    rewards_GK: of each response.
+    log_ratio_BT: log pi_t - log ref_t of the policy that wrote the tokens.
+    rows: where the responses are.
+    beta: pull towards the reference, >= 0; 0.05 in TRL, 0.02 in the paper.
+    kl: estimate of the divergence; the gradient of a reward by `k1` is right on average, by no other one.
+
+  References:
+    Ouyang et al., 2022, https://arxiv.org/abs/2203.02155, Eq. 2.
+  """
+  length_BT = masked.to_tokens(masked.totals(jnp.ones_like(log_ratio_BT), rows), rows)
+  last_BT = masked.order(rows) == length_BT - 1
+  own_BT = jnp.where(last_BT, masked.to_tokens(rewards_GK, rows), 0.0)
+  return jnp.where(rows.mask_BT > 0, own_BT - beta * kl(log_ratio_BT), 0.0)
+
+
+def _centred(x, valid, axis: int | None, weight=None):
+  """Less the mean over what counts, and 0 elsewhere; what is equal becomes exactly 0."""
+  weight = valid if weight is None else weight
+  # Rounding in the mean of equal numbers would be blown up by a division by their deviation.
+  start = jnp.max(jnp.where(valid > 0, x, -jnp.inf), axis=axis, keepdims=True)
+  shifted = jnp.where(valid > 0, x - start, 0.0)
+  total = jnp.sum(weight, axis=axis, keepdims=True)
+  mean = jnp.sum(shifted * weight, axis=axis, keepdims=True) / jnp.maximum(total, 1.0)
+  return jnp.where(valid > 0, shifted - mean, 0.0)
+
+
+def _std(centred, valid, axis: int | None, ddof: int):
+  count = jnp.sum(valid, axis=axis, keepdims=True)
+  return jnp.sqrt(jnp.sum(jnp.square(centred), axis=axis, keepdims=True) / jnp.maximum(count - ddof, 1.0))
+
+
+def _normalised(x, valid, axis: int | None, ddof: int, epsilon: float):
+  centred = _centred(x, valid, axis)
+  return centred / (_std(centred, valid, axis, ddof) + epsilon)

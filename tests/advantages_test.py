@@ -1,0 +1,298 @@
+"""Tests of advantages, against loops over groups and tokens in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import advantages
+from jaxalign import masked
+from jaxalign.losses import policy_parts
+from tests import packed
+
+_of = functools.partial
+RNG = np.random.default_rng(0)
+REWARDS = RNG.normal(size=(7, 4)).astype(np.float32)
+# Full groups, groups of three, two and one, and an empty place of the table; slots are missing anywhere.
+VALID = np.array(
+    [[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], np.float32
+)
+TOKENS = RNG.integers(1, 9, (7, 4)).astype(np.float32)
+GREEDY = RNG.normal(size=7).astype(np.float32)
+REWARDS[6] = 0.3  # all alike, and no binary fraction
+REWARDS[0, 1] = REWARDS[2, 2] = 0.0
+
+
+def _groups(of):
+  """`of` the rewards and lengths that are there, group by group, with 0 elsewhere."""
+  out = np.zeros(REWARDS.shape)
+  for g, valid in enumerate(VALID > 0):
+    if valid.any():
+      out[g, valid] = of(REWARDS[g, valid].astype(np.float64), TOKENS[g, valid].astype(np.float64), g)
+  return out
+
+
+def _unless_alone(of):
+  return lambda r, n, g: of(r) if len(r) > 1 else 0.0
+
+
+def _others(r):
+  return [x - np.delete(r, i).mean() for i, x in enumerate(r)]
+
+
+def _best(r):
+  out, order = np.zeros(len(r)), np.argsort(r)
+  out[order[-1]] = (r[order[-1]] - r[order[-2]]) / (r.std(ddof=1) + 1e-6)
+  return out
+
+
+ALL = REWARDS[VALID > 0].astype(np.float64)
+CENTRED = _groups(lambda r, n, g: r - r.mean())
+CASES = {
+    'mean_centred': (advantages.mean_centred, CENTRED),
+    'group_norm': (
+        advantages.group_norm,
+        _groups(_unless_alone(lambda r: (r - r.mean()) / (r.std(ddof=1) + 1e-4))),
+    ),
+    'group_norm_population': (
+        _of(advantages.group_norm, ddof=0, epsilon=0.1),
+        _groups(lambda r, n, g: (r - r.mean()) / (r.std() + 0.1)),
+    ),
+    'batch_norm': (advantages.batch_norm, CENTRED / (ALL.std(ddof=1) + 1e-4)),
+    'leave_one_out': (advantages.leave_one_out, _groups(_unless_alone(_others))),
+    'length_weighted': (
+        _of(advantages.length_weighted, tokens_GK=TOKENS),
+        _groups(lambda r, n, g: r - (n * r).sum() / n.sum()),
+    ),
+    'best_only': (advantages.best_only, _groups(_unless_alone(_best))),
+    'nonzero_scaled': (advantages.nonzero_scaled, CENTRED * len(ALL) / np.count_nonzero(ALL)),
+    'greedy_baseline': (_of(advantages.greedy_baseline, greedy_G=GREEDY), _groups(lambda r, n, g: r - GREEDY[g])),
+    'whitened': (advantages.whitened, _groups(lambda r, n, g: (r - ALL.mean()) / np.sqrt(ALL.var(ddof=1) + 1e-8))),
+}
+
+
+class TestOfGroups:
+
+  @pytest.mark.parametrize('name', CASES)
+  def test_are_the_formula_on_the_responses_that_are_there(self, name):
+    function, wanted = CASES[name]
+    np.testing.assert_allclose(function(jnp.asarray(REWARDS), jnp.asarray(VALID)), wanted, rtol=2e-5, atol=1e-6)
+
+  @pytest.mark.parametrize('name', CASES)
+  def test_do_not_see_what_stands_in_the_place_of_a_missing_response(self, name):
+    function, _ = CASES[name]
+    other = jnp.asarray(np.where(VALID > 0, REWARDS, np.nan))
+    np.testing.assert_array_equal(
+        function(other, jnp.asarray(VALID)), function(jnp.asarray(REWARDS), jnp.asarray(VALID))
+    )
+
+  @pytest.mark.parametrize('name', sorted(CASES.keys() - {'greedy_baseline', 'whitened'}))
+  def test_are_exactly_zero_where_all_rewards_of_a_group_are_equal(self, name):
+    function, _ = CASES[name]
+    np.testing.assert_array_equal(function(jnp.asarray(REWARDS), jnp.asarray(VALID))[6], 0.0)
+
+  @pytest.mark.parametrize('name', ['group_norm', 'leave_one_out', 'length_weighted', 'best_only'])
+  def test_ignore_a_shift_of_the_rewards(self, name):
+    function, wanted = CASES[name]
+    np.testing.assert_allclose(function(jnp.asarray(REWARDS + 3), jnp.asarray(VALID)), wanted, rtol=2e-4, atol=2e-6)
+
+
+class TestWhitened:
+
+  def test_is_zero_for_a_batch_of_equal_numbers(self):
+    np.testing.assert_array_equal(advantages.whitened(jnp.full((3, 5), 0.3), jnp.ones((3, 5))), np.zeros((3, 5)))
+
+
+class TestBestOnly:
+
+  def test_of_a_tie_is_zero(self):
+    found = advantages.best_only(jnp.array([[1.0, 0.0, 1.0]]), jnp.ones((1, 3)))
+    np.testing.assert_array_equal(found, np.zeros((1, 3)))
+
+  def test_of_one_right_response_singles_it_out(self):
+    found = advantages.best_only(jnp.array([[0.0, 1.0, 0.0]]), jnp.ones((1, 3)))
+    np.testing.assert_allclose(found, [[0.0, np.sqrt(3), 0.0]], rtol=1e-5)
+
+
+class TestNormaliseThenSum:
+
+  def test_normalises_each_reward_in_its_group_and_the_sum_over_the_batch(self):
+    rewards = RNG.normal(size=(2, 7, 4)).astype(np.float32) * np.array([[[1.0]], [[50.0]]], np.float32)
+    each = np.zeros(rewards.shape)
+    for i, table in enumerate(rewards.astype(np.float64)):
+      for g, valid in enumerate(VALID > 0):
+        r = table[g, valid]
+        each[i, g, valid] = (r - r.mean()) / (r.std(ddof=1) + 1e-4) if len(r) > 1 else 0.0
+    total = 0.25 * each[0] + 2.0 * each[1]
+    there = total[VALID > 0]
+    wanted = np.where(VALID > 0, (total - there.mean()) / (there.std(ddof=1) + 1e-4), 0.0)
+    found = advantages.normalise_then_sum(jnp.asarray(rewards), jnp.asarray(VALID), weights_R=jnp.array([0.25, 2.0]))
+    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-6)
+
+
+class TestOptimalValues:
+
+  def test_are_soft_maxima_of_the_rewards(self):
+    found = advantages.optimal_values(jnp.asarray(REWARDS), jnp.asarray(VALID), beta=0.5)
+    wanted = _groups(lambda r, n, g: 0.5 * np.log(np.exp(r / 0.5).mean())).max(axis=1, where=VALID > 0, initial=-9)
+    wanted[VALID.sum(axis=1) == 0] = 0.0
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+  def test_are_the_mean_where_beta_is_large_and_finite_where_it_is_small(self):
+    rewards = jnp.array([[0.0, 1.0, 1.0]])
+    value = lambda beta: float(advantages.optimal_values(rewards, jnp.ones((1, 3)), beta=beta)[0])
+    np.testing.assert_allclose(value(1e4), 2 / 3, rtol=1e-3)
+    np.testing.assert_allclose(value(1e-3), 1 + 1e-3 * np.log(2 / 3), rtol=1e-6)
+
+
+LENGTHS = [[5, 1, 3], [2, 4, 6]]
+PLACES = [(g, k) for g in range(2) for k in range(3)]
+
+
+def _batch(per_row):
+  """Six responses, so many to a row; of those with more than two tokens the second is a tool's and does not count."""
+  sequence = lambda g, k: (g, k, [1, 2, 3], [4] * LENGTHS[g][k])
+  rows = [[sequence(*x) for x in PLACES[i : i + per_row]] for i in range(0, 6, per_row)]
+  batch = packed.micro_batch([*rows, []], groups=3, size=3, length=24)
+  for b, row in enumerate(rows):
+    for rank, (_, k, _, response) in enumerate(row):
+      if len(response) > 2:
+        at = np.flatnonzero(batch.responses_BT[b] == rank)[1]
+        batch.mask_BT[b, at] = 0.0
+        batch.responses_BT[b, at] = -1 if k else rank  # whether it is the response's or nobody's
+  return batch
+
+
+def _spread(batch, numbers):
+  """Numbers of tokens, by group and slot, where they stand; something else where nothing counts."""
+  out = np.full(batch.mask_BT.shape, 77.0, np.float32)
+  for b, s in np.argwhere(batch.group_BS >= 0):
+    where = np.flatnonzero((batch.responses_BT[b] == s) & (batch.mask_BT[b] > 0))
+    out[b, where] = numbers[batch.group_BS[b, s], batch.slot_BS[b, s]][: len(where)]
+  return out
+
+
+def _gold(numbers, values, discount, lam):
+  """Advantages by the definition: the sum over all later tokens of (discount lam)^l delta."""
+  out = {}
+  for (g, k), r in numbers.items():
+    n = LENGTHS[g][k] - (LENGTHS[g][k] > 2)
+    r, v = r[:n].astype(np.float64), np.append(values[g, k][:n].astype(np.float64), 0.0)
+    delta = r + discount * v[1:] - v[:-1]
+    out[g, k] = np.array([sum((discount * lam) ** (j - t) * delta[j] for j in range(t, n)) for t in range(n)])
+  return out
+
+
+REWARDS_T = {place: RNG.normal(size=6).astype(np.float32) for place in PLACES}
+VALUES_T = {place: RNG.normal(size=6).astype(np.float32) for place in PLACES}
+
+
+def _read(batch, x_BT):
+  """What a response's tokens that count have, by group and slot."""
+  return {
+      (int(batch.group_BS[b, s]), int(batch.slot_BS[b, s])): np.asarray(x_BT)[b][
+          (batch.responses_BT[b] == s) & (batch.mask_BT[b] > 0)
+      ]
+      for b, s in np.argwhere(batch.group_BS >= 0)
+  }
+
+
+@pytest.mark.parametrize('per_row', [1, 3])
+class TestGae:
+
+  def test_is_the_definition_within_each_response(self, per_row):
+    batch = _batch(per_row)
+    rewards_BT, values_BT = (jnp.asarray(_spread(batch, x)) for x in (REWARDS_T, VALUES_T))
+    found = advantages.gae(rewards_BT, values_BT, batch, discount=0.9, lam=0.8)
+    wanted = _gold(REWARDS_T, VALUES_T, 0.9, 0.8)
+    for place, x in _read(batch, found.advantages).items():
+      np.testing.assert_allclose(x, wanted[place], rtol=1e-5, atol=1e-6)
+    for place, x in _read(batch, found.returns).items():
+      np.testing.assert_allclose(x, wanted[place] + VALUES_T[place][: len(x)], rtol=1e-5, atol=2e-6)
+    assert not np.any(np.where(batch.mask_BT > 0, 0, found.advantages)) and found.advantages.shape[1] == 24
+    assert not np.any(np.where(batch.mask_BT > 0, 0, found.returns))
+
+  def test_of_lambda_1_returns_what_follows_whatever_the_critic(self, per_row):
+    batch = _batch(per_row)
+    rewards_BT = jnp.asarray(_spread(batch, REWARDS_T))
+    found = advantages.gae(rewards_BT, jnp.asarray(_spread(batch, VALUES_T)), batch, discount=0.9, lam=1.0).returns
+    np.testing.assert_allclose(found, advantages.returns_to_go(rewards_BT, batch, discount=0.9), rtol=1e-4, atol=1e-5)
+
+
+class TestReturnsToGo:
+
+  @pytest.mark.parametrize('discount', [1.0, 0.7])
+  def test_are_discounted_sums_of_what_follows(self, discount):
+    batch = _batch(2)
+    found = advantages.returns_to_go(jnp.asarray(_spread(batch, REWARDS_T)), batch, discount=discount)
+    wanted = _gold(REWARDS_T, {place: np.zeros(6) for place in PLACES}, discount, 1.0)
+    for place, x in _read(batch, found).items():
+      np.testing.assert_allclose(x, wanted[place], rtol=1e-5, atol=1e-6)
+
+
+class TestShapedRewards:
+
+  @pytest.mark.parametrize('kl,formula', [(policy_parts.k1, lambda x: x), (policy_parts.k2, lambda x: x**2 / 2)])
+  def test_pay_at_the_last_token_and_charge_at_each(self, kl, formula):
+    batch = _batch(3)
+    scores = np.zeros((3, 3), np.float32)
+    scores[:2] = RNG.normal(size=(2, 3))
+    found = advantages.shaped_rewards(
+        jnp.asarray(scores), jnp.asarray(_spread(batch, REWARDS_T)), batch, beta=0.3, kl=kl
+    )
+    for place, x in _read(batch, found).items():
+      wanted = -0.3 * formula(REWARDS_T[place][: len(x)].astype(np.float64))
+      wanted[-1] += scores[place]
+      np.testing.assert_allclose(x, wanted, rtol=1e-5, atol=1e-6)
+    assert not np.any(np.where(batch.mask_BT > 0, 0, found))
+
+  def test_add_up_to_the_response_s_own_less_the_divergence(self):
+    batch = _batch(2)
+    scores = jnp.asarray(RNG.normal(size=(3, 3)).astype(np.float32)) * masked.valid(batch)
+    ratio_BT = jnp.asarray(_spread(batch, REWARDS_T))
+    found = masked.totals(advantages.shaped_rewards(scores, ratio_BT, batch, beta=0.3), batch)
+    np.testing.assert_allclose(found, scores - 0.3 * masked.totals(ratio_BT, batch), rtol=1e-5, atol=1e-6)
+
+
+class TestBandit:
+  """One prompt, three answers, two or three samples: the expected gradient over every draw."""
+
+  LOGITS = np.array([0.3, -0.5, 0.9])
+  PAY = np.array([1.0, -0.4, 0.25])
+
+  def expected(self, advantage, samples):
+    """Expectation of the mean over samples of A grad log p, and the gradient of the expected reward."""
+    p = np.exp(self.LOGITS) / np.exp(self.LOGITS).sum()
+    draws = np.stack(np.meshgrid(*[range(3)] * samples, indexing='ij'), -1).reshape(-1, samples)
+    found = np.asarray(advantage(jnp.asarray(self.PAY[draws], jnp.float32), jnp.ones(draws.shape)), np.float64)
+    slopes = np.eye(3)[draws] - p  # of log p of each draw
+    return np.einsum('g,gk,gkv->v', p[draws].prod(axis=1), found, slopes) / samples, p * (self.PAY - p @ self.PAY)
+
+  @pytest.mark.parametrize('samples', [2, 3])
+  def test_of_leave_one_out_is_the_true_gradient(self, samples):
+    found, true = self.expected(advantages.leave_one_out, samples)
+    np.testing.assert_allclose(found, true, atol=1e-6)
+
+  @pytest.mark.parametrize('samples', [2, 3])
+  def test_of_the_group_s_mean_is_short_by_one_over_the_group(self, samples):
+    found, true = self.expected(advantages.mean_centred, samples)
+    np.testing.assert_allclose(found, (samples - 1) / samples * true, atol=1e-6)
+
+  def test_of_a_greedy_baseline_is_the_true_gradient(self):
+    best = float(self.PAY[np.argmax(self.LOGITS)])
+    greedy = lambda r, valid: advantages.greedy_baseline(r, valid, greedy_G=jnp.full(len(r), best))
+    found, true = self.expected(greedy, 2)
+    np.testing.assert_allclose(found, true, atol=1e-6)
+
+
+def test_compile_under_jit():
+  batch = jax.tree.map(jnp.asarray, _batch(3))
+  scores, ratio_BT = jnp.asarray(REWARDS[:3, :3]), jnp.asarray(_spread(_batch(3), REWARDS_T))
+
+  def whole(scores, batch):
+    shaped_BT = advantages.shaped_rewards(scores, ratio_BT, batch, beta=0.1)
+    return advantages.whitened(advantages.returns_to_go(shaped_BT, batch), batch.mask_BT)
+
+  np.testing.assert_allclose(jax.jit(whole)(scores, batch), whole(scores, batch), rtol=1e-4, atol=1e-5)
