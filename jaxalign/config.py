@@ -34,6 +34,7 @@ from jaxalign.data import probes
 # What `--gin` can name without importing it.
 _HEADER = """
 from __gin__ import dynamic_registration
+from jaxalign import advantages
 from jaxalign import checkpoint
 from jaxalign import evaluate
 from jaxalign import loop
@@ -41,6 +42,7 @@ from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import recipe
 from jaxalign import reference
+from jaxalign import rollouts
 from jaxalign import score
 from jaxalign import train
 from jaxalign.data import examples
@@ -54,6 +56,7 @@ from jaxalign.losses import compose
 from jaxalign.losses import listwise
 from jaxalign.losses import parts
 from jaxalign.losses import pointwise
+from jaxalign.losses import policy
 from jaxalign.losses import preference
 from jaxalign.losses import reference_free
 from jaxalign.losses import reward

@@ -77,7 +77,8 @@ class Tools:
     writer: where metrics go.
     clock: measures the steps.
     epoch_of: epochs consumed, as a number, of a data state.
-    constants: metrics that are not a step's: compilations, dropped and truncated records.
+    constants: metrics that are not a step's, by the data state behind it: compilations, dropped and truncated records,
+      what was sampled.
     flops_per_token: of the model, forward and backward, for its utilisation.
     after_first_step: called when everything that a step uses has been called once.
     debug: forbid implicit transfers between host and device.
@@ -89,7 +90,7 @@ class Tools:
   writer: metrics.Writer
   clock: metrics.Clock
   epoch_of: Callable[[tuple[int, int]], float]
-  constants: Callable[[], Mapping[str, float]]
+  constants: Callable[[tuple[int, int]], Mapping[str, float]]
   flops_per_token: float
   after_first_step: Callable[[], None]
   debug: bool = False
@@ -182,7 +183,7 @@ def _fetch(interval: _Interval, tools: Tools) -> dict[str, float]:
     mfu = metrics.utilisation(tools.flops_per_token, speed.tokens_per_s)
     if mfu is not None:
       values['mfu'] = mfu
-  return {**values, **tools.constants()}
+  return {**values, **tools.constants(interval.data_state)}
 
 
 def _write(step: int, values: dict[str, float], options: Options, tools: Tools, progress: metrics.Progress) -> None:

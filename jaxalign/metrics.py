@@ -97,10 +97,12 @@ class Progress:
       self._bar.update()
 
   def show(self, step: int, values: Mapping[str, float]) -> None:
-    """Shows the loss, the accuracy where there is one, tokens/s, and the time to go."""
+    """Shows the loss, the reward or accuracy where there is one, tokens/s, and the time to go."""
     accuracy = next((values[n] for n in ('rewards/accuracies', 'accuracy', 'mean_token_accuracy') if n in values), None)
     shown = {'loss': f'{values["loss"]:.4f}'}
-    if accuracy is not None:
+    if 'reward' in values:
+      shown['reward'] = f'{values["reward"]:.3f}'
+    elif accuracy is not None:
       shown['accuracy'] = f'{accuracy:.3f}'
     if 'tokens_per_s' in values:
       shown['tok/s'] = f'{values["tokens_per_s"]:,.0f}'

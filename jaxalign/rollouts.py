@@ -200,7 +200,7 @@ class Sampler:
     )
     self._model, self._tokenizer, self._mesh, self._seed, self._folder = model, tokenizer, mesh, seed, folder
     self._weights = list(weights)
-    self.last: dict[str, float] = {}
+    self.said: dict[tuple[int, int], dict[str, float]] = {}  # metrics of the newest rollouts by data state
     run = functools.partial(forward.ref_logps, model=model)
     self._logps = jax.jit(run, out_shardings=sharding.named(mesh))
     self._check_fit(groups)
@@ -252,7 +252,6 @@ class Sampler:
     """
     while True:
       rollout = self._read(iteration) if update else self._roll(iteration, params())
-      self.last = rollout.metrics()
       loader = self._loader(rollout)
       number = 0
       for epoch in range(self.options.epochs):
@@ -263,7 +262,9 @@ class Sampler:
         for _, batch in steps:
           number += 1
           if number > update:
-            yield (iteration, number) if number < self.options.updates else (iteration + 1, 0), batch
+            place = (iteration, number) if number < self.options.updates else (iteration + 1, 0)
+            self.said = {**dict(list(self.said.items())[-3:]), place: rollout.metrics()}
+            yield place, batch
       iteration, update = iteration + 1, 0
 
   def _loader(self, rollout: Rollout) -> loader_lib.Loader:
@@ -301,17 +302,21 @@ class Sampler:
         [one.logps for one in drawn],
         [one.finished for one in drawn],
         rewards_GK,
-        np.asarray(self.options.advantage_fn(rewards_GK.astype(np.float32)), np.float32),
+        self._advantages(rewards_GK),
     )
     if self.options.updates > 1:
       rollout = dataclasses.replace(rollout, old_logps=self._trainers(rollout, params))
     self._keep(iteration, rollout)
     return rollout
 
+  def _advantages(self, rewards_GK: np.ndarray) -> np.ndarray:
+    found = self.options.advantage_fn(rewards_GK.astype(np.float32), np.ones(rewards_GK.shape, np.float32))
+    return np.asarray(found, np.float32)
+
   def _rewards(self, chosen: Sequence[int], drawn: Sequence[sampling.Sampled]) -> np.ndarray:
     samples = self.options.samples
     of = (self._prompts.place(i) for i in chosen)
-    records = [self._records[source][place] for source, place in of]
+    records = [self._records[source].at(place) for source, place in of]
     repeated = [record for record in records for _ in range(samples)]
     texts = [self._tokenizer.decode(one.ids, continuation=True) for one in drawn]
     found = self.options.reward_fn(texts)

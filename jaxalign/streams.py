@@ -48,6 +48,11 @@ class Streams:
     """Whether batches need what `with_reference` gives them."""
     return self.needs.reference and not self.live
 
+  def said(self, place: tuple[int, int]) -> dict[str, int]:
+    """What is logged with the step that led to a data state: here the report."""
+    del place
+    return self.report
+
   def epochs(self, place: tuple[int, int]) -> float:
     """Epochs of training data that a data state stands for."""
     assert self.train is not None, 'opened for evaluation alone'
@@ -78,19 +83,19 @@ class Online:
     live: whether the step computes what the loss reads of the reference; nothing is cached, as responses are new.
     held: None.
     cached: False.
+    report: counts of prompts by name.
   """
 
   held = None
   cached = False
 
   def __init__(self, sampler: rollouts.Sampler, needs: tracing.Needs, report: dict[str, int]):
-    self.needs, self.live = needs, needs.reference
-    self._sampler, self._report = sampler, report
+    self.needs, self.live, self.report = needs, needs.reference, report
+    self._sampler = sampler
 
-  @property
-  def report(self) -> dict[str, float]:
-    """Counts of prompts, and what the newest rollout says of the policy, by name."""
-    return self._report | self._sampler.last
+  def said(self, place: tuple[int, int]) -> dict[str, float]:
+    """The report, and what was sampled for the step that led to a data state."""
+    return self.report | self._sampler.said.get(place, {})
 
   def epochs(self, place: tuple[int, int]) -> float:
     """Epochs of prompts that a data state stands for."""

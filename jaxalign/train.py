@@ -72,7 +72,7 @@ def train(
         writer=metrics.Writer(job.workdir, int(state.step)),
         clock=metrics.Clock(data_state['num_tokens']),
         epoch_of=streams.epochs,
-        constants=lambda: {'compilations': counter.count, **streams.report},
+        constants=lambda place: {'compilations': counter.count, **streams.said(place)},
         flops_per_token=architecture.flops_per_token(
             model.config, recipe.packing.row_length, frozen=bool(frozen), live=streams.live
         ),

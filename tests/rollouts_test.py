@@ -1,0 +1,188 @@
+"""Rollouts: what is sampled, scored and trained on, with the built-in model."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxalign import advantages
+from jaxalign import main
+from jaxalign import recipe as recipe_lib
+from jaxalign import rollouts
+from jaxalign import sharding
+from jaxalign import types
+from jaxalign.data import dataset as dataset_lib
+from jaxalign.data import examples
+from jaxalign.data import loader
+from jaxalign.data import sources
+from jaxalign.data import token_cache
+from tests import runs
+
+MESH = sharding.make_mesh('', devices=jax.devices()[:1])
+PACKING = loader.Packing(rows=4, row_length=64)
+PROMPTS = [f'{name} was a' for name in ('Tom', 'Anna', 'Ben', 'Lily', 'Max')]
+
+
+def of_vowels(texts):
+  return [float(sum(text.count(vowel) for vowel in 'aeiou')) for text in texts]
+
+
+OPTIONS = rollouts.Options(
+    prompts=2, samples=3, max_new_tokens=12, reward_fn=of_vowels, advantage_fn=advantages.mean_centred
+)
+
+
+@pytest.fixture(scope='module')
+def loaded():
+  with jax.set_mesh(MESH):
+    return recipe_lib.load('builtin:stories260K', MESH)
+
+
+@pytest.fixture(scope='module')
+def prompts(loaded, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('prompts')
+  path = folder / 'prompts.jsonl'
+  path.write_text(''.join(json.dumps({'prompt': text}) + '\n' for text in PROMPTS))
+  spec = f'jsonl:{path}'
+  read = lambda record: examples.prompt(record, loaded.tokenizer, row_length=64, longest=16)
+  made = token_cache.build(spec, tokenizer=loaded.tokenizer, example_fn=read, key_parts='', cache_dir=str(folder))
+  return dataset_lib.Joined([made]), [sources.open_source(spec)]
+
+
+@pytest.fixture
+def make(loaded, prompts, tmp_path):
+  def made(options=OPTIONS, packing=PACKING, folder=tmp_path / 'rollouts'):
+    return rollouts.Sampler(
+        options,
+        *prompts,
+        weights=[1.0],
+        packing=packing,
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        mesh=MESH,
+        seed=0,
+        folder=folder,
+    )
+
+  return made
+
+
+def taken(sampler, loaded, count, place=(0, 0)):
+  with jax.set_mesh(MESH):
+    return list(itertools.islice(sampler.batches(*place, lambda: loaded.params), count))
+
+
+def kept(tmp_path, iteration):
+  return [json.loads(line) for line in (tmp_path / 'rollouts' / f'{iteration:06d}.jsonl').read_text().splitlines()]
+
+
+class TestSampler:
+
+  def test_trains_on_the_ids_that_were_sampled_with_an_advantage_each(self, make, loaded, tmp_path):
+    ((place, batch),) = taken(make(), loaded, 1)
+    assert place == (1, 0)
+    batch, lines = jax.device_get(batch), kept(tmp_path, 0)
+    assert len(lines) == 6
+    assert batch.labels_BT.keys() == {'advantages', 'sampler_logps'}
+    for group in range(2):
+      texts = [line['response'] for line in lines[3 * group : 3 * group + 3]]
+      rewards = np.array([sum(map(text.count, 'aeiou')) for text in texts], float)
+      assert [line['reward'] for line in lines[3 * group : 3 * group + 3]] == rewards.tolist()
+      np.testing.assert_allclose(
+          [line['advantage'] for line in lines[3 * group : 3 * group + 3]], rewards - rewards.mean(), rtol=1e-6
+      )
+    found = {}
+    for row, rank in np.argwhere(batch.group_BS[0] >= 0):
+      here = batch.responses_BT[0, row] == rank
+      ids = tuple(batch.targets_BT[0, row, here].tolist())
+      found[ids] = batch.labels_BT['advantages'][0, row, here], batch.labels_BT['sampler_logps'][0, row, here]
+    assert found.keys() == {tuple(line['ids']) for line in lines}
+    for line in lines:
+      advantage, logps = found[tuple(line['ids'])]
+      np.testing.assert_allclose(advantage, line['advantage'], rtol=1e-6)
+      np.testing.assert_array_equal(logps, np.float32(line['sampler_logps']))
+
+  def test_takes_every_prompt_once_an_epoch(self, make, loaded, tmp_path):
+    taken(make(), loaded, 5)
+    seen = [kept(tmp_path, i)[n]['prompt'] for i in range(5) for n in (0, 3)]
+    assert sorted(seen[:5]) == sorted(seen[5:]) == sorted(PROMPTS)
+    assert seen[:5] != seen[5:]
+
+  def test_knows_what_the_training_program_makes_of_them_where_there_are_several_updates(self, make, loaded, tmp_path):
+    sampler = make(dataclasses.replace(OPTIONS, epochs=2, minibatches=2))
+    found = taken(sampler, loaded, 4)
+    assert [place for place, _ in found] == [(0, 1), (0, 2), (0, 3), (1, 0)]
+    old, new = ([line[name] for line in kept(tmp_path, 0)] for name in ('old_logps', 'sampler_logps'))
+    for one, other in zip(old, new, strict=True):
+      np.testing.assert_allclose(one, other, atol=1e-4)
+    groups = [int(np.sum(np.unique(jax.device_get(batch.group_BS)) >= 0)) for _, batch in found]
+    assert groups == [1, 1, 1, 1]
+    assert sampler.said[1, 0]['reward'] == pytest.approx(np.mean([line['reward'] for line in kept(tmp_path, 0)]))
+
+  def test_goes_on_in_the_midst_of_a_rollout_from_what_was_kept(self, make, loaded):
+    options = dataclasses.replace(OPTIONS, epochs=2, minibatches=2)
+    straight = taken(make(options), loaded, 5)
+    resumed = taken(make(options), loaded, 4, place=(0, 1))
+    assert [place for place, _ in resumed] == [place for place, _ in straight[1:]]
+    for (_, one), (_, other) in zip(straight[1:], resumed, strict=True):
+      runs.assert_same(jax.device_get(one), jax.device_get(other))
+
+  @pytest.mark.parametrize(
+      'options,packing,said',
+      [
+          ({}, {'rows': 1}, '2 prompts with 3 responses of up to .* do not fit a step of 1 x 1 rows of 64 tokens'),
+          ({'max_new_tokens': 510}, {'row_length': 1024}, 'exceed the context of the model, 512'),
+      ],
+  )
+  def test_refuses_what_does_not_fit(self, make, options, packing, said):
+    with pytest.raises(types.UsageError, match=said):
+      make(dataclasses.replace(OPTIONS, **options), dataclasses.replace(PACKING, **packing))
+
+
+class TestOptions:
+
+  @pytest.mark.parametrize(
+      'changed,said',
+      [
+          ({'samples': 0}, 'rollouts.Options.samples = 0: it must be at least 1'),
+          ({'minibatches': 3}, 'rollouts.Options.minibatches = 3: it must divide the 2 prompts of a rollout'),
+          ({'temperature': 0.0}, 'rollouts.Options.temperature = 0.0: it must be above 0, or nothing varies'),
+      ],
+  )
+  def test_say_what_is_wrong(self, changed, said):
+    with pytest.raises(types.UsageError, match=said):
+      dataclasses.replace(OPTIONS, **changed)
+
+
+class TestRuns:
+
+  def test_of_grpo_are_resumed_bit_for_bit_in_the_midst_of_a_rollout(self, tmp_path):
+    def run(name, steps):
+      args = [
+          'jaxalign',
+          '--algo=grpo',
+          f'--workdir={tmp_path / name}',
+          f'--steps={steps}',
+          '--log_every=1',
+          '--save_every=0',
+          '--mesh=data:8',
+          '--gin=train.train.samples = None',
+          '--gin=rollouts.Options.prompts = 4',
+          '--gin=rollouts.Options.samples = 2',
+          '--gin=rollouts.Options.max_new_tokens = 8',
+          '--gin=rollouts.Options.minibatches = 2',
+          '--gin=loader.Packing.row_length = 96',
+          '--gin=loader.Packing.rows = 8',
+      ]
+      assert main.main(args) == 0
+
+    run('straight', 4)
+    for steps in (3, 4):
+      run('halves', steps)
+    runs.assert_same(runs.params_of(tmp_path / 'straight'), runs.params_of(tmp_path / 'halves'))
+    first = runs.logged(tmp_path / 'straight')[1]
+    assert abs(first['loss']) < 1e-6
+    assert {'reward', 'reward_std', 'completions/mean_length'} <= first.keys()
