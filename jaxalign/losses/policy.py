@@ -3,8 +3,8 @@
 All have the contract of `losses.supervised`: `per_item` is `[B, T]`, and how tokens and responses are averaged is the
 objective's (`objectives.policy_gradient`). A is the label `advantages` of each token, x_t = log pi_t - log old_t with
 the label `old_logps`, and ratio_t = e^x_t, held below e^20. Labels carry no gradient. Where the policy is still the old
-one every ratio is 1, and the gradient with respect to log pi_t is that of `reinforce`, -A_t; a loss of whole responses
-has it in sum, spread over their tokens.
+one every ratio is 1, and the gradient of the sum over tokens with respect to log pi_t is that of `reinforce`, -A_t; of
+`rloo` and `luspo` times the response's number of tokens, which the average by `sequence` takes away again.
 
 A loss with a divergence from the reference, or with weights against staleness, is `regularised` around another one.
 """

@@ -1,0 +1,74 @@
+"""Losses on whole responses that were sampled and scored: one value per group.
+
+Contract of `losses.preference`, for lists of any length. r is the label `score` of a response, its reward; z its
+log-ratio to the reference, or for `rebel` to the policy that wrote it.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign import masked
+from jaxalign import types
+
+
+def rebel(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
+  """REBEL: the difference of two responses' log-ratios to the old policy is regressed on that of their rewards.
+
+    loss = (beta (z_0 - z_1) - (r_0 - r_1))^2,    z = sum_t log pi_t - log old_t
+
+  For two responses a prompt, in either order. The paper writes 1 / eta for beta; its code multiplies the rewards
+  by eta instead, which is this loss times eta^2. Its eta is 1. (r_0 - r_1)^2 where policy equals old; 0 where a
+  response is missing.
+
+  References:
+    Gao et al., 2024, https://arxiv.org/abs/2404.16767, Algorithm 1.
+  """
+  del ref
+  z_GK = masked.totals(policy.logps_BT - labels['old_logps'], policy.rows)
+  gap_G = labels['score'][:, 0] - labels['score'][:, 1]
+  margin_G = beta * (z_GK[:, 0] - z_GK[:, 1])
+  both_G = jnp.min(policy.valid_GK[:, :2], axis=1)
+  right_G = masked.Weighted((margin_G * gap_G > 0).astype(jnp.float32) * both_G, both_G)
+  return types.LossOut(jnp.square(margin_G - gap_G) * both_G, {'rewards/accuracies': right_G}, state)
+
+
+def a_star_po(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
+  """A*-PO: the log-ratio is regressed on the optimal advantage.
+
+    loss = mean_k (beta z_k - (r_k - V*))^2
+
+  V*, the label `optimal_value` of each response's prompt, is that of `advantages.optimal_values` on samples of the
+  reference. With V* = beta log E_ref e^(r / beta) the optimum is ref e^(r / beta) / Z, and the loss is 0 there. The
+  paper uses beta 1e-3, and 0.5 for V*. (r - V*)^2 where policy equals ref.
+
+  References:
+    Brantley et al., 2025, https://arxiv.org/abs/2505.20686; TRL's `experimental.a2po`.
+  """
+  rewards_GK = beta * ref.logratios_GK
+  wanted_GK = labels['score'] - labels['optimal_value']
+  loss_G = _over_responses(jnp.square(rewards_GK - wanted_GK), policy)
+  return types.LossOut(loss_G, {'rewards': rewards_GK, 'rewards/wanted': wanted_GK}, state)
+
+
+def a_lol(policy, ref, labels, *, state=(), clip_eps: float) -> types.LossOut:
+  """Advantage-Leftover Lunch RL: an offline policy gradient on responses that are better than the reference's value.
+
+    loss = -mean_k max(A_k, 0) sg(clip(e^z_k, 1 - eps, 1 + eps)) s_k,    A = r - V
+
+  V is the label `value`: what the reference earns on the prompt, on average. s is the summed log-probability. A
+  response no better than that adds 0, and counts. -max(A, 0) s where policy equals ref.
+
+  References:
+    Baheti et al., 2023, https://arxiv.org/abs/2305.14718, derived from its definition.
+  """
+  advantages_GK = jax.nn.relu(labels['score'] - labels['value'])
+  ratio_GK = jax.lax.stop_gradient(jnp.clip(jnp.exp(ref.logratios_GK), 1 - clip_eps, 1 + clip_eps))
+  loss_G = _over_responses(-advantages_GK * ratio_GK * policy.logps_GK, policy)
+  used_GK = (advantages_GK > 0).astype(jnp.float32)
+  return types.LossOut(loss_G, {'val/ratio': ratio_GK, 'advantages': advantages_GK, 'advantages/used': used_GK}, state)
+
+
+def _over_responses(x_GK, policy):
+  """The mean over the responses that a group has: `[G]`."""
+  count_G = jnp.maximum(jnp.sum(policy.valid_GK, axis=1), 1.0)
+  return jnp.sum(jnp.where(policy.valid_GK > 0, x_GK, 0.0), axis=1) / count_G
