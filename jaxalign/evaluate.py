@@ -106,14 +106,26 @@ def _one_behind(items: Iterable[_T]) -> Iterator[_T]:
   yield from waiting
 
 
+# (prompts, responses) -> the summed log-probability of each response under a reference, in nats
+RefLogps = Callable[[list[list[int]], list[list[int]]], np.ndarray]
+
+
 def sample(
-    model, params: types.PyTree, tokenizer: tokenizers.Tokenizer, samples: Samples, prompts: list[list[int]], seed: int
+    model,
+    params: types.PyTree,
+    tokenizer: tokenizers.Tokenizer,
+    samples: Samples,
+    prompts: list[list[int]],
+    seed: int,
+    ref_logps: RefLogps | None = None,
 ) -> Sampled:
   """Samples `per_prompt` responses to each prompt and judges them.
 
   Returns:
     metrics: `reward` and `reward_std` where there is a judge, `distinct_2` (distinct token pairs over all pairs, low
-    where a model repeats itself), `mean_length` in tokens; and the first response to the first `shown` prompts.
+    where a model repeats itself), `mean_length` in tokens; with `ref_logps` and temperature 1 `kl`, the mean over the
+    responses of log policy - log reference in nats, which estimates KL(policy || reference), with its standard error;
+    and the first response to the first `shown` prompts.
   """
   repeated = [ids for ids in prompts for _ in range(samples.per_prompt)]
   drawn = sampling.sample(
@@ -133,6 +145,10 @@ def sample(
   if samples.judge is not None:
     rewards = np.asarray(samples.judge(texts), np.float64)
     values |= {'reward': float(rewards.mean()), 'reward_std': float(rewards.std())}
+  if ref_logps is not None and samples.temperature == 1:
+    own = np.array([np.sum(one.logps, dtype=np.float64) for one in drawn])
+    gaps = own - ref_logps(repeated, [one.ids for one in drawn])
+    values |= {'kl': float(gaps.mean()), 'kl_stderr': float(gaps.std() / math.sqrt(len(gaps)))}
   firsts = range(0, len(repeated), samples.per_prompt)
   shown = [(tokenizer.decode(repeated[i]), texts[i]) for i in firsts][: samples.shown]
   return Sampled(values, shown)

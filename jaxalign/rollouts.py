@@ -106,6 +106,19 @@ class Rollout:
   advantages_GK: np.ndarray
   old_logps: list[list[float]] | None = None
 
+  def groups(self) -> 'Groups':
+    """What is trained on."""
+    samples, groups = self.rewards_GK.shape[1], []
+    for n, response in enumerate(self.responses):
+      advantage = self.advantages_GK.reshape(-1)[n]
+      labels = {'advantages': np.full(len(response), advantage, np.float32)}
+      labels['sampler_logps'] = np.array(self.sampler_logps[n], np.float32)
+      if self.old_logps is not None:
+        labels['old_logps'] = np.array(self.old_logps[n], np.float32)
+      groups.append(sequence(self.prompts[n // samples], response, labels))
+    several = (tuple(groups[i : i + samples]) for i in range(0, len(groups), samples))
+    return Groups([examples.Group(each, {}) for each in several])
+
   def metrics(self) -> dict[str, float]:
     """What it says of the policy that it was sampled from, by name."""
     lengths, rewards = [len(ids) for ids in self.responses], self.rewards_GK
@@ -121,15 +134,14 @@ class Rollout:
 
 
 class Groups:
-  """The groups of a rollout, as a `data.dataset.Dataset` has them, for `data.loader.Loader`."""
+  """Groups of sampled responses, all with as many, as a `data.dataset.Dataset` has them, for `data.loader.Loader`."""
 
   label_names: tuple[str, ...] = ()
 
-  def __init__(self, rollout: Rollout):
-    samples = rollout.rewards_GK.shape[1]
-    self.group_size = samples
-    self.token_label_names = LABELS if rollout.old_logps is not None else LABELS[:2]
-    self._groups = [_group(rollout, g, samples) for g in range(len(rollout.prompts))]
+  def __init__(self, groups: Sequence[examples.Group]):
+    self._groups = list(groups)
+    self.group_size = len(self._groups[0].sequences)
+    self.token_label_names = tuple(self._groups[0].sequences[0].labels)
     self.lengths_NK = np.array([[len(one.ids) - 1 for one in group.sequences] for group in self._groups], np.int32)
     self.keys_NK = np.zeros(self.lengths_NK.shape, np.uint64)
 
@@ -141,25 +153,40 @@ class Groups:
 
   def where(self, index: int) -> str:
     """Which prompt."""
-    return f'prompt {index} of the rollout'
+    return f'prompt {index} of those that were sampled'
 
   def place(self, index: int) -> int:
     """The same as a number."""
     return index
 
 
-def _group(rollout: Rollout, index: int, samples: int) -> examples.Group:
-  prompt, sequences = rollout.prompts[index], []
-  for k in range(samples):
-    n = index * samples + k
-    ids = np.array(prompt + rollout.responses[n], np.int32)
-    count = len(rollout.responses[n])
-    labels = {'advantages': np.full(count, rollout.advantages_GK[index, k], np.float32)}
-    labels['sampler_logps'] = np.array(rollout.sampler_logps[n], np.float32)
-    if rollout.old_logps is not None:
-      labels['old_logps'] = np.array(rollout.old_logps[n], np.float32)
-    sequences.append(examples.Sequence(ids, np.arange(len(ids)) >= len(prompt), labels))
-  return examples.Group(tuple(sequences), {}, prompt_tokens=len(prompt))
+def sequence(prompt: list[int], response: list[int], labels: Mapping[str, np.ndarray]) -> examples.Sequence:
+  """A prompt and what was sampled behind it, whose tokens carry labels."""
+  ids = np.array(prompt + response, np.int32)
+  return examples.Sequence(ids, np.arange(len(ids)) >= len(prompt), labels)
+
+
+def logps_of(
+    params: types.PyTree,
+    groups: Groups,
+    run: Callable[[types.PyTree, types.Batch], jax.Array],
+    packing: loader_lib.Packing,
+    mesh: jax.sharding.Mesh,
+) -> Iterator[tuple[int, int, np.ndarray]]:
+  """Which group, which of its responses, and the log-probabilities of that one's tokens, in nats.
+
+  Args:
+    params: of the model.
+    groups: the responses.
+    run: see `forward.ref_logps`, jitted.
+    packing: in which rows they are read.
+    mesh: where.
+  """
+  loader = loader_lib.Loader([groups], [1.0], packing=packing, mesh=mesh, seed=0)  # type: ignore[list-item]
+  for placements, batch in loader.ordered(np.arange(len(groups))):
+    logps = np.asarray(run(params, batch))
+    for place in loader.places(placements):
+      yield place.record, place.slot, logps[place.micro, place.row, place.targets]
 
 
 class Sampler:
@@ -268,7 +295,8 @@ class Sampler:
       iteration, update = iteration + 1, 0
 
   def _loader(self, rollout: Rollout) -> loader_lib.Loader:
-    return loader_lib.Loader([Groups(rollout)], [1.0], packing=self._packing, mesh=self._mesh, seed=0)  # type: ignore[list-item]
+    groups = rollout.groups()
+    return loader_lib.Loader([groups], [1.0], packing=self._packing, mesh=self._mesh, seed=0)  # type: ignore[list-item]
 
   def _drawn(self, iteration: int) -> list[int]:
     """Which prompts a rollout takes: the next ones of epochs that follow one another."""
@@ -328,14 +356,9 @@ class Sampler:
 
   def _trainers(self, rollout: Rollout, params: types.PyTree) -> list[list[float]]:
     """Log-probabilities of the sampled ids by the program that trains."""
-    bare = dataclasses.replace(rollout, old_logps=None)
-    loader = self._loader(bare)
     found: list[list[float]] = [[] for _ in rollout.responses]
-    for placements, batch in loader.ordered(np.arange(len(rollout.prompts))):
-      logps = np.asarray(self._logps(params, batch))
-      for place in loader.places(placements):
-        n = place.record * self.options.samples + place.slot
-        found[n] = logps[place.micro, place.row, place.targets].tolist()
+    for group, slot, logps in logps_of(params, rollout.groups(), self._logps, self._packing, self._mesh):
+      found[group * self.options.samples + slot] = logps.tolist()
     return found
 
   def _path(self, iteration: int) -> pathlib.Path:
