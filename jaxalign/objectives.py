@@ -70,6 +70,67 @@ def supervised(
   return Objective(stats, loss, needs.whole_step)
 
 
+def policy_gradient(
+    *,
+    model: transformer.Transformer,
+    loss_fn: tracing.LossFn,
+    needs: tracing.Needs,
+    ref_model: transformer.Transformer | None = None,
+    aggregate: str = 'token',
+    max_tokens: int | None = None,
+    dense=('entropy',),
+    rivals: int = 5,
+) -> Objective:
+  """Objective of policy-gradient losses (`losses.policy`), averaged over the whole step as `aggregate` says.
+
+    token     sum over all tokens / their number: a long response weighs more. DAPO, CISPO.
+    sequence  mean over the tokens of each response, then over responses: a token of a long one weighs less. GRPO, GSPO.
+    constant  sum over all tokens / (number of responses * `max_tokens`): each token weighs the same, at every step.
+              Dr. GRPO in TRL; verl leaves the number of responses out.
+
+  A response of which no token counts (it was cut off, and masked) counts as one whose loss is 0, as in TRL. Metrics are
+  means over tokens. Where the batch has no `old_logps`, those of the policy itself serve, for a rollout's only update:
+  the ratio is then exactly 1. For `rivals` see `supervised`.
+
+  Raises:
+    UsageError: there is no such `aggregate`, or `max_tokens` is not what it asks for.
+  """
+  if aggregate not in _AGGREGATES:
+    raise types.UsageError(f'objectives.policy_gradient.aggregate = {aggregate!r}: one of {", ".join(_AGGREGATES)}')
+  if (aggregate == 'constant') != (max_tokens is not None) or (max_tokens is not None and max_tokens < 1):
+    wanted = 'bind the most tokens that a response may have' if aggregate == 'constant' else 'it is for constant alone'
+    raise types.UsageError(
+        f'objectives.policy_gradient.max_tokens = {max_tokens} with aggregate = {aggregate!r}: {wanted}'
+    )
+
+  def loss(stats, batch, loss_state):
+    labels = {'old_logps': jax.lax.stop_gradient(stats['logps'])} | _labels(batch)
+    out = loss_fn(_policy(stats, batch), _reference(stats, batch), labels, state=loss_state)
+    return _per_token(out, stats, batch, _AGGREGATES[aggregate](out.per_item, batch, max_tokens))
+
+  stats = forward.targets_fn(model, needs, _dense(dense, needs), ref_model, rivals)
+  return Objective(stats, loss, needs.whole_step)
+
+
+def _over_tokens(x_BT, batch: types.Batch, max_tokens) -> masked.Weighted:
+  del max_tokens
+  return masked.weighted(x_BT, batch.mask_BT)
+
+
+def _over_responses(x_BT, batch: types.Batch, max_tokens) -> masked.Weighted:
+  del max_tokens
+  length_BT = masked.to_tokens(masked.totals(jnp.ones_like(x_BT), batch), batch)
+  weight_BT = batch.mask_BT / jnp.maximum(length_BT, 1.0)
+  return masked.Weighted(masked.weighted(x_BT, weight_BT).sum, jnp.sum(masked.valid(batch)))
+
+
+def _over_places(x_BT, batch: types.Batch, max_tokens) -> masked.Weighted:
+  return masked.Weighted(masked.weighted(x_BT, batch.mask_BT).sum, max_tokens * jnp.sum(masked.valid(batch)))
+
+
+_AGGREGATES = {'token': _over_tokens, 'sequence': _over_responses, 'constant': _over_places}
+
+
 def preference(
     *,
     model: transformer.Transformer,
@@ -206,8 +267,9 @@ def _token_metrics(stats, batch: types.Batch) -> dict[str, masked.Weighted]:
   return {name: masked.weighted(stats[key], batch.mask_BT) for key, name in names.items() if key in stats}
 
 
-def _per_token(out: types.LossOut, stats, batch: types.Batch) -> tuple[jax.Array, Sums]:
-  loss = masked.weighted(out.per_item, batch.mask_BT)
+def _per_token(out: types.LossOut, stats, batch: types.Batch, loss=None) -> tuple[jax.Array, Sums]:
+  """The sums of a loss per token; `loss` is its own sum, where that is another than over the tokens that count."""
+  loss = masked.weighted(out.per_item, batch.mask_BT) if loss is None else loss
   metrics = {name: masked.weighted(x, batch.mask_BT) for name, x in out.metrics.items()}
   return loss.sum, Sums(loss.weight, {'loss': loss, **metrics, **_token_metrics(stats, batch)}, out.state)
 
