@@ -23,7 +23,7 @@ from typing import SupportsFloat
 
 
 class Unusable(Exception):
-  """What a function returned is no list of numbers, or it wants what there is not; `item` says where, if one is."""
+  """There is no such function, or it wants what there is not, or returns no list of numbers; `item` says where."""
 
   def __init__(self, message: str, item: int | None = None):
     super().__init__(message)
@@ -36,14 +36,18 @@ def load(path: str, name: str) -> Callable:
   Modules are also looked for in the current folder, and what a file imports beside it.
 
   Raises:
-    Exception: whatever the import raises; AttributeError where the module has no such function.
+    Unusable: the module has no such function.
+    Exception: whatever the import raises.
   """
   if path.endswith('.py'):
     module = _load_file(str(pathlib.Path(path).absolute()))
   else:
     _look_in(os.getcwd())
     module = importlib.import_module(path)
-  return functools.reduce(getattr, name.split('.'), module)
+  try:
+    return functools.reduce(getattr, name.split('.'), module)
+  except AttributeError as err:
+    raise Unusable(f'{path} has no {err.name}') from err
 
 
 def _look_in(folder: str) -> None:
@@ -92,10 +96,13 @@ def call(fn: Callable, arguments: Mapping[str, Any], count: int) -> list[float |
   fixed = fn.keywords if isinstance(fn, functools.partial) else {}  # options, before columns of the same name
   arguments = {name: value for name, value in arguments.items() if name not in fixed}
   missing = [name for name in needed if name not in arguments and name not in fixed]
-  if missing:
-    raise Unusable(f'it wants `{missing[0]}`, and there is only {", ".join(arguments)}')
   with contextlib.redirect_stdout(sys.stderr):
-    found = fn(**{name: value for name, value in arguments.items() if takes_any or name in names})
+    try:
+      found = fn(**{name: value for name, value in arguments.items() if takes_any or name in names})
+    except TypeError as err:
+      if not missing:  # Otherwise it may have been bound by what wraps the function.
+        raise
+      raise Unusable(f'it wants `{missing[0]}`, and there is only {", ".join(arguments)}') from err
     if inspect.isawaitable(found):
       found = asyncio.run(_finished(found))
   return _numbers(found, count)

@@ -139,7 +139,7 @@ def _loaded(path: str, name: str, fail: Callable[[str], Exception]) -> Callable:
   except ModuleNotFoundError as err:
     looked = 'the current folder and PYTHONPATH are searched; path/to/file.py:FUNCTION names a file'
     raise fail(f'{err}; {looked}') from err
-  except AttributeError as err:
+  except calling.Unusable as err:
     raise fail(f'{err}; {_FORM}') from err
   except Exception as err:  # Whatever the user's module raises when it is imported.
     raise fail(' '.join(f'{type(err).__name__}: {err}'.split())) from err

@@ -1,5 +1,6 @@
 """Rewards that are functions of a user's own file: how they are found, called, refused and combined."""
 
+import functools
 import math
 import sys
 
@@ -109,7 +110,7 @@ class TestParse:
           ('{mine}:length:much', "could not convert string to float: 'much'"),
           ('{mine}:length:nan', 'the weight nan is not finite'),
           ('{mine}:length:', 'could not convert'),
-          ('{mine}:absent', "has no attribute 'absent'; write MODULE:FUNCTION"),
+          ('{mine}:absent', 'mine.py has no absent; write MODULE:FUNCTION'),
           ('{mine}:NUMBER', 'NUMBER is no function but a int'),
           ('{mine}:length(by=2)', 'length has no option by; it has responses'),
           ('{mine}:scaled(2)', '(2) is not (option=value, ...)'),
@@ -155,6 +156,14 @@ class TestPanel:
           types.RunError, match='reward count, d.jsonl:1 to d.jsonl:2: it wants `ids`, and there is only'
       ):
         panel(plain)
+
+  def test_leaves_to_a_wrapper_what_it_binds(self):
+    def scaled(responses, by):
+      return [by * len(text) for text in responses]
+
+    bound = functools.wraps(scaled)(lambda *args, **kwargs: scaled(*args, **({'by': 3} | kwargs)))
+    with functions.Panel([functions.Reward('bound', bound)]) as panel:
+      assert panel(responses('ab'))['bound'].tolist() == [6.0]
 
   def test_keeps_values_by_name(self, mine):
     rewards = [functions.parse(f'{mine}:{name}') for name in ('length', 'scaled(by=2):0.5')]

@@ -92,4 +92,4 @@ class TestPool:
   def test_names_what_cannot_be_loaded(self, opened, capfd):
     with pytest.raises(types.RunError, match=re.escape('reward mine:absent: its process died (exit code 1)')):
       run(opened('absent', 1), 'a')
-    assert "no attribute 'absent'" in capfd.readouterr().err
+    assert 'mine.py has no absent' in capfd.readouterr().err
