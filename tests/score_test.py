@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import pathlib
+import re
+import shlex
 import sys
 
 import jax
@@ -466,6 +469,17 @@ class TestRewards:
     answers = [{'prompt': '2 + 2 =', 'answer': '2 + 2 = 4\n#### 4', 'samples': [' 4', ' $5', ' It is 4.00!']}]
     found, _ = call('--reward=jaxalign.rewards.rules:numeric_answer', records=answers)
     assert found[0]['scores'] == [1.0, 0.0, 1.0]
+
+  def test_run_as_the_readme_says(self, call, tmp_path):
+    text = (pathlib.Path(__file__).parents[1] / 'README.md').read_text(encoding='utf-8')
+    blocks = re.findall(r'^```\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
+    (code,) = [block for block in blocks if block.startswith('# my_rewards.py')]
+    (tmp_path / 'my_rewards.py').write_text(code)
+    (commands,) = [block for block in blocks if '--reward=' in block]
+    records = [{'prompt': 'q', 'samples': ['4', '"4', 'x'], 'answer': '4'}]
+    for command, scores in zip(commands.replace('\\\n', '').splitlines(), [[1.0, 1.0, 0.0], [3.5, 3.0, 0.0]]):
+      flags = [word for word in shlex.split(command.split(' > ')[0]) if word.startswith(('--reward', '--combine'))]
+      assert call(*flags, records=records)[0][0]['scores'] == scores
 
   def test_skip_what_cannot_be_read_where_asked(self, call):
     records = [{'prompt': 'q', 'samples': 'a'}, {'prompt': 'q', 'samples': ['a']}]
