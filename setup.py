@@ -61,6 +61,8 @@ setuptools.setup(
         'tools': ['matplotlib>=3.8', 'protobuf>=5'],
         # Adapters of a base in 8 or 4 bits: --lora=base:nf4.
         'qlora': ['qwix>=0.1.8'],
+        # The reward rules.math_answer.
+        'math': ['math-verify[antlr4_13_2]>=0.7'],
         'goldens': ['peft>=0.17', 'torch>=2.6', 'transformers>=5', 'trl>=1'],
     },
 )

@@ -111,6 +111,21 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         'For --mode=sample: 0 is greedy. Default: 1.',
     ),
     (
+        flags.DEFINE_multi_string,
+        'reward',
+        [],
+        'For --mode=score, in place of a model: a function that judges responses, MODULE:FUNCTION or'
+        " path/to/file.py:FUNCTION; options and a weight may follow, as in 'my.py:score(goal=3, processes=4,"
+        " timeout=10):0.5'. Repeatable; jaxalign.rewards.rules, lengths and instructions have some.",
+    ),
+    (
+        flags.DEFINE_string,
+        'combine',
+        'sum',
+        'For --reward: sum (weighted), normalised (each over all responses first), or gated (the others count where'
+        ' the first is above 0). Default: sum.',
+    ),
+    (
         flags.DEFINE_string,
         'per',
         'response',
@@ -136,19 +151,26 @@ _OPTIMIZING = ('workdir', 'steps', 'log_every', 'eval_every', 'save_every')
 _OF_TRAINING = ('algo', 'model', 'tokenizer', 'data', 'lora', *_OPTIMIZING)
 _OF_DATA = ('eval_data', 'data_dir', 'cache_dir', 'skip_bad_records', 'gin_file', 'gin')
 _OF_SAMPLING = ('prompt', 'chat', 'samples_per_prompt', 'max_new_tokens', 'temperature')
-_OF_SCORING = ('per', 'row_length')
+_OF_SCORING = ('per', 'row_length', 'reward', 'combine')
 _but = lambda names, *out: tuple(name for name in names if name not in out)
 _UNREAD: dict[str, tuple[str, ...]] = {
     'train': ('checkpoint', *_OF_SAMPLING, *_OF_SCORING),
     'show': ('checkpoint', *_OF_SAMPLING, *_OF_SCORING),
     'eval': (*_OF_TRAINING, *_OF_SAMPLING, *_OF_SCORING),
     'sample': (*_but(_OF_TRAINING, 'model', 'data'), *_but(_OF_DATA, 'data_dir'), *_OF_SCORING),
-    'score': (*_but(_OF_TRAINING, 'model', 'data'), *_OF_SAMPLING, 'eval_data', 'gin', 'seed'),
+    'score': (*_but(_OF_TRAINING, 'model', 'data'), *_OF_SAMPLING, 'eval_data', 'gin', 'seed', 'combine'),
+    'score --reward': (
+        *_but(_OF_TRAINING, 'tokenizer', 'data'),
+        *_but(_OF_DATA, 'data_dir', 'skip_bad_records'),
+        *_OF_SAMPLING,
+        *('checkpoint', 'mesh', 'dcn_mesh', 'seed', 'per', 'row_length', 'debug'),
+    ),
 }
 _INSTEAD = {
     'checkpoint': '; --model=DIR starts from a checkpoint',
     'data': '; --eval_data names other held-out data',
     'markdown': '; it goes with --list',
+    'combine': '; it goes with --reward',
 }
 
 
@@ -179,9 +201,10 @@ def parse(argv: list[str]) -> flags.FlagValues:
 
 def check_mode(args: flags.FlagValues) -> None:
   """Raises UsageError where a flag was given that `--mode` does not read."""
-  for name in (*_UNREAD[args.mode], 'markdown'):
+  mode = 'score --reward' if args.mode == 'score' and args.reward else args.mode
+  for name in (*_UNREAD[mode], 'markdown'):
     if args[name].present:
-      raise types.UsageError(f'--mode={args.mode} does not read --{name}{_INSTEAD.get(name, "")}')
+      raise types.UsageError(f'--mode={mode} does not read --{name}{_INSTEAD.get(name, "")}')
 
 
 def lora_bindings(text: str) -> list[str]:

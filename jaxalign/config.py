@@ -65,6 +65,7 @@ from jaxalign.losses import supervised
 from jaxalign.losses import unpaired
 from jaxalign.models import architecture
 from jaxalign.models import lora
+from jaxalign.rewards import lengths
 from jaxalign.rewards import rules
 """
 

@@ -30,6 +30,7 @@ from jaxalign.data import loader
 from jaxalign.data import tokenizers
 from jaxalign.models import lora
 from jaxalign.models import transformer
+from jaxalign.rewards import functions
 from jaxalign.rewards import rules
 
 _T = TypeVar('_T')
@@ -46,7 +47,7 @@ class Samples:
     per_prompt: responses to each.
     max_new_tokens: length at which a response is cut.
     temperature: of sampling, 0 is greedy.
-    judge: scores responses (text) with one number each; None judges nothing.
+    judge: a reward, see `functions.Reward`, called with prompts and responses (texts) and ids; None judges nothing.
     shown: prompts that are written to samples.md.
     prefix: what asks for a good response where training wrote tags before prompts: it is put before each of `prompts`,
       and of held-out data those are taken that begin with it.
@@ -58,7 +59,7 @@ class Samples:
   per_prompt: int = 1
   max_new_tokens: int = 64
   temperature: float = 1.0
-  judge: Callable[[Sequence[str]], Sequence[float]] | None = None
+  judge: Callable[..., Sequence[float | None]] | None = None
   shown: int = 8
   prefix: str = ''
   suffix: str = ''
@@ -122,10 +123,10 @@ def sample(
   """Samples `per_prompt` responses to each prompt and judges them.
 
   Returns:
-    metrics: `reward` and `reward_std` where there is a judge, `distinct_2` (distinct token pairs over all pairs, low
-    where a model repeats itself), `mean_length` in tokens; with `ref_logps` and temperature 1 `kl`, the mean over the
-    responses of log policy - log reference in nats, which estimates KL(policy || reference), with its standard error;
-    and the first response to the first `shown` prompts.
+    metrics: `reward` and `reward_std` where there is a judge that does not abstain throughout, `distinct_2` (distinct
+    token pairs over all pairs, low where a model repeats itself), `mean_length` in tokens; with `ref_logps` and
+    temperature 1 `kl`, the mean over the responses of log policy - log reference in nats, which estimates
+    KL(policy || reference), with its standard error; and the first response to the first `shown` prompts.
   """
   repeated = [ids for ids in prompts for _ in range(samples.per_prompt)]
   drawn = sampling.sample(
@@ -143,8 +144,9 @@ def sample(
       'mean_length': float(np.mean([len(one.ids) for one in drawn])),
   }
   if samples.judge is not None:
-    rewards = np.asarray(samples.judge(texts), np.float64)
-    values |= {'reward': float(rewards.mean()), 'reward_std': float(rewards.std())}
+    rewards = _judged(samples.judge, [tokenizer.decode(one) for one in repeated], texts, [one.ids for one in drawn])
+    if rewards.size:
+      values |= {'reward': float(rewards.mean()), 'reward_std': float(rewards.std())}
   if ref_logps is not None and samples.temperature == 1:
     own = np.array([np.sum(one.logps, dtype=np.float64) for one in drawn])
     gaps = own - ref_logps(repeated, [one.ids for one in drawn])
@@ -152,6 +154,15 @@ def sample(
   firsts = range(0, len(repeated), samples.per_prompt)
   shown = [(tokenizer.decode(repeated[i]), texts[i]) for i in firsts][: samples.shown]
   return Sampled(values, shown)
+
+
+def _judged(judge: Callable, prompts: list[str], texts: list[str], ids: list[list[int]]) -> np.ndarray:
+  """What the judge makes of those responses on which it does not abstain."""
+  reward = functions.Reward('evaluate.Samples.judge', judge)
+  where = [f'sample {i}' for i in range(len(texts))]
+  with functions.Panel([reward]) as panel:
+    (rewards,) = panel(functions.Responses(prompts, texts, {}, where, ids)).values()
+  return rewards[~np.isnan(rewards)]
 
 
 def prompt_ids(

@@ -5,6 +5,7 @@
     python -m jaxalign.main --mode=eval --checkpoint=runs/a
     python -m jaxalign.main --mode=sample --checkpoint=runs/a --prompt='Once upon a time'
     python -m jaxalign.main --mode=score --checkpoint=runs/rm --data=jsonl:pairs.jsonl
+    python -m jaxalign.main --mode=score --reward=my_rewards.py:score --data=jsonl:samples.jsonl
     python -m jaxalign.main --mode=show --algo=dpo --data=jsonl:pairs.jsonl
     python -m jaxalign.main --list
 
@@ -203,19 +204,11 @@ def _train(args: flags.FlagValues) -> None:
   bindings = config.bindings()
   summary = resume.finished(job, bindings, config.query('loop.Options.steps'))
   if summary is None:
-    _check_writable(job.workdir)
+    checkpoint.check_writable(job.workdir)
     configured = lambda: (bindings, config.checked_operative())
     summary = config.get('train.train')(job, recipe=recipe, config=configured)
   if jax.process_index() == 0:
     sys.stdout.write(json.dumps(summary, indent=1) + '\n')
-
-
-def _check_writable(workdir: pathlib.Path) -> None:
-  """Raises UsageError where `--workdir` cannot be made or written; makes nothing."""
-  there = next(path for path in (workdir, *workdir.parents) if path.exists())
-  if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-    problem = 'may not be written' if there.is_dir() else 'is a file'
-    raise types.UsageError(f'--workdir={workdir}: {there} {problem}')
 
 
 def _restored(args: flags.FlagValues) -> tuple[pathlib.Path, dict]:
@@ -264,13 +257,18 @@ def _sample(args: flags.FlagValues) -> None:
 
 
 def _score(args: flags.FlagValues) -> None:
-  spec = _model_of(args)
+  spec = '' if args.reward else _model_of(args)
   if not args.data:
     raise types.UsageError('--mode=score needs --data=SPEC, the responses to score')
-  _start(args)
-  job = _job(args, {'model_spec': spec, 'eval_data': ''})
-  for one in score.score(job, per=args.per, row_length=args.row_length, recipe=_scoring_recipe(args, spec)):
-    if jax.process_index() == 0:
+  if args.reward:
+    options = {'data_dir': args.data_dir, 'tokenizer': args.tokenizer, 'skip_bad_records': args.skip_bad_records}
+    found = score.by_rewards(args.reward, args.data, how=args.combine, **options)
+  else:
+    _start(args)
+    job = _job(args, {'model_spec': spec, 'eval_data': ''})
+    found = score.score(job, per=args.per, row_length=args.row_length, recipe=_scoring_recipe(args, spec))
+  for one in found:
+    if args.reward or jax.process_index() == 0:  # Functions want no devices, so none are asked for.
       sys.stdout.write(sources.to_json(one) + '\n')
 
 

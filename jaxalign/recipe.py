@@ -182,7 +182,12 @@ def load(spec: str, mesh: jax.sharding.Mesh, dtype: str | None = None) -> checkp
 
 def open_tokenizer(job: Job) -> tokenizers.Tokenizer:
   """Loads `--tokenizer`, or the tokenizer beside the model."""
-  path = model_directory(job.tokenizer or job.model)
+  return load_tokenizer(job.tokenizer or job.model)
+
+
+def load_tokenizer(spec: str) -> tokenizers.Tokenizer:
+  """Loads what `--tokenizer` names, or the tokenizer beside what `--model` names."""
+  path = model_directory(spec)
   return tokenizers.load(checkpoint.find(path)[0] / 'tokenizer' if checkpoint.is_checkpoint(path) else path)
 
 

@@ -72,7 +72,9 @@ class Options:
       if getattr(self, name) < 1:
         raise types.UsageError(f'rollouts.Options.{name} = {getattr(self, name)}: it must be at least 1')
     if self.temperature <= 0:
-      raise types.UsageError(f'rollouts.Options.temperature = {self.temperature}: it must be above 0, or nothing varies')
+      raise types.UsageError(
+          f'rollouts.Options.temperature = {self.temperature}: it must be above 0, or nothing varies'
+      )
     if self.prompts % self.minibatches:
       raise types.UsageError(
           f'rollouts.Options.minibatches = {self.minibatches}: it must divide the {self.prompts} prompts of a rollout'

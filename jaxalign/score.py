@@ -1,12 +1,15 @@
-"""Scores of responses, their tokens or their steps: by the head of a reward model, or implied by an aligned policy."""
+"""Scores of responses, their tokens or their steps: by a reward model, by an aligned policy, or by functions."""
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
 from typing import Any
 from typing import NamedTuple
 
+from absl import logging
 import jax
 import numpy as np
 import tqdm
@@ -17,12 +20,16 @@ from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign.data import dataset as dataset_lib
+from jaxalign.data import examples
 from jaxalign.data import loader as loader_lib
+from jaxalign.data import response_texts
 from jaxalign.data import scored
 from jaxalign.data import sources
+from jaxalign.rewards import functions
 
 _LENGTH = 1024
 _ROWS = 8  # at least; more where the mesh splits them
+_CALL = 64  # responses at least that a reward function is called with
 
 
 class _Reading(NamedTuple):
@@ -177,3 +184,109 @@ def _open(job: recipe_lib.Job, tokenizer, example_fn: Callable, row_length: int)
   rows = parts * -(-max(_ROWS, min(half_rows + 1, max(dataset.group_size for dataset in datasets))) // parts)
   packing = loader_lib.Packing(rows=rows, row_length=row_length)
   return loader_lib.Loader(datasets, [1.0] * len(datasets), packing=packing, mesh=job.mesh, seed=0)
+
+
+class _Read(NamedTuple):
+  """A record that is scored, where it is, and the texts of its responses."""
+
+  record: Mapping[str, Any]
+  source: sources.Source
+  row: int
+  texts: response_texts.Texts
+
+
+def by_rewards(
+    specs: Sequence[str],
+    data: str,
+    *,
+    how: str,
+    data_dir: str | None = None,
+    tokenizer: str | None = None,
+    skip_bad_records: bool = False,
+) -> Iterator[dict[str, Any]]:
+  """Scores responses by functions, without a model; see `functions.parse` and `functions.combine`.
+
+  Args:
+    specs: as for `--reward`.
+    data: as for `--data`; which columns are read `data.response_texts.read` says.
+    how: one of `functions.HOW`; 'normalised' is over all responses of the data.
+    data_dir: where TFDS sets lie.
+    tokenizer: as for `--tokenizer`, for rewards of token ids; None gives them none.
+    skip_bad_records: count records that cannot be read, rather than stop at the first.
+
+  Returns:
+    One object a record that was kept: `record` says which it is, `scores` has a score per response, None where all
+    rewards abstain; the columns that the record itself has follow. Mean and deviation of each reward are logged.
+
+  Raises:
+    UsageError: a reward or a file is not there, or there is no such way to combine.
+    RunError: a record cannot be read, or a reward fails on one.
+  """
+  functions.check_how(how)
+  rewards = [functions.parse(spec) for spec in specs]
+  encode = None
+  if tokenizer:
+    encode = functools.partial(examples.to_ids, recipe_lib.load_tokenizer(tokenizer), continuation=True, special=False)
+  found, kept = [], []
+  with functions.Panel(rewards) as panel:
+    for batch in _batches(_texts(data, data_dir, skip_bad_records)):
+      found.append(panel(_responses(batch, encode)))
+      kept += [(one.source, one.row, len(one.texts.responses)) for one in batch]
+  if not kept:
+    raise types.RunError(f'--data={data}: it holds no responses to score')
+  values = {reward.name: np.concatenate([part[reward.name] for part in found]) for reward in rewards}
+  for name, values_N in values.items():
+    known = values_N[~np.isnan(values_N)]
+    mean, std = (known.mean(), known.std()) if known.size else (np.nan, np.nan)
+    logging.info(
+        '%s: mean %.4g, std %.4g, abstained %d of %d', name, mean, std, len(values_N) - known.size, len(values_N)
+    )
+  total_N = functions.combine(list(values.values()), [reward.weight for reward in rewards], how)
+  scores = iter([None if np.isnan(total) else float(total) for total in total_N])
+  for source, row, count in kept:
+    made = {'record': source.where(row), 'scores': [next(scores) for _ in range(count)]}
+    yield made | source[row] | made  # What was made comes first, and wins.
+
+
+def _texts(data: str, data_dir: str | None, skip_bad_records: bool) -> Iterator[_Read]:
+  """The records of `--data` that have responses; tells of those that are left out."""
+  left: dict[str, list[str]] = {}
+  for source in [sources.open_source(spec, data_dir) for spec in sources.parse_all(data)]:
+    for index in tqdm.trange(len(source), desc='scoring', unit='record', disable=None, leave=False):
+      try:
+        record = source[index]
+        yield _Read(record, source, index, response_texts.read(record))
+      except examples.Dropped as err:
+        left.setdefault(err.reason, []).append(source.where(index))
+      except types.RunError as err:
+        known = err if isinstance(err, sources.BadRecord) else types.RunError(f'{source.where(index)}: {err}')
+        if not skip_bad_records:
+          raise known from err
+        left.setdefault('unreadable', []).append(source.where(index))
+  for reason, where in left.items():
+    logging.warning('%s: %d records left out: %s (first %s)', data, len(where), reason, where[0])
+
+
+def _batches(found: Iterable[_Read]) -> Iterator[list[_Read]]:
+  """Records with at least `_CALL` responses together, but for the last."""
+  batch: list[_Read] = []
+  for one in found:
+    batch.append(one)
+    if sum(len(read.texts.responses) for read in batch) >= _CALL:
+      yield batch
+      batch = []
+  if batch:
+    yield batch
+
+
+def _responses(batch: Sequence[_Read], encode: Callable[[str], list[int]] | None) -> functions.Responses:
+  each = [one for one in batch for _ in one.texts.responses]
+  texts = [text for one in batch for text in one.texts.responses]
+  columns = dict.fromkeys(name for one in batch for name in one.record)
+  return functions.Responses(
+      prompts=[one.texts.prompt for one in each],
+      responses=texts,
+      fields={name: [one.record.get(name) for one in each] for name in columns},
+      where=[one.source.where(one.row) for one in each],
+      ids=None if encode is None else list(map(encode, texts)),
+  )

@@ -14,6 +14,7 @@ from jaxalign import evaluate
 from jaxalign import masked
 from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
+from jaxalign import types
 from jaxalign.data import examples
 from jaxalign.data import texts
 from jaxalign.data import tokenizers
@@ -99,8 +100,8 @@ class TestSample:
   def test_judges_every_response_and_shows_the_first_of_each_prompt(self, model_and_params, tokenizer):
     judged = []
 
-    def judge(texts):
-      judged.extend(texts)
+    def judge(responses):
+      judged.extend(responses)
       return [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
 
     found = self.draw(model_and_params, tokenizer, judge=judge, shown=2)
@@ -108,6 +109,23 @@ class TestSample:
     assert found.shown == [('Once upon a time', judged[0]), ('The cat', judged[2])]
     assert found.metrics['reward'] == pytest.approx(3.5)
     assert found.metrics['reward_std'] == pytest.approx(np.std([1, 2, 3, 4, 5, 6]))
+
+  def test_tells_the_judge_prompts_and_ids_and_leaves_out_what_it_abstains_on(self, model_and_params, tokenizer):
+    told = {}
+
+    def judge(prompts, ids, **others):
+      told.update(prompts=prompts, ids=ids, others=set(others))
+      return [None, 1.0, None, 4.0, None, None]
+
+    found = self.draw(model_and_params, tokenizer, judge=judge)
+    assert [prompt.strip() for prompt in told['prompts'][::2]] == ['Once upon a time', 'The cat', 'Tom']
+    assert [len(one) for one in told['ids']] == [6] * 6 and told['others'] == {'responses'}
+    assert (found.metrics['reward'], found.metrics['reward_std']) == (2.5, 1.5)
+    assert 'reward' not in self.draw(model_and_params, tokenizer, judge=lambda responses: [None] * 6).metrics
+
+  def test_says_where_the_judge_fails(self, model_and_params, tokenizer):
+    with pytest.raises(types.RunError, match='reward evaluate.Samples.judge, sample 2: it returned nan where a finite'):
+      self.draw(model_and_params, tokenizer, judge=lambda responses: [0.0, 0.0, float('nan'), 0.0, 0.0, 0.0])
 
   def test_measures_without_a_judge(self, model_and_params, tokenizer):
     found = self.draw(model_and_params, tokenizer)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import pathlib
+import re
+import shlex
 import sys
 
 import jax
@@ -369,6 +372,160 @@ class TestUsersExamples:
       args = where, '--data=jsonl:x', f'--gin_file={tmp_path / "idle.gin"}'
       assert main.main(['jaxalign', '--mode=score', *args]) == 2
       assert '--gin_file' in (line := capsys.readouterr().err.splitlines()[-1]) and said in line
+
+
+REWARDS = """
+import my_words
+
+def length(responses):
+  return [len(text) for text in responses]
+
+def answers(responses, answer, prompts, scores=None, **columns):
+  assert 'responses' not in columns and len(prompts) == len(responses)
+  return [None if a is None else float(a in text) for a, text in zip(answer, responses)]
+
+def good(responses):
+  return [my_words.good(text) for text in responses]
+
+def fails(responses):
+  return [1 / (len(text) - 4) for text in responses]
+
+def tokens(ids):
+  return [len(one) for one in ids]
+"""
+JUDGED = [
+    {'prompt': 'q', 'samples': [' a', ' ab', ' b'], 'answer': 'a', 'scores': 'old', 'truncated': True},
+    {'prompt': 'q', 'chosen': ' a', 'rejected': ' a'},
+    {'prompt': 'q', 'chosen': ' good', 'rejected': ' b', 'answer': 'b'},
+    {'messages': [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'good day'}], 'id': 7},
+]
+
+
+class TestRewards:
+  """Responses are scored by functions of a user's own file, without a model."""
+
+  @pytest.fixture
+  def call(self, capsys, caplog, tmp_path, monkeypatch):
+    """Scores `JUDGED`, or other records, in the folder of the user's files; returns what was printed, and the log."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+    (tmp_path / 'mine.py').write_text(REWARDS)
+    (tmp_path / 'my_words.py').write_text("good = lambda text: float('good' in text)\n")
+
+    def calling(*flags, records=JUDGED, code=0):
+      (tmp_path / 'd.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
+      caplog.clear()
+      assert main.main(['jaxalign', '--mode=score', '--data=jsonl:d.jsonl', *flags]) == code
+      out, err = capsys.readouterr()
+      return [json.loads(line) for line in out.splitlines()], err + caplog.text
+
+    yield calling
+    sys.modules.pop('my_words', None)
+
+  def test_are_printed_before_the_columns_of_each_record(self, call):
+    found, err = call('--reward=mine.py:length')
+    places, scores = ['d.jsonl:1', 'd.jsonl:3', 'd.jsonl:4'], [[2.0, 3.0, 2.0], [5.0, 2.0], [8.0]]
+    made = [{'record': place, 'scores': one} for place, one in zip(places, scores)]
+    kept = [JUDGED[0], *JUDGED[2:]]
+    assert found == [record | one for record, one in zip(kept, made)]
+    assert [list(one)[:2] for one in found] == [['record', 'scores']] * 3
+    assert 'mine.py:length: mean 3.667, std 2.211, abstained 0 of 6' in err
+    assert '1 records left out: equal responses (first d.jsonl:2)' in err
+
+  def test_read_columns_and_abstain(self, call):
+    found, err = call('--reward=mine.py:answers')
+    assert [one['scores'] for one in found] == [[1.0, 1.0, 0.0], [0.0, 1.0], [None]]
+    assert 'mean 0.6, std 0.4899, abstained 1 of 6' in err
+
+  @pytest.mark.parametrize(
+      ('how', 'scores'),
+      [
+          ([], [[2.0, 2.5, 1.0], [2.5, 2.0], [4.0]]),
+          (['--combine=gated'], [[2.0, 2.5, 0.0], [0.0, 2.0], [None]]),
+      ],
+  )
+  def test_are_combined(self, call, how, scores):
+    found, _ = call('--reward=mine.py:answers', '--reward=mine.py:length:0.5', *how)
+    assert [one['scores'] for one in found] == scores
+
+  def test_are_normalised_over_all_records(self, call):
+    found, _ = call('--reward=mine.py:length:2', '--combine=normalised')
+    lengths = np.array([2, 3, 2, 5, 2, 8], np.float64)
+    wanted = 2 * (lengths - lengths.mean()) / lengths.std()
+    assert sum((one['scores'] for one in found), []) == pytest.approx(wanted)
+
+  def test_keep_the_order_over_many_calls_and_in_processes(self, call):
+    records = [{'prompt': 'q', 'samples': ['x' * (i % 7), 'good']} for i in range(70)]
+    found, _ = call('--reward=mine.py:good(processes=2, timeout=60)', '--reward=mine.py:length', records=records)
+    assert [one['record'] for one in found] == [f'd.jsonl:{i + 1}' for i in range(70)]
+    assert [one['scores'] for one in found] == [[float(i % 7), 5.0] for i in range(70)]
+
+  def test_of_token_ids_read_the_tokenizer(self, call):
+    tokenizer = tokenizers.load(STORIES)
+    found, _ = call('--reward=mine.py:tokens', '--tokenizer=builtin:stories260K', records=JUDGED[:1])
+    assert found[0]['scores'] == [len(tokenizer.encode(text, continuation=True)) for text in JUDGED[0]['samples']]
+
+  def test_of_the_package_judge_what_was_sampled(self, call):
+    answers = [{'prompt': '2 + 2 =', 'answer': '2 + 2 = 4\n#### 4', 'samples': [' 4', ' $5', ' It is 4.00!']}]
+    found, _ = call('--reward=jaxalign.rewards.rules:numeric_answer', records=answers)
+    assert found[0]['scores'] == [1.0, 0.0, 1.0]
+
+  def test_run_as_the_readme_says(self, call, tmp_path):
+    text = (pathlib.Path(__file__).parents[1] / 'README.md').read_text(encoding='utf-8')
+    blocks = re.findall(r'^```\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
+    (code,) = [block for block in blocks if block.startswith('# my_rewards.py')]
+    (tmp_path / 'my_rewards.py').write_text(code)
+    (commands,) = [block for block in blocks if '--reward=' in block]
+    records = [{'prompt': 'q', 'samples': ['4', '"4', 'x'], 'answer': '4'}]
+    for command, scores in zip(commands.replace('\\\n', '').splitlines(), [[1.0, 1.0, 0.0], [3.5, 3.0, 0.0]]):
+      flags = [word for word in shlex.split(command.split(' > ')[0]) if word.startswith(('--reward', '--combine'))]
+      assert call(*flags, records=records)[0][0]['scores'] == scores
+
+  def test_skip_what_cannot_be_read_where_asked(self, call):
+    records = [{'prompt': 'q', 'samples': 'a'}, {'prompt': 'q', 'samples': ['a']}]
+    found, err = call('--reward=mine.py:length', '--skip_bad_records', records=records)
+    assert [one['record'] for one in found] == ['d.jsonl:2']
+    assert '1 records left out: unreadable (first d.jsonl:1)' in err
+
+  @pytest.mark.parametrize(
+      ('flags', 'records', 'code', 'said'),
+      [
+          (['--reward=mine.py:fails'], JUDGED[:1], 0, ''),
+          (
+              ['--reward=mine.py:fails'],
+              [JUDGED[0], {'prompt': 'q', 'samples': ['a', 'four']}],
+              1,
+              'reward mine.py:fails, d.jsonl:2: ZeroDivisionError: division by zero (mine.py:',
+          ),
+          (['--reward=mine.py:tokens'], JUDGED, 1, 'it wants `ids`'),
+          (
+              ['--reward=mine.py:answers'],
+              JUDGED[1:2] + JUDGED[3:],
+              1,
+              'd.jsonl:2: it wants `answer`, and there is only',
+          ),
+          (['--reward=mine.py:length'], JUDGED[1:2], 1, '--data=jsonl:d.jsonl: it holds no responses to score'),
+          (['--reward=mine.py:length'], [{'prompt': 'q'}], 1, 'd.jsonl:1: a column is missing'),
+          (['--reward=mine.py:long'], JUDGED, 2, '--reward=mine.py:long: mine.py has no long; write MODULE:FUNCTION'),
+          (['--reward=mine.py:length', '--combine=best'], JUDGED, 2, '--combine=best: it is one of sum, norm'),
+          (['--reward=mine.py:length', '--model=x'], JUDGED, 2, '--mode=score --reward does not read --model'),
+          (['--reward=mine.py:length', '--per=token'], JUDGED, 2, '--mode=score --reward does not read --per'),
+          (['--model=x', '--combine=sum'], JUDGED, 2, '--mode=score does not read --combine; it goes with --reward'),
+          (['--model=x', '--tokenizer=x'], JUDGED, 2, '--mode=score does not read --tokenizer'),
+          (['--reward=mine.py:length', '--data='], JUDGED, 2, '--mode=score needs --data=SPEC'),
+          (
+              ['--reward=jaxalign.rewards.rules:matches_format(pattern="(")'],
+              JUDGED,
+              2,
+              'it is no regular expression',
+          ),
+      ],
+  )
+  def test_that_fail_say_so_in_one_line(self, call, flags, records, code, said):
+    found, err = call(*flags, records=records, code=code)
+    lines = [line for line in err.splitlines() if line.startswith('jaxalign: ')]
+    assert len(lines) == (code > 0) and said in ''.join(lines)
+    assert bool(found) == (code == 0)
 
 
 class TestRound:

@@ -1,0 +1,258 @@
+"""Rewards that are functions: found by their import path, called on responses, and combined to one number each."""
+
+import ast
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import re
+import types as python_types
+from typing import Any
+
+import numpy as np
+
+from jaxalign import types
+from jaxalign.rewards import calling
+from jaxalign.rewards import pool as pool_lib
+
+HOW = ('sum', 'normalised', 'gated')
+
+_SPEC = re.compile(r'(?P<path>[^:()]+):(?P<name>[A-Za-z_][\w.]*)(?P<options>\(.*\))?(:(?P<weight>[^:()]*))?', re.DOTALL)
+_FORM = 'write MODULE:FUNCTION, MODULE:FUNCTION:WEIGHT or path/to/file.py:FUNCTION(option=value):WEIGHT'
+
+
+@dataclasses.dataclass(frozen=True)
+class Responses:
+  """What is judged, an item per response.
+
+  Attributes:
+    prompts: texts or messages.
+    responses: texts.
+    fields: columns of the records by name, None where a record has no such column.
+    where: the record in words, for messages.
+    ids: token ids of each response; None where there is no tokenizer.
+  """
+
+  prompts: Sequence[Any]
+  responses: Sequence[str]
+  fields: Mapping[str, Sequence[Any]]
+  where: Sequence[str]
+  ids: Sequence[Sequence[int]] | None = None
+
+  def arguments(self) -> dict[str, Sequence[Any]]:
+    """What functions are called with, by keyword."""
+    ids = {} if self.ids is None else {'ids': self.ids}
+    return {**self.fields, 'prompts': self.prompts, 'responses': self.responses, **ids}
+
+  def __getitem__(self, item: int) -> 'Responses':
+    one = lambda values: values[item : item + 1]
+    fields = {name: one(values) for name, values in self.fields.items()}
+    ids = None if self.ids is None else one(self.ids)
+    return Responses(one(self.prompts), one(self.responses), fields, one(self.where), ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+  """A function that judges responses.
+
+  Attributes:
+    name: what it is called in messages and metrics.
+    fn: called by keyword with `prompts`, `responses`, `ids` and every column of the records, each a list with an item a
+      response, it takes those that it names, or all by `**kwargs`. It returns a list of a number per response, None
+      where it abstains; or a coroutine of that.
+    weight: in the sum.
+    processes: where it runs: 0 is here, on all responses at once; otherwise in so many processes, each response alone.
+    timeout: seconds that a call may take, in a process.
+    target: path, name and options, from which a process loads it.
+  """
+
+  name: str
+  fn: Callable
+  weight: float = 1.0
+  processes: int = 0
+  timeout: float | None = None
+  target: tuple[str, str, Mapping[str, Any]] | None = None
+
+
+def parse(spec: str) -> Reward:
+  """The reward that `--reward` names: `my_rewards:score`, `my_rewards:score:0.5`, `path/to/file.py:score(goal=3):0.5`.
+
+  In parentheses stand Python literals for keywords of the function, and `processes` and `timeout` (in seconds, and then
+  one process at least), which say how it runs: see `Reward`.
+
+  Raises:
+    UsageError: the spec is not of this form, or there is no such function, or it has no such option.
+  """
+  fail = lambda problem: types.UsageError(f'--reward={spec}: {problem}')
+  match = _SPEC.fullmatch(spec)
+  if match is None:
+    raise fail(_FORM)
+  path, name = match['path'], match['name']
+  try:
+    weight = 1.0 if match['weight'] is None else float(match['weight'])
+    options = _literals(match['options'] or '()')
+  except (ValueError, SyntaxError) as err:
+    raise fail(f'{" ".join(str(err).split())}; {_FORM}') from err
+  processes, timeout = options.pop('processes', 0), options.pop('timeout', None)
+  if type(processes) is not int or processes < 0:
+    raise fail(f'processes={processes!r}: it is a whole number from 0 on')
+  if timeout is not None and (type(timeout) not in (int, float) or not 0 < timeout < math.inf):
+    raise fail(f'timeout={timeout!r}: it is a number of seconds above 0')
+  if not math.isfinite(weight):
+    raise fail(f'the weight {weight} is not finite')
+  fn = _loaded(path, name, fail)
+  try:
+    names, _, takes_any = calling.parameters(fn)
+  except (ValueError, TypeError) as err:
+    raise fail(f'{err}: write a function in Python around it') from err
+  for option in options:
+    if option not in names and not takes_any:
+      raise fail(f'{name} has no option {option}; it has {", ".join(names) or "none"}')
+  called = f'{path}:{name}{match["options"] or ""}'
+  processes = processes or int(timeout is not None)
+  return Reward(called, functools.partial(fn, **options), weight, processes, timeout, (path, name, options))
+
+
+def _literals(text: str) -> dict[str, Any]:
+  """Keywords in parentheses; raises ValueError or SyntaxError where there is something else."""
+  called = ast.parse(f'f{text}', mode='eval').body
+  if not isinstance(called, ast.Call) or called.args or not isinstance(called.func, ast.Name):
+    raise ValueError(f'{text} is not (option=value, ...)')
+  found = {}
+  for keyword in called.keywords:
+    try:
+      found[str(keyword.arg)] = ast.literal_eval(keyword.value)
+    except ValueError as err:
+      raise ValueError(f'{ast.unparse(keyword)} has no literal value (text is quoted)') from err
+  return found
+
+
+def _loaded(path: str, name: str, fail: Callable[[str], Exception]) -> Callable:
+  if path.endswith('.py') and not os.path.isfile(path):
+    raise fail(f'there is no file {path}')
+  try:
+    fn = calling.load(path, name)
+  except ModuleNotFoundError as err:
+    looked = 'the current folder and PYTHONPATH are searched; path/to/file.py:FUNCTION names a file'
+    raise fail(f'{err}; {looked}') from err
+  except calling.Unusable as err:
+    raise fail(f'{err}; {_FORM}') from err
+  except Exception as err:  # Whatever the user's module raises when it is imported.
+    raise fail(' '.join(f'{type(err).__name__}: {err}'.split())) from err
+  if not callable(fn) or isinstance(fn, python_types.ModuleType):
+    raise fail(f'{name} is no function but a {type(fn).__name__}')
+  return fn
+
+
+class Panel(contextlib.AbstractContextManager):
+  """Rewards with their processes, which live as long as the context."""
+
+  def __init__(self, rewards: Sequence[Reward]):
+    """Takes at least one reward.
+
+    Raises:
+      UsageError: two have the same name.
+    """
+    names = [reward.name for reward in rewards]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+      raise types.UsageError(f'--reward={twice[0]}: it is given twice; give it once, with the sum of the weights')
+    self._rewards = tuple(rewards)
+    self._pools: dict[str, pool_lib.Pool] = {}
+    with contextlib.ExitStack() as stack:
+      stack.push(self)  # closes what was started if the next cannot be
+      for reward in self._rewards:
+        if reward.processes and reward.target is not None:
+          self._pools[reward.name] = pool_lib.Pool(reward.name, reward.target, reward.processes, reward.timeout)
+      stack.pop_all()
+
+  def __exit__(self, kind, *_) -> None:
+    for pool in self._pools.values():
+      pool.close(at_once=kind is not None)
+
+  def __call__(self, responses: Responses) -> dict[str, np.ndarray]:
+    """What each reward makes of the responses: by name `[N]` float64, NaN where it abstains.
+
+    Raises:
+      RunError: a function failed, or returned something else than numbers; it names the function and the record.
+    """
+    values = {}
+    for reward in self._rewards:
+      if reward.name in self._pools:
+        each = [responses[item].arguments() for item in range(len(responses.responses))]
+        found = self._pools[reward.name].map(each, responses.where)
+      else:
+        found = _called(reward, responses)
+      values[reward.name] = np.array([math.nan if value is None else value for value in found], np.float64)
+    return values
+
+
+def _called(reward: Reward, responses: Responses) -> list[float | None]:
+  try:
+    return calling.call(reward.fn, responses.arguments(), len(responses.responses))
+  except types.UsageError:
+    raise
+  except Exception as err:  # Whatever the user's function raises.
+    item = err.item if isinstance(err, calling.Unusable) else _culprit(reward, responses)
+    span = f'{responses.where[0]} to {responses.where[-1]}' if len(set(responses.where)) > 1 else responses.where[0]
+    where = span if item is None else responses.where[item]
+    raise types.RunError(f'reward {reward.name}, {where}: {calling.told(err, reward.fn)}') from err
+
+
+def _culprit(reward: Reward, responses: Responses) -> int | None:
+  """The first response that the function fails on by itself too, None where there is none."""
+  for item in range(len(responses.responses)):
+    try:
+      calling.call(reward.fn, responses[item].arguments(), 1)
+    except Exception:  # The same as was raised for all.
+      return item
+  return None
+
+
+def check_how(how: str) -> None:
+  """Raises UsageError where there is no such way to combine."""
+  if how not in HOW:
+    raise types.UsageError(f'--combine={how}: it is one of {", ".join(HOW)}')
+
+
+def combine(values: Sequence[np.ndarray], weights: Sequence[float], how: str = 'sum') -> np.ndarray:
+  """One reward per response, of several.
+
+    sum          sum_i w_i r_i
+    normalised   sum_i w_i (r_i - mean r_i) / std r_i, over all responses given here; 0 where all r_i are the same
+    gated        w_1 r_1 + [r_1 > 0] sum_{i>1} w_i r_i
+
+  A reward that abstains is left out of the sum, and of mean and std.
+
+  Args:
+    values: `[N]` of each reward, NaN where it abstains.
+    weights: of each reward.
+    how: one of `HOW`.
+
+  Returns:
+    `[N]` float64, NaN where no reward has a say.
+
+  Raises:
+    UsageError: there is no such way.
+  """
+  check_how(how)
+  table_RN = np.stack([np.asarray(one, np.float64) for one in values])
+  weights_R1 = np.asarray(weights, np.float64)[:, None]
+  known_RN = ~np.isnan(table_RN)
+  if how == 'normalised':
+    table_RN = np.stack([_normalised(row_N, known_N) for row_N, known_N in zip(table_RN, known_RN)])
+  elif how == 'gated':
+    known_RN = known_RN & np.concatenate([known_RN[:1], np.repeat(table_RN[:1] > 0, len(table_RN) - 1, axis=0)])
+  total_N = np.where(known_RN, weights_R1 * table_RN, 0.0).sum(axis=0)
+  return np.where(known_RN.any(axis=0), total_N, np.nan)
+
+
+def _normalised(values_N: np.ndarray, known_N: np.ndarray) -> np.ndarray:
+  found = values_N[known_N]
+  if not found.size or np.ptp(found) == 0:
+    return np.zeros_like(values_N)
+  return (values_N - found.mean()) / found.std()
