@@ -15,13 +15,13 @@ from tests import packed
 _of = functools.partial
 RNG = np.random.default_rng(0)
 REWARDS = RNG.normal(size=(7, 4)).astype(np.float32)
-# Full groups, groups of three, two and one, and an empty place of the table; slots are missing anywhere.
+# Groups of four, three, two and one, and an empty place of the table; slots are missing anywhere.
 VALID = np.array(
-    [[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], np.float32
+    [[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 0]], np.float32
 )
 TOKENS = RNG.integers(1, 9, (7, 4)).astype(np.float32)
 GREEDY = RNG.normal(size=7).astype(np.float32)
-REWARDS[6] = 0.3  # all alike, and no binary fraction
+REWARDS[6] = 0.9  # all alike, and the mean of three is another number in float32
 REWARDS[0, 1] = REWARDS[2, 2] = 0.0
 
 
@@ -102,7 +102,7 @@ class TestOfGroups:
 class TestWhitened:
 
   def test_is_zero_for_a_batch_of_equal_numbers(self):
-    np.testing.assert_array_equal(advantages.whitened(jnp.full((3, 5), 0.3), jnp.ones((3, 5))), np.zeros((3, 5)))
+    np.testing.assert_array_equal(advantages.whitened(jnp.full((3, 5), 0.9), jnp.ones((3, 5))), np.zeros((3, 5)))
 
 
 class TestBestOnly:
