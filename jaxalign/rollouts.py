@@ -30,10 +30,9 @@ from jaxalign.data import packing as packing_lib
 from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.models import transformer
+from jaxalign.rewards import functions
 from jaxalign.rewards import rules
 
-# (prompts, responses, ids, fields) -> a reward of each response
-RewardFn = Callable[..., Sequence[float]]
 _MAX_RESPONSES = 32  # of a row; static, as lengths differ from rollout to rollout
 
 LABELS = ('advantages', 'sampler_logps', 'old_logps')
@@ -47,8 +46,9 @@ class Options:
     prompts: of a rollout.
     samples: responses to each prompt, K.
     max_new_tokens: length at which a response is cut.
-    reward_fn: scores responses.
-    advantage_fn: from `advantages`: rewards `[G, K]` to advantages `[G, K]`.
+    rewards: what scores responses, each as `--reward` names it, see `rewards.functions.parse`.
+    combine: of several rewards, see `rewards.functions.combine`.
+    advantage_fn: from `advantages`: rewards `[G, K]` and which of them there are to advantages `[G, K]`.
     temperature: of sampling.
     top_k: see `sampling.sample`.
     top_p: see `sampling.sample`.
@@ -59,8 +59,9 @@ class Options:
   prompts: int
   samples: int
   max_new_tokens: int
-  reward_fn: RewardFn
+  rewards: tuple[str, ...]
   advantage_fn: Callable[..., types.Array]
+  combine: str = 'sum'
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
@@ -68,6 +69,9 @@ class Options:
   minibatches: int = 1
 
   def __post_init__(self):
+    if not self.rewards:
+      raise types.UsageError('rollouts.Options.rewards: nothing scores the responses; give --reward=MODULE:FUNCTION')
+    functions.check_how(self.combine)
     for name in ('prompts', 'samples', 'max_new_tokens', 'epochs', 'minibatches'):
       if getattr(self, name) < 1:
         raise types.UsageError(f'rollouts.Options.{name} = {getattr(self, name)}: it must be at least 1')
@@ -95,8 +99,9 @@ class Rollout:
     responses: ids of each response, G K of them.
     sampler_logps: log-probability of each of these ids when it was sampled, in nats.
     finished: whether each response ended by itself.
-    rewards_GK: float64.
-    advantages_GK: float32.
+    rewards_GK: float64, NaN where every reward abstained.
+    advantages_GK: float32, 0 there.
+    said: mean and deviation of each reward, by name.
     old_logps: log-probabilities of the same ids by the program that trains, where it is used more than once.
   """
 
@@ -107,6 +112,7 @@ class Rollout:
   rewards_GK: np.ndarray
   advantages_GK: np.ndarray
   old_logps: list[list[float]] | None = None
+  said: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   def groups(self) -> 'Groups':
     """What is trained on."""
@@ -123,11 +129,12 @@ class Rollout:
 
   def metrics(self) -> dict[str, float]:
     """What it says of the policy that it was sampled from, by name."""
-    lengths, rewards = [len(ids) for ids in self.responses], self.rewards_GK
+    lengths, rewards = [len(ids) for ids in self.responses], np.ma.masked_invalid(self.rewards_GK)
     return {
         'reward': float(rewards.mean()),
         'reward_std': float(rewards.std()),
-        'frac_reward_zero_std': float((np.ptp(rewards, axis=1) == 0).mean()),
+        'frac_reward_zero_std': float((rewards.max(axis=1) == rewards.min(axis=1)).mean()),
+        **self.said,
         'completions/mean_length': float(np.mean(lengths)),
         'completions/max_length': float(max(lengths)),
         'completions/clipped_ratio': 1 - float(np.mean(self.finished)),
@@ -279,8 +286,12 @@ class Sampler:
     Yields:
       (iteration, update) to resume from once the batch has been consumed, and the batch.
     """
+    with functions.Panel([functions.parse(spec) for spec in self.options.rewards]) as panel:
+      yield from self._batches(panel, iteration, update, params)
+
+  def _batches(self, panel: functions.Panel, iteration: int, update: int, params):
     while True:
-      rollout = self._read(iteration) if update else self._roll(iteration, params())
+      rollout = self._read(iteration) if update else self._roll(panel, iteration, params())
       loader = self._loader(rollout)
       number = 0
       for epoch in range(self.options.epochs):
@@ -310,7 +321,7 @@ class Sampler:
       found += order[first : first + self.options.prompts - len(found)].tolist()
     return found
 
-  def _roll(self, iteration: int, params: types.PyTree) -> Rollout:
+  def _roll(self, panel: functions.Panel, iteration: int, params: types.PyTree) -> Rollout:
     """Samples, scores and compares."""
     chosen, samples = self._drawn(iteration), self.options.samples
     prompts = [self._prompts[i].sequences[0].ids[: self._prompts[i].prompt_tokens].tolist() for i in chosen]
@@ -325,7 +336,7 @@ class Sampler:
         seed=int(np.random.SeedSequence([self._seed, iteration]).generate_state(1)[0]),
         stop_ids=(self._tokenizer.eos_id,),
     )
-    rewards_GK = self._rewards(chosen, drawn)
+    rewards_GK, said = self._rewards(panel, chosen, drawn)
     rollout = Rollout(
         prompts,
         [one.ids for one in drawn],
@@ -333,6 +344,7 @@ class Sampler:
         [one.finished for one in drawn],
         rewards_GK,
         self._advantages(rewards_GK),
+        said=said,
     )
     if self.options.updates > 1:
       rollout = dataclasses.replace(rollout, old_logps=self._trainers(rollout, params))
@@ -340,21 +352,34 @@ class Sampler:
     return rollout
 
   def _advantages(self, rewards_GK: np.ndarray) -> np.ndarray:
-    found = self.options.advantage_fn(rewards_GK.astype(np.float32), np.ones(rewards_GK.shape, np.float32))
-    return np.asarray(found, np.float32)
+    valid_GK = (~np.isnan(rewards_GK)).astype(np.float32)
+    found = self.options.advantage_fn(np.nan_to_num(rewards_GK).astype(np.float32), valid_GK)
+    return np.asarray(found * valid_GK, np.float32)
 
-  def _rewards(self, chosen: Sequence[int], drawn: Sequence[sampling.Sampled]) -> np.ndarray:
-    samples = self.options.samples
-    of = (self._prompts.place(i) for i in chosen)
-    records = [self._records[source].at(place) for source, place in of]
-    repeated = [record for record in records for _ in range(samples)]
-    texts = [self._tokenizer.decode(one.ids, continuation=True) for one in drawn]
-    found = self.options.reward_fn(texts)
-    del repeated
-    values = np.asarray(found, np.float64)
-    if values.shape != (len(drawn),) or not np.all(np.isfinite(values)):
-      raise types.RunError(f'the reward gave {values.shape} numbers for {len(drawn)} responses, or one is not finite')
-    return values.reshape(-1, samples)
+  def _rewards(self, panel: functions.Panel, chosen, drawn) -> tuple[np.ndarray, dict[str, float]]:
+    """Of every response, and what each reward says on the whole."""
+    samples, options = self.options.samples, self.options
+    records = [self._records[source].at(place) for source, place in map(self._prompts.place, chosen)]
+    each = lambda values: [value for value in values for _ in range(samples)]
+    names = sorted({name for record in records for name in record} - {'prompt'})
+    responses = functions.Responses(
+        prompts=each(record.get('prompt', record.get('messages')) for record in records),
+        responses=[self._tokenizer.decode(one.ids, continuation=True) for one in drawn],
+        fields={name: each(record.get(name) for record in records) for name in names},
+        where=each(self._prompts.where(i) for i in chosen),
+        ids=[one.ids for one in drawn],
+    )
+    values = panel(responses)
+    weights = [functions.parse(spec).weight for spec in options.rewards]
+    total = functions.combine(list(values.values()), weights, options.combine)
+    if np.all(np.isnan(total)):
+      raise types.RunError(f'every reward abstains on all {len(total)} responses (from {responses.where[0]} on)')
+    said = {}
+    for name, found in values.items():
+      known = found[~np.isnan(found)]
+      if known.size:
+        said |= {f'rewards/{name}/mean': float(known.mean()), f'rewards/{name}/std': float(known.std())}
+    return total.reshape(-1, samples), said
 
   def _trainers(self, rollout: Rollout, params: types.PyTree) -> list[list[float]]:
     """Log-probabilities of the sampled ids by the program that trains."""

@@ -26,12 +26,17 @@ PACKING = loader.Packing(rows=4, row_length=64)
 PROMPTS = [f'{name} was a' for name in ('Tom', 'Anna', 'Ben', 'Lily', 'Max')]
 
 
-def of_vowels(texts):
-  return [float(sum(text.count(vowel) for vowel in 'aeiou')) for text in texts]
+def of_vowels(responses, prompts, name):
+  assert all(prompt.startswith(one) for prompt, one in zip(prompts, name, strict=True))
+  return [float(sum(text.count(vowel) for vowel in 'aeiou')) for text in responses]
 
 
 OPTIONS = rollouts.Options(
-    prompts=2, samples=3, max_new_tokens=12, reward_fn=of_vowels, advantage_fn=advantages.mean_centred
+    prompts=2,
+    samples=3,
+    max_new_tokens=12,
+    rewards=('tests.rollouts_test:of_vowels',),
+    advantage_fn=advantages.mean_centred,
 )
 
 
@@ -45,7 +50,7 @@ def loaded():
 def prompts(loaded, tmp_path_factory):
   folder = tmp_path_factory.mktemp('prompts')
   path = folder / 'prompts.jsonl'
-  path.write_text(''.join(json.dumps({'prompt': text}) + '\n' for text in PROMPTS))
+  path.write_text(''.join(json.dumps({'prompt': text, 'name': text.split()[0]}) + '\n' for text in PROMPTS))
   spec = f'jsonl:{path}'
   read = lambda record: examples.prompt(record, loaded.tokenizer, row_length=64, longest=16)
   made = token_cache.build(spec, tokenizer=loaded.tokenizer, example_fn=read, key_parts='', cache_dir=str(folder))
