@@ -276,14 +276,14 @@ def vespo(
 
     loss_t = -sg(phi(W)) A_t log pi_t,    phi(W) = e^lam W^k e^(-lam W),    W = exp(sum_t x_t)
 
-  k and lam by the sign of A_t; the defaults are TRL's. log W is held within [log 1e-8, 20]. Average by `token`.
+  k and lam by the sign of A_t; the defaults are TRL's. W is held below e^20. Average by `token`.
 
   References:
     Shen et al., 2026, https://arxiv.org/abs/2602.10693, derived from TRL's definition.
   """
   del ref
   advantages_BT, x_BT = labels['advantages'], parts.log_ratio(policy, labels)
-  log_w_BT = jnp.maximum(parts.response_sum(x_BT, policy), jnp.log(1e-8))
+  log_w_BT = parts.response_sum(x_BT, policy)
   w_BT = parts.ratio(log_w_BT)
   k_BT = jnp.where(advantages_BT >= 0, k_positive, k_negative)
   lam_BT = jnp.where(advantages_BT >= 0, lam_positive, lam_negative)
