@@ -39,6 +39,9 @@ def inverse(responses):
 def _over(n):
   return 1 / n
 
+def deep(responses):
+  return mine_helper.of(None, responses)
+
 def odd(responses, what):
   return {'short': [1.0], 'number': 1.0, 'text': 'ab', 'dict': {0: 1.0, 1: 1.0}}.get(what[0]) or [0.5, eval(what[0])]
 
@@ -186,6 +189,10 @@ class TestPanel:
     assert str(caught.value) == (
         f'reward {mine}:inverse, d.jsonl:2: ZeroDivisionError: division by zero (mine.py:{line}: return 1 / n)'
     )
+
+  def test_names_the_line_of_the_users_file_that_led_to_it(self, mine):
+    with pytest.raises(types.RunError, match=r'TypeError: .* \(mine.py:[0-9]+: return mine_helper.of\(None, resp'):
+      judged(f'{mine}:deep', responses('a'))
 
   def test_names_all_records_where_each_by_itself_is_fine(self, mine):
     with pytest.raises(types.RunError, match=r'by_batch, d.jsonl:1 to d.jsonl:3: RuntimeError: of several \(mine.py:'):
