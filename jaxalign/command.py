@@ -11,6 +11,7 @@ from absl import flags
 from jaxalign import recipe as recipe_lib
 from jaxalign import types
 from jaxalign.models import lora
+from jaxalign.rewards import functions
 
 _DATA = 'jsonl:PATH (also .gz), parquet:PATH, tfds:NAME[/CONFIG][:SPLIT], builtin:NAME[:SPLIT]'
 
@@ -114,7 +115,8 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         flags.DEFINE_multi_string,
         'reward',
         [],
-        'For --mode=score, in place of a model: a function that judges responses, MODULE:FUNCTION or'
+        'A function that judges responses: those that an online algorithm samples, or with --mode=score, in place of a'
+        ' model, those of --data. MODULE:FUNCTION or'
         " path/to/file.py:FUNCTION; options and a weight may follow, as in 'my.py:score(goal=3, processes=4,"
         " timeout=10):0.5'. Repeatable; jaxalign.rewards.rules, lengths and instructions have some.",
     ),
@@ -151,13 +153,14 @@ _OPTIMIZING = ('workdir', 'steps', 'log_every', 'eval_every', 'save_every')
 _OF_TRAINING = ('algo', 'model', 'tokenizer', 'data', 'lora', *_OPTIMIZING)
 _OF_DATA = ('eval_data', 'data_dir', 'cache_dir', 'skip_bad_records', 'gin_file', 'gin')
 _OF_SAMPLING = ('prompt', 'chat', 'samples_per_prompt', 'max_new_tokens', 'temperature')
-_OF_SCORING = ('per', 'row_length', 'reward', 'combine')
+_OF_SCORING = ('per', 'row_length')
+_OF_REWARDS = ('reward', 'combine')
 _but = lambda names, *out: tuple(name for name in names if name not in out)
 _UNREAD: dict[str, tuple[str, ...]] = {
     'train': ('checkpoint', *_OF_SAMPLING, *_OF_SCORING),
     'show': ('checkpoint', *_OF_SAMPLING, *_OF_SCORING),
-    'eval': (*_OF_TRAINING, *_OF_SAMPLING, *_OF_SCORING),
-    'sample': (*_but(_OF_TRAINING, 'model', 'data'), *_but(_OF_DATA, 'data_dir'), *_OF_SCORING),
+    'eval': (*_OF_TRAINING, *_OF_SAMPLING, *_OF_SCORING, *_OF_REWARDS),
+    'sample': (*_but(_OF_TRAINING, 'model', 'data'), *_but(_OF_DATA, 'data_dir'), *_OF_SCORING, *_OF_REWARDS),
     'score': (*_but(_OF_TRAINING, 'model', 'data'), *_OF_SAMPLING, 'eval_data', 'gin', 'seed', 'combine'),
     'score --reward': (
         *_but(_OF_TRAINING, 'tokenizer', 'data'),
@@ -205,6 +208,18 @@ def check_mode(args: flags.FlagValues) -> None:
   for name in (*_UNREAD[mode], 'markdown'):
     if args[name].present:
       raise types.UsageError(f'--mode={mode} does not read --{name}{_INSTEAD.get(name, "")}')
+
+
+def reward_bindings(args: flags.FlagValues) -> list[str]:
+  """The gin bindings of `--reward` and `--combine`, for rollouts.
+
+  Raises:
+    UsageError: a reward is not of the form that is wanted, or there is no such function.
+  """
+  for spec in args.reward:
+    functions.parse(spec)
+  bindings = [f'rollouts.Options.rewards = {tuple(args.reward)!r}'] if args.reward else []
+  return bindings + ([f'rollouts.Options.combine = {args.combine!r}'] if args['combine'].present else [])
 
 
 def lora_bindings(text: str) -> list[str]:

@@ -49,6 +49,7 @@ from jaxalign.data import examples
 from jaxalign.data import feedback
 from jaxalign.data import judged
 from jaxalign.data import loader
+from jaxalign.data import prompts
 from jaxalign.data import scored
 from jaxalign.data import texts
 from jaxalign.losses import batchwise

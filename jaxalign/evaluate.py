@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import functools
 import math
 import pathlib
 from typing import Any
@@ -16,6 +17,8 @@ import jax
 import numpy as np
 
 from jaxalign import checkpoint
+from jaxalign import episodes
+from jaxalign import forward
 from jaxalign import masked
 from jaxalign import metrics
 from jaxalign import recipe as recipe_lib
@@ -236,6 +239,10 @@ class Evaluator:
     evaluate_step = counter.counted(step_lib.make_eval_step(objective))
     self._step = jax.jit(evaluate_step, out_shardings=sharding.named(job.mesh))
     self._ref = live and live.moving
+    ref_model = live.model if live is not None else model
+    run = counter.counted(functools.partial(forward.ref_logps, model=ref_model))
+    self._has_ref, self._ref_run = live is not None, jax.jit(run, out_shardings=sharding.named(job.mesh))
+    self._packing, self._mesh = dataclasses.replace(recipe.packing, groups_per_step=None), job.mesh
     self._model, self._tokenizer, self._streams, self._seed = model, tokenizer, streams, job.seed
     self._samples, self._frozen = samples, frozen
     self._prompts = prompt_ids(samples, tokenizer, streams.held, model.config.max_length) if samples is not None else []
@@ -248,12 +255,26 @@ class Evaluator:
     run = lambda params, batch: self._step(params, self._frozen, batch, loss_state, ref)
     return held_out(run, params, self._streams.held_batches())
 
+  def _ref_logps(self, ref: types.PyTree) -> RefLogps:
+    """Under the reference of the step, `ref` where it follows the policy."""
+    params = lora.join(ref if jax.tree.leaves(ref) else self._ref, self._frozen)
+
+    def summed(prompts, responses):
+      sequences = (episodes.sequence(*pair, {}) for pair in zip(prompts, responses, strict=True))
+      groups = episodes.Groups([examples.Group((one,), {}) for one in sequences])
+      found = np.zeros(len(responses))
+      for group, _, logps in episodes.logps_of(params, groups, self._ref_run, self._packing, self._mesh):
+        found[group] = logps.sum(dtype=np.float64)
+      return found
+
+    return summed
+
   def whole(self, params: types.PyTree, loss_state: types.PyTree, ref: types.PyTree = ()) -> Whole:
     """Held-out metrics and samples."""
     sampled = Sampled({}, [])
     if self._samples is not None and self._prompts:
-      whole = lora.join(params, self._frozen)
-      sampled = sample(self._model, whole, self._tokenizer, self._samples, self._prompts, self._seed)
+      whole, judge = lora.join(params, self._frozen), self._ref_logps(ref) if self._has_ref else None
+      sampled = sample(self._model, whole, self._tokenizer, self._samples, self._prompts, self._seed, judge)
     return Whole(self.held_out(params, loss_state, ref), sampled)
 
 

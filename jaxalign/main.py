@@ -125,7 +125,7 @@ def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
   if args.algo is None:
     raise types.UsageError(f'--algo is needed: {", ".join(catalog.algorithms())} (--list describes them)')
   catalog.check_algorithm(args.algo)
-  bindings = [*args.gin, *command.lora_bindings(args.lora)]
+  bindings = [*args.gin, *command.lora_bindings(args.lora), *command.reward_bindings(args)]
   for flag in ('steps', 'log_every', 'eval_every', 'save_every'):
     if args[flag].value is not None:
       bindings.append(f'loop.Options.{flag} = {args[flag].value}')
@@ -138,6 +138,8 @@ def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
   if data_files:
     parse([*files, *data_files])
   recipe = config.recipe()
+  if recipe.rollouts is None and args.reward:
+    raise types.UsageError(f'--reward={args.reward[0]}: --algo={args.algo} samples nothing that could be judged')
   _check_model(args, recipe, is_named=bool(files))
   return recipe
 

@@ -7,35 +7,29 @@ they are; text is only for those who score.
 
 from collections.abc import Callable
 from collections.abc import Iterator
-from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import functools
-import json
 import pathlib
-from typing import Any
 
 import jax
 import numpy as np
 
+from jaxalign import episodes
 from jaxalign import forward
 from jaxalign import metrics
 from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign.data import dataset as dataset_lib
-from jaxalign.data import examples
 from jaxalign.data import loader as loader_lib
 from jaxalign.data import packing as packing_lib
 from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
-from jaxalign.rewards import rules
 
 _MAX_RESPONSES = 32  # of a row; static, as lengths differ from rollout to rollout
-
-LABELS = ('advantages', 'sampler_logps', 'old_logps')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,114 +82,6 @@ class Options:
   def updates(self) -> int:
     """Optimizer steps that a rollout is used for."""
     return self.epochs * self.minibatches
-
-
-@dataclasses.dataclass(frozen=True)
-class Rollout:
-  """Responses to prompts, G prompts with K responses each, one behind the other.
-
-  Attributes:
-    prompts: ids of each prompt, G of them.
-    responses: ids of each response, G K of them.
-    sampler_logps: log-probability of each of these ids when it was sampled, in nats.
-    finished: whether each response ended by itself.
-    rewards_GK: float64, NaN where every reward abstained.
-    advantages_GK: float32, 0 there.
-    said: mean and deviation of each reward, by name.
-    old_logps: log-probabilities of the same ids by the program that trains, where it is used more than once.
-  """
-
-  prompts: list[list[int]]
-  responses: list[list[int]]
-  sampler_logps: list[list[float]]
-  finished: list[bool]
-  rewards_GK: np.ndarray
-  advantages_GK: np.ndarray
-  old_logps: list[list[float]] | None = None
-  said: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-  def groups(self) -> 'Groups':
-    """What is trained on."""
-    samples, groups = self.rewards_GK.shape[1], []
-    for n, response in enumerate(self.responses):
-      advantage = self.advantages_GK.reshape(-1)[n]
-      labels = {'advantages': np.full(len(response), advantage, np.float32)}
-      labels['sampler_logps'] = np.array(self.sampler_logps[n], np.float32)
-      if self.old_logps is not None:
-        labels['old_logps'] = np.array(self.old_logps[n], np.float32)
-      groups.append(sequence(self.prompts[n // samples], response, labels))
-    several = (tuple(groups[i : i + samples]) for i in range(0, len(groups), samples))
-    return Groups([examples.Group(each, {}) for each in several])
-
-  def metrics(self) -> dict[str, float]:
-    """What it says of the policy that it was sampled from, by name."""
-    lengths, rewards = [len(ids) for ids in self.responses], np.ma.masked_invalid(self.rewards_GK)
-    return {
-        'reward': float(rewards.mean()),
-        'reward_std': float(rewards.std()),
-        'frac_reward_zero_std': float((rewards.max(axis=1) == rewards.min(axis=1)).mean()),
-        **self.said,
-        'completions/mean_length': float(np.mean(lengths)),
-        'completions/max_length': float(max(lengths)),
-        'completions/clipped_ratio': 1 - float(np.mean(self.finished)),
-        'completions/distinct_2': rules.distinct(2, self.responses),
-    }
-
-
-class Groups:
-  """Groups of sampled responses, all with as many, as a `data.dataset.Dataset` has them, for `data.loader.Loader`."""
-
-  label_names: tuple[str, ...] = ()
-
-  def __init__(self, groups: Sequence[examples.Group]):
-    self._groups = list(groups)
-    self.group_size = len(self._groups[0].sequences)
-    self.token_label_names = tuple(self._groups[0].sequences[0].labels)
-    self.lengths_NK = np.array([[len(one.ids) - 1 for one in group.sequences] for group in self._groups], np.int32)
-    self.keys_NK = np.zeros(self.lengths_NK.shape, np.uint64)
-
-  def __len__(self) -> int:
-    return len(self._groups)
-
-  def __getitem__(self, index: int) -> examples.Group:
-    return self._groups[index]
-
-  def where(self, index: int) -> str:
-    """Which prompt."""
-    return f'prompt {index} of those that were sampled'
-
-  def place(self, index: int) -> int:
-    """The same as a number."""
-    return index
-
-
-def sequence(prompt: list[int], response: list[int], labels: Mapping[str, np.ndarray]) -> examples.Sequence:
-  """A prompt and what was sampled behind it, whose tokens carry labels."""
-  ids = np.array(prompt + response, np.int32)
-  return examples.Sequence(ids, np.arange(len(ids)) >= len(prompt), labels)
-
-
-def logps_of(
-    params: types.PyTree,
-    groups: Groups,
-    run: Callable[[types.PyTree, types.Batch], jax.Array],
-    packing: loader_lib.Packing,
-    mesh: jax.sharding.Mesh,
-) -> Iterator[tuple[int, int, np.ndarray]]:
-  """Which group, which of its responses, and the log-probabilities of that one's tokens, in nats.
-
-  Args:
-    params: of the model.
-    groups: the responses.
-    run: see `forward.ref_logps`, jitted.
-    packing: in which rows they are read.
-    mesh: where.
-  """
-  loader = loader_lib.Loader([groups], [1.0], packing=packing, mesh=mesh, seed=0)  # type: ignore[list-item]
-  for placements, batch in loader.ordered(np.arange(len(groups))):
-    logps = np.asarray(run(params, batch))
-    for place in loader.places(placements):
-      yield place.record, place.slot, logps[place.micro, place.row, place.targets]
 
 
 class Sampler:
@@ -296,7 +182,7 @@ class Sampler:
       number = 0
       for epoch in range(self.options.epochs):
         order = np.argsort(np.random.default_rng([self._seed, iteration, epoch]).random(len(rollout.prompts)))
-        steps = loader.ordered(order)
+        steps = loader.ordered(order.tolist())
         if len(steps) != self.options.minibatches:
           raise types.RunError(f'rollout {iteration} does not fit a step: raise loader.Packing.rows')
         for _, batch in steps:
@@ -307,7 +193,7 @@ class Sampler:
             yield place, batch
       iteration, update = iteration + 1, 0
 
-  def _loader(self, rollout: Rollout) -> loader_lib.Loader:
+  def _loader(self, rollout: episodes.Rollout) -> loader_lib.Loader:
     groups = rollout.groups()
     return loader_lib.Loader([groups], [1.0], packing=self._packing, mesh=self._mesh, seed=0)  # type: ignore[list-item]
 
@@ -321,7 +207,7 @@ class Sampler:
       found += order[first : first + self.options.prompts - len(found)].tolist()
     return found
 
-  def _roll(self, panel: functions.Panel, iteration: int, params: types.PyTree) -> Rollout:
+  def _roll(self, panel: functions.Panel, iteration: int, params: types.PyTree) -> episodes.Rollout:
     """Samples, scores and compares."""
     chosen, samples = self._drawn(iteration), self.options.samples
     prompts = [self._prompts[i].sequences[0].ids[: self._prompts[i].prompt_tokens].tolist() for i in chosen]
@@ -337,7 +223,7 @@ class Sampler:
         stop_ids=(self._tokenizer.eos_id,),
     )
     rewards_GK, said = self._rewards(panel, chosen, drawn)
-    rollout = Rollout(
+    rollout = episodes.Rollout(
         prompts,
         [one.ids for one in drawn],
         [one.logps for one in drawn],
@@ -374,61 +260,31 @@ class Sampler:
     total = functions.combine(list(values.values()), weights, options.combine)
     if np.all(np.isnan(total)):
       raise types.RunError(f'every reward abstains on all {len(total)} responses (from {responses.where[0]} on)')
-    said = {}
+    said: dict[str, float] = {}
     for name, found in values.items():
       known = found[~np.isnan(found)]
       if known.size:
         said |= {f'rewards/{name}/mean': float(known.mean()), f'rewards/{name}/std': float(known.std())}
     return total.reshape(-1, samples), said
 
-  def _trainers(self, rollout: Rollout, params: types.PyTree) -> list[list[float]]:
+  def _trainers(self, rollout: episodes.Rollout, params: types.PyTree) -> list[list[float]]:
     """Log-probabilities of the sampled ids by the program that trains."""
     found: list[list[float]] = [[] for _ in rollout.responses]
-    for group, slot, logps in logps_of(params, rollout.groups(), self._logps, self._packing, self._mesh):
+    for group, slot, logps in episodes.logps_of(params, rollout.groups(), self._logps, self._packing, self._mesh):
       found[group * self.options.samples + slot] = logps.tolist()
     return found
 
   def _path(self, iteration: int) -> pathlib.Path:
     return self._folder / f'{iteration:06d}.jsonl'
 
-  def _keep(self, iteration: int, rollout: Rollout) -> None:
-    """Writes a rollout, a line for each response, in words and in what it takes to go on from there."""
-    if jax.process_index():
-      return
-    samples, lines = self.options.samples, []
-    for n, ids in enumerate(rollout.responses):
-      g, k = divmod(n, samples)
-      line: dict[str, Any] = {
-          'prompt': self._tokenizer.decode(rollout.prompts[g]),
-          'response': self._tokenizer.decode(ids, continuation=True),
-          'reward': float(rollout.rewards_GK[g, k]),
-          'advantage': float(rollout.advantages_GK[g, k]),
-          'finished': rollout.finished[n],
-          'prompt_ids': rollout.prompts[g],
-          'ids': ids,
-          'sampler_logps': rollout.sampler_logps[n],
-      }
-      if rollout.old_logps is not None:
-        line['old_logps'] = rollout.old_logps[n]
-      lines.append(json.dumps(line) + '\n')
-    self._folder.mkdir(parents=True, exist_ok=True)
-    metrics.write_text(self._path(iteration), ''.join(lines))
+  def _keep(self, iteration: int, rollout: episodes.Rollout) -> None:
+    if jax.process_index() == 0:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      metrics.write_text(self._path(iteration), rollout.to_text(self._tokenizer))
 
-  def _read(self, iteration: int) -> Rollout:
-    """Undoes `_keep`."""
-    path, samples = self._path(iteration), self.options.samples
+  def _read(self, iteration: int) -> episodes.Rollout:
+    path = self._path(iteration)
     try:
-      lines = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+      return episodes.of_text(path.read_text(encoding='utf-8'), self.options.samples)
     except OSError as err:
       raise types.RunError(f'{path}: the rollout that the run was at cannot be read ({err.strerror})') from err
-    of: Mapping[str, list[Any]] = {name: [line[name] for line in lines] for name in lines[0]}
-    table = lambda name, dtype: np.array(of[name], dtype).reshape(-1, samples)
-    return Rollout(
-        of['prompt_ids'][::samples],
-        of['ids'],
-        of['sampler_logps'],
-        of['finished'],
-        table('reward', np.float64),
-        table('advantage', np.float32),
-        of.get('old_logps'),
-    )

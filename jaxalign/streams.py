@@ -9,6 +9,7 @@ from absl import logging
 import jax
 import numpy as np
 
+from jaxalign import episodes
 from jaxalign import forward
 from jaxalign import metrics
 from jaxalign import recipe as recipe_lib
@@ -131,7 +132,7 @@ def open_prompts(
       recipe.loss_fn,
       group_size=options.samples,
       labels=(),
-      token_labels=rollouts.LABELS,
+      token_labels=episodes.LABELS,
       outputs=recipe.score_outputs,
   )
   logging.info('the loss reads %s', ', '.join(sorted(needs.fields)))

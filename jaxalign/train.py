@@ -209,7 +209,9 @@ def _finish(job, state, before: evaluate.Whole, after: evaluate.Whole, tools, st
     if name in ('eval/loss', 'eval/accuracy'):  # Margins to the reference are rounding errors then.
       summary[f'{name}_before'] = value
   for when, found in (('before', before), ('after', after)):
-    summary |= {f'eval/{name}_{when}': value for name, value in found.sampled.metrics.items()}
+    values = found.sampled.metrics.items()
+    summary |= {f'eval/{name}_{when}': value for name, value in values if not name.startswith('kl')}
+  summary |= {f'eval/{name}': value for name, value in after.sampled.metrics.items() if name.startswith('kl')}
   summary |= streams.report | {
       'steps': int(state.step),
       'skipped_steps': int(state.skipped),

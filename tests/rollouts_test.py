@@ -15,8 +15,8 @@ from jaxalign import rollouts
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign.data import dataset as dataset_lib
-from jaxalign.data import examples
 from jaxalign.data import loader
+from jaxalign.data import prompts as prompts_lib
 from jaxalign.data import sources
 from jaxalign.data import token_cache
 from tests import runs
@@ -52,7 +52,7 @@ def prompts(loaded, tmp_path_factory):
   path = folder / 'prompts.jsonl'
   path.write_text(''.join(json.dumps({'prompt': text, 'name': text.split()[0]}) + '\n' for text in PROMPTS))
   spec = f'jsonl:{path}'
-  read = lambda record: examples.prompt(record, loaded.tokenizer, row_length=64, longest=16)
+  read = lambda record: prompts_lib.alone(record, loaded.tokenizer, row_length=64, longest=16)
   made = token_cache.build(spec, tokenizer=loaded.tokenizer, example_fn=read, key_parts='', cache_dir=str(folder))
   return dataset_lib.Joined([made]), [sources.open_source(spec)]
 
