@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
+import dataclasses
 import inspect
 import os
 import pathlib
@@ -24,8 +25,11 @@ from typing import Any
 
 import gin
 
+from jaxalign import bound
 from jaxalign import catalog
+from jaxalign import recipe as recipe_lib
 from jaxalign import types
+from jaxalign.data import probes
 
 # What `--gin` can name without importing it.
 _HEADER = """
@@ -62,11 +66,8 @@ from jaxalign.rewards import lengths
 from jaxalign.rewards import rules
 """
 
-# A binding: its scope, the full name of what it configures, the parameter.
-_Key = tuple[str, str, str]
-
 # What the user bound in the last parse. A state of the process, as all of gin's is.
-_users: set[_Key] = set()
+_users: set[bound.Key] = set()
 
 
 def parse(algo: str, *, files: Sequence[str], user_files: Sequence[str], bindings: Sequence[str]) -> None:
@@ -121,7 +122,7 @@ def _parse(package: Callable[[], None], user_files: Sequence[str], bindings: Seq
   _clear()
   _parse_user(user_files, bindings)
   _users.clear()
-  _users.update(_keys(gin.config._CONFIG))
+  _users.update(bound.keys(gin.config._CONFIG))
   _clear()
   package()
   _parse_user(user_files, bindings)
@@ -131,7 +132,7 @@ def _parse(package: Callable[[], None], user_files: Sequence[str], bindings: Seq
     _check_type(key)
 
 
-def _check_type(key: _Key) -> None:
+def _check_type(key: bound.Key) -> None:
   """Raises UsageError where a plain value is bound to a parameter of the package's that is annotated with others."""
   scope, name, parameter = key
   if not name.startswith('jaxalign.'):
@@ -144,7 +145,7 @@ def _check_type(key: _Key) -> None:
   if all(kind in plain for kind in kinds) and type(value) in (*plain, list, tuple, dict):
     if type(value) not in kinds and not (type(value) is int and float in kinds):
       wanted = ' or '.join(sorted(kind.__name__ for kind in kinds)).replace('NoneType', 'None')
-      raise types.UsageError(f'{_named(key)} = {value!r}: it must be {wanted}')
+      raise types.UsageError(f'{bound.named(key)} = {value!r}: it must be {wanted}')
 
 
 def _clear() -> None:
@@ -153,12 +154,6 @@ def _clear() -> None:
   # an error for each folder that it does not find.
   gin.config._LOCATION_PREFIXES[:] = ['', str(catalog.ROOT)]
   gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
-
-
-def _keys(config: dict[tuple[str, str], dict[str, Any]]) -> Iterator[_Key]:
-  for (scope, name), values in config.items():
-    for parameter in values:
-      yield scope, name, parameter
 
 
 def _import_from(folder: pathlib.Path) -> None:
@@ -187,9 +182,9 @@ def _parse_user(user_files: Sequence[str], bindings: Sequence[str]) -> None:
 
 def _header(imports: Sequence[str]) -> str:
   """Imports of the package's modules and of the user's, whose names win."""
-  bound = lambda line: line.split(' as ')[-1].split('import ')[-1].split('.')[0].strip()
-  taken = {bound(line) for line in imports}
-  package = [line for line in _HEADER.strip().splitlines() if bound(line) not in taken]
+  name_of = lambda line: line.split(' as ')[-1].split('import ')[-1].split('.')[0].strip()
+  taken = {name_of(line) for line in imports}
+  package = [line for line in _HEADER.strip().splitlines() if name_of(line) not in taken]
   return '\n'.join([*package, *imports, ''])
 
 
@@ -255,7 +250,15 @@ def query(name: str) -> Any:
 
 def bindings() -> str:
   """Everything that was bound, as text."""
-  return _text(gin.config_str)
+  return bound.text(gin.config_str)
+
+
+def recipe() -> recipe_lib.Recipe:
+  """The recipe that is bound, whose functions of examples know what is bound to them."""
+  made = get('recipe.Recipe')()
+  fns = {name: fn for name in ('example_fn', 'scored_fn') if (fn := getattr(made, name)) is not None}
+  told = {name: probes.Bound(fn, bound.options('recipe.Recipe', name)) for name, fn in fns.items()}
+  return dataclasses.replace(made, **told)
 
 
 def check_reachable(*roots: str) -> None:
@@ -264,18 +267,10 @@ def check_reachable(*roots: str) -> None:
   What is reached may still not be used, which `checked_operative` finds. Modules of the user's may call what they
   configure by themselves, so only bindings of macros and of the package's functions are refused here.
   """
-  node = lambda scope, name: f'%{scope}' if name == 'gin.macro' else name
   is_ours = lambda name: name.startswith(('%', 'jaxalign.'))
-  everything = gin.config._CONFIG
-  waiting = [f'jaxalign.{root}' for root in roots] + [n for _, n in everything if not is_ours(node('', n))]
-  reached: set[str] = set()
-  while waiting:
-    name = waiting.pop()
-    if name not in reached:
-      reached.add(name)
-      values = [bound for key, bound in everything.items() if node(*key) == name]
-      waiting += [node(*reference.config_key) for reference in gin.config.iterate_references(values)]
-  named = {key: node(*key[:2]) for key in _users}
+  theirs = [name for _, name in gin.config._CONFIG if not is_ours(bound.node('', name))]
+  reached = bound.reached([f'jaxalign.{root}' for root in roots] + theirs)
+  named = {key: bound.node(*key[:2]) for key in _users}
   _refuse(key for key, name in named.items() if is_ours(name) and name not in reached)
 
 
@@ -296,52 +291,15 @@ def checked_operative() -> str:
     UsageError: a binding of the user's had no effect so far, because nothing that it configures was called by a gin
       reference, or because the caller gives that parameter.
   """
-  used = set(_keys(gin.config._OPERATIVE_CONFIG))
-  _refuse(key for key in _users if not _is_used(key, used))
-  return _text(gin.operative_config_str)
+  used = set(bound.keys(gin.config._OPERATIVE_CONFIG))
+  _refuse(key for key in _users if not bound.is_used(key, used))
+  return bound.text(gin.operative_config_str)
 
 
-def _refuse(idle: Iterable[_Key]) -> None:
-  names = ', '.join(sorted(map(_named, idle)))
+def _refuse(idle: Iterable[bound.Key]) -> None:
+  names = ', '.join(sorted(map(bound.named, idle)))
   if names:
     raise types.UsageError(
         f'bound, but not used by this run: {names}; leave it out, or bind what uses it (config.gin in a workdir has'
         ' all that a run used)'
     )
-
-
-def _is_used(key: _Key, used: set[_Key]) -> bool:
-  """A binding serves its own scope and all within it."""
-  scope, name, parameter = key
-  return any(
-      (name, parameter) == (other, parameter_) and (not scope or f'{within}/'.startswith(f'{scope}/'))
-      for within, other, parameter_ in used
-  )
-
-
-def _named(key: _Key) -> str:
-  scope, name, parameter = key
-  if name == 'gin.macro':
-    return f'{scope} (a macro)'
-  return f'{scope}/' * bool(scope) + '.'.join([*name.split('.')[-2:], parameter])
-
-
-def _text(write: Callable[..., str]) -> str:
-  """A configuration as gin writes it, each binding on one line."""
-  lines = write(max_line_length=100_000).splitlines()
-  return ''.join(line + '\n' for line in lines if not line.startswith('# ='))
-
-
-def diff(old: str, new: str, ignore: Sequence[str] = ()) -> list[str]:
-  """What differs between two texts of bindings, as 'NAME: OLD -> NEW', but for ignored names."""
-  before, after = _values(old), _values(new)
-  return [
-      f'{name}: {before.get(name, "unset")} -> {after.get(name, "unset")}'
-      for name in sorted(before.keys() | after.keys())
-      if before.get(name) != after.get(name) and name not in ignore
-  ]
-
-
-def _values(text: str) -> dict[str, str]:
-  """Bindings by name, of a text that has each on one line."""
-  return dict(re.findall(r'^([\w./]+) = (.*)$', text, re.MULTILINE))

@@ -258,10 +258,12 @@ def evaluate(
   counter = metrics.Compilations()
   with jax.set_mesh(job.mesh):
     loaded = checkpoint.load(directory, job.mesh)
-    ref = lambda: checkpoint.load_reference(directory, loaded, job.mesh)
-    streams = streams_lib.open_streams(job, recipe, loaded.tokenizer, ref, steps=0, counter=counter)
+    streams = streams_lib.open_streams(job, recipe, loaded.tokenizer, train=False)
+    ref = checkpoint.load_reference(directory, loaded, job.mesh) if streams.needs.reference else None
+    if ref is not None and streams.cached:
+      streams = streams_lib.with_reference(streams, job, recipe, ref, steps=0, counter=counter)
     loss_state = checkpoint.load_loss_state(directory, streams.needs.state, job.mesh)
-    live = ref().alone() if streams.live else None
+    live = ref.alone() if ref is not None and streams.live else None
     evaluator = Evaluator(job, recipe, loaded.model, loaded.tokenizer, streams, samples, counter, {}, live)
     found = evaluator.whole(loaded.params, loss_state)
   return found.held_out | {f'eval/{name}': value for name, value in found.sampled.metrics.items()}

@@ -16,6 +16,8 @@ from jaxalign.models import transformer
 # (params, frozen, batch, key, ref) -> arrays [B, T, ...] by name
 StatsFn = Callable[..., dict[str, jax.Array]]
 
+_AMONG = 5  # tokens that a rival is drawn from
+
 
 def hidden_states(params, batch: types.Batch, *, model: transformer.Transformer, key=None) -> types.Array:
   """What the model makes of a micro-batch, `[B, T, D]`; `key` is for its dropout."""
@@ -67,7 +69,7 @@ def targets_fn(
     needs: tracing.Needs,
     dense: tuple[str, ...],
     ref_model: transformer.Transformer | None,
-    rivals: int,
+    rivals: int | None,
 ) -> StatsFn:
   """Builds the first half of an objective on log-probabilities.
 
@@ -76,15 +78,21 @@ def targets_fn(
     needs: what the loss reads, beyond which nothing is computed.
     dense: further statistics of the policy, see `logps.token_stats`.
     ref_model: of a live reference, whose own parameters are then given as `ref`; None where there is none.
-    rivals: how many of the likeliest tokens a rival is drawn from.
+    rivals: how many of the likeliest tokens a rival is drawn from; None for the 5 of the papers on CRINGE.
 
   Returns:
     (params, frozen, batch, key, ref) -> `logps` and each of `dense`; where the loss reads them `scores` of the head,
     `rival_logps` and, of the reference, `ref_logps`, `ref_entropy` and `ref_kl`.
+
+  Raises:
+    UsageError: `rivals` are given to a loss that reads none, or are more than there are.
   """
   reads = needs.fields.__contains__
-  if not 1 <= rivals < model.config.vocab_size:
-    raise types.UsageError(f'rivals = {rivals}: the model has {model.config.vocab_size} tokens, of which one is right')
+  if rivals is not None and not reads('policy.rival_logps_BT'):
+    raise types.UsageError(f'rivals = {rivals}: bound, but the loss reads no rivals; leave it out')
+  among = _AMONG if rivals is None else rivals
+  if reads('policy.rival_logps_BT') and not 1 <= among < model.config.vocab_size:
+    raise types.UsageError(f'rivals = {among}: the model has {model.config.vocab_size} tokens, of which one is right')
 
   def stats(params, frozen, batch, key, ref=None):
     policy = lora.join(params, frozen)
@@ -93,7 +101,7 @@ def targets_fn(
     if reads('policy.values_GK'):
       found['scores'] = transformer.scores(policy, hidden_BTD)
     if reads('policy.rival_logps_BT'):
-      rivals_BT = _rivals(hidden_BTD, policy, batch, model, key, rivals)
+      rivals_BT = _rivals(hidden_BTD, policy, batch, model, key, among)
       found['rival_logps'] = _of_targets(hidden_BTD, policy, batch, rivals_BT, model)['logps']
     if ref_model is not None:
       found |= _of_reference(hidden_BTD, policy, lora.join(ref, frozen), batch, ref_model, reads)

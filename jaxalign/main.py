@@ -35,20 +35,12 @@ from jaxalign import command
 from jaxalign import config
 from jaxalign import recipe as recipe_lib
 from jaxalign import respond
+from jaxalign import resume
 from jaxalign import score
 from jaxalign import sharding
 from jaxalign import streams
 from jaxalign import types
 from jaxalign.data import sources
-
-# Bindings that may differ between a run and its resumption: they change how long and how often, not what.
-_RESUMABLE = (
-    'loop.Options.steps',
-    'loop.Options.log_every',
-    'loop.Options.eval_every',
-    'loop.Options.save_every',
-    'checkpoint.Options.keep',
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,7 +137,7 @@ def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
   data_files = _own_files('data', [spec for spec, _ in sources.parse_mixture(data)])
   if data_files:
     parse([*files, *data_files])
-  recipe = config.get('recipe.Recipe')()
+  recipe = config.recipe()
   _check_model(args, recipe, is_named=bool(files))
   return recipe
 
@@ -210,44 +202,21 @@ def _train(args: flags.FlagValues) -> None:
   _start(args)
   job = _job(args, _of(recipe))
   bindings = config.bindings()
-  summary = _finished(job, bindings)
+  summary = resume.finished(job, bindings, config.query('loop.Options.steps'))
   if summary is None:
-    checkpoint.check_writable(job.workdir)
+    _check_writable(job.workdir)
     configured = lambda: (bindings, config.checked_operative())
     summary = config.get('train.train')(job, recipe=recipe, config=configured)
   if jax.process_index() == 0:
     sys.stdout.write(json.dumps(summary, indent=1) + '\n')
 
 
-def _finished(job: recipe_lib.Job, bindings: str) -> dict | None:
-  """The summary of a run that is over, None where there is something to do.
-
-  Raises:
-    UsageError: the workdir holds a run of other flags or bindings.
-  """
-  path = job.workdir / 'checkpoints' / 'run.json'
-  if not path.exists():
-    return None
-  run = checkpoint.read_json(path)
-  if run['bindings'] is None:
-    raise types.UsageError(f'{job.workdir} holds an imported model, start from it by --model; choose another --workdir')
-  identity = job.identity().items()
-  changed = [f'--{name.removesuffix("_spec")}: {run[name]!r} -> {new!r}' for name, new in identity if run[name] != new]
-  changed += config.diff(run['bindings'], bindings, ignore=_RESUMABLE)
-  if changed:
-    raise types.UsageError(f'{job.workdir} holds another run ({"; ".join(changed)}); choose another --workdir')
-  done = job.workdir / 'summary.json'
-  if not done.exists():
-    return None
-  summary = checkpoint.read_json(done)
-  if summary['steps'] < config.query('loop.Options.steps'):
-    return None
-  logging.info(
-      '%s is finished: %d steps; its summary follows (choose another --workdir, or more --steps)',
-      job.workdir,
-      summary['steps'],
-  )
-  return summary
+def _check_writable(workdir: pathlib.Path) -> None:
+  """Raises UsageError where `--workdir` cannot be made or written; makes nothing."""
+  there = next(path for path in (workdir, *workdir.parents) if path.exists())
+  if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    problem = 'may not be written' if there.is_dir() else 'is a file'
+    raise types.UsageError(f'--workdir={workdir}: {there} {problem}')
 
 
 def _restored(args: flags.FlagValues) -> tuple[pathlib.Path, dict]:
@@ -267,7 +236,7 @@ def _evaluate(args: flags.FlagValues) -> None:
   saved = [run['bindings'], (folder / 'config.gin').read_text(encoding='utf-8')]
   config.parse_saved(saved, args.gin_file, args.gin)
   config.check_reachable('evaluate.evaluate', 'recipe.Recipe')
-  recipe = config.get('recipe.Recipe')()
+  recipe = config.recipe()
   job = _job(args, _of(recipe) | run)
   values = config.get('evaluate.evaluate')(job, args.checkpoint, recipe=recipe)
   config.checked_operative()
@@ -314,13 +283,13 @@ def _score(args: flags.FlagValues) -> None:
 def _scoring_recipe(args: flags.FlagValues, spec: str) -> recipe_lib.Recipe | None:
   """The recipe of the run that trained a model, and of --gin_file, where it says what is read to score a response."""
   path = recipe_lib.model_directory(spec)
-  run = checkpoint.read_json(checkpoint.find(path)[0] / 'run.json') if recipe_lib.is_checkpoint(path) else {}
+  run = checkpoint.read_json(checkpoint.find(path)[0] / 'run.json') if checkpoint.is_checkpoint(path) else {}
   if args.gin_file and not run.get('bindings'):
     raise types.UsageError(f'--gin_file: it is read behind the bindings of a run, and {spec} is of none')
   if not args.gin_file and not run.get('scored_fn'):
     return None
   config.parse_saved([run['bindings']], args.gin_file, [])
-  return config.get('recipe.Recipe')()
+  return config.recipe()
 
 
 def _model_of(args: flags.FlagValues) -> str:

@@ -55,11 +55,11 @@ def supervised(
     needs: tracing.Needs,
     ref_model: transformer.Transformer | None = None,
     dense=('entropy', 'correct'),
-    rivals: int = 5,
+    rivals: int | None = None,
 ) -> Objective:
   """Objective of losses per token (`losses.supervised`): the weight is the number of counted targets.
 
-  A rival of a target, where the loss reads one, is drawn from the `rivals` likeliest tokens.
+  A rival of a target, where the loss reads one, is drawn from the `rivals` likeliest tokens, 5 where none are bound.
   """
 
   def loss(stats, batch, loss_state):
@@ -77,7 +77,7 @@ def preference(
     needs: tracing.Needs,
     ref_model: transformer.Transformer | None = None,
     dense=('entropy', 'correct', 'mean_logit'),
-    rivals: int = 5,
+    rivals: int | None = None,
 ) -> Objective:
   """Objective of losses on the log-probabilities of whole responses (`losses.preference`): the weight counts groups.
 
@@ -105,11 +105,7 @@ def reward(*, model: transformer.Transformer, loss_fn: tracing.LossFn, needs: tr
   """Objective of losses on scores of responses (`losses.reward`, `losses.pointwise`): the weight counts groups.
 
   The data marks one position per response, where the model has just read its last token; the head is read there.
-
-  Raises:
-    UsageError: the loss reads a reference.
   """
-  _check_no_reference(needs)
 
   def loss(stats, batch, loss_state):
     # The position of its last token tells how long a response is, as all of a group follow the same prompt.
@@ -132,23 +128,13 @@ def process(*, model: transformer.Transformer, loss_fn: tracing.LossFn, needs: t
   """Objective of losses on the scores of steps (`losses.pointwise.process`): the weight is the number of steps.
 
   The data marks the position where the model has just read a step's last token; the head is read there.
-
-  Raises:
-    UsageError: the loss reads a reference.
   """
-  _check_no_reference(needs)
 
   def loss(stats, batch, loss_state):
     policy = types.Stats(scores_BTO=stats['scores'], mask_BT=batch.mask_BT)
     return _per_token(loss_fn(policy, types.Stats(), _labels(batch), state=loss_state), {}, batch)
 
   return Objective(forward.scores_fn(model), loss, needs.whole_step)
-
-
-def _check_no_reference(needs: tracing.Needs) -> None:
-  if needs.reference:
-    fields = ', '.join(sorted(field for field in needs.fields if field.startswith('ref.')))
-    raise types.UsageError(f'the loss reads {fields}, but scores have no reference; bind another Recipe.objective')
 
 
 def rewards(params, batch: types.Batch, *, model: transformer.Transformer, key=None) -> jax.Array:

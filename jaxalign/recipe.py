@@ -3,8 +3,8 @@
 from collections.abc import Callable
 import dataclasses
 import functools
-import hashlib
 import importlib.resources
+import inspect
 import pathlib
 from typing import Any
 from typing import NamedTuple
@@ -39,7 +39,8 @@ class Recipe:
   """An algorithm: which examples, which objective, which loss, in which precision.
 
   Attributes:
-    objective: from `objectives`; what it needs of the batch is what the examples provide.
+    objective: from `objectives`; what it needs of the batch is what the examples provide. One that takes no `ref_model`
+      has no reference.
     loss_fn: from `losses`, or a function of the user's own.
     example_fn: from `data.examples`: a record to a group of sequences.
     scored_fn: the same of a record whose responses are to be scored; None reads them as they are, see `score`.
@@ -137,16 +138,9 @@ def model_directory(spec: str) -> pathlib.Path:
   """
   path = asset(spec.removeprefix('builtin:')) if spec.startswith('builtin:') else pathlib.Path(spec)
   if not path.exists():
-    raise types.UsageError(
-        f'{spec}: no such file or directory (--model is a Hugging Face directory, a checkpoint of'
-        ' jaxalign, or a name in gin_configs/models)'
-    )
+    wanted = '--model is a Hugging Face directory, a checkpoint of jaxalign, or a name in gin_configs/models'
+    raise types.UsageError(f'{spec}: no such file or directory ({wanted})')
   return path
-
-
-def is_checkpoint(path: pathlib.Path) -> bool:
-  """Whether a path is a workdir, its folder of checkpoints or one checkpoint."""
-  return any((folder / 'run.json').exists() for folder in (path, path / 'checkpoints', path.parent))
 
 
 def origin(job: Job, recipe: Recipe) -> dict[str, Any] | None:
@@ -154,7 +148,7 @@ def origin(job: Job, recipe: Recipe) -> dict[str, Any] | None:
   if recipe.model is not None:
     return None
   path = model_directory(job.model)
-  if not is_checkpoint(path):
+  if not checkpoint.is_checkpoint(path):
     return hf.read_json(path / 'config.json')
   return checkpoint.read_json(checkpoint.find(path)[0] / 'run.json')['hf_config']
 
@@ -172,7 +166,7 @@ def load(spec: str, mesh: jax.sharding.Mesh, dtype: str | None = None) -> checkp
     RunError: a file is missing or corrupt.
   """
   path = model_directory(spec)
-  if is_checkpoint(path):
+  if checkpoint.is_checkpoint(path):
     return checkpoint.load(path, mesh)
   config, values = hf.read_config(path), hf.read_json(path / 'config.json')
   dtype = dtype or values.get('dtype') or values.get('torch_dtype') or 'float32'
@@ -189,19 +183,20 @@ def open_tokenizer(job: Job) -> tokenizers.Tokenizer:
 def load_tokenizer(spec: str) -> tokenizers.Tokenizer:
   """Loads what `--tokenizer` names, or the tokenizer beside what `--model` names."""
   path = model_directory(spec)
-  return tokenizers.load(checkpoint.find(path)[0] / 'tokenizer' if is_checkpoint(path) else path)
+  return tokenizers.load(checkpoint.find(path)[0] / 'tokenizer' if checkpoint.is_checkpoint(path) else path)
 
 
-class Opened(NamedTuple):
-  """A model with its parameters, sharded: what is trained, float32, and what is frozen, `{}` for nothing."""
+class Params(NamedTuple):
+  """Parameters of a model, sharded: what is trained, float32, and what is frozen, `{}` for nothing."""
 
-  model: transformer.Transformer
   trained: types.PyTree
   frozen: types.PyTree
 
 
-def open_model(job: Job, recipe: Recipe, tokenizer: tokenizers.Tokenizer) -> Opened:
-  """Builds the model and its parameters: imported, restored, or drawn from the seed.
+def open_model(
+    job: Job, recipe: Recipe, tokenizer: tokenizers.Tokenizer
+) -> tuple[transformer.Transformer, Callable[[], Params]]:
+  """Builds the model, and what then imports, restores, or draws from the seed its parameters.
 
   A head that scores starts at zero where the source has none, so that every score is 0. Adapters of the source are
   merged into its parameters.
@@ -223,10 +218,14 @@ def open_model(job: Job, recipe: Recipe, tokenizer: tokenizers.Tokenizer) -> Ope
       lora=adapter.lora if adapter is not None else recipe.lora,
       length=recipe.packing.row_length,
   )
-  opened = _divide(model, read(model), jax.random.key(job.seed), job.mesh)
-  if adapter is None:
-    return opened
-  return opened._replace(trained=opened.trained | peft.read_params(adapter, model, job.mesh))
+
+  def params() -> Params:
+    found = _divide(model, read(model), jax.random.key(job.seed), job.mesh)
+    if adapter is None:
+      return found
+    return found._replace(trained=found.trained | peft.read_params(adapter, model, job.mesh))
+
+  return model, params
 
 
 def _source(job: Job, recipe: Recipe) -> tuple[architecture.Config, Callable[[transformer.Transformer], types.PyTree]]:
@@ -236,7 +235,7 @@ def _source(job: Job, recipe: Recipe) -> tuple[architecture.Config, Callable[[tr
     draw = lambda model: transformer.init_params(model, jax.random.key(job.seed), job.mesh)
     return recipe.model, lambda model: shrunk(draw(model), model)
   path = model_directory(job.model)
-  if not is_checkpoint(path):
+  if not checkpoint.is_checkpoint(path):
     config = hf.read_config(path)
     kept = lambda model: functools.partial(lora_lib.kept, lora=model.lora)
     return config, lambda model: hf_import.read_params(path, config, job.mesh, model.base_dtype, kept(model))
@@ -255,7 +254,7 @@ def _open_adapter(job: Job, recipe: Recipe, config: architecture.Config) -> peft
   return peft.read(pathlib.Path(recipe.lora.adapter), config, family, recipe.lora)
 
 
-def _divide(model: transformer.Transformer, params: types.PyTree, key: jax.Array, mesh: jax.sharding.Mesh) -> Opened:
+def _divide(model: transformer.Transformer, params: types.PyTree, key: jax.Array, mesh: jax.sharding.Mesh) -> Params:
   """What is trained and what is frozen of `params`, with first adapters and a zero head where they lack them."""
   head = {name: params[name] for name in lora_lib.HEAD if name in params and model.config.score_outputs}
   params = {name: value for name, value in params.items() if name not in lora_lib.HEAD}
@@ -268,12 +267,12 @@ def _divide(model: transformer.Transformer, params: types.PyTree, key: jax.Array
     logging.info(
         'LoRA: %d parameters are trained, %.2f %% of all; the others take %.1f MB', count(trained), share, megabytes
     )
-    return Opened(model, trained, frozen)
+    return Params(trained, frozen)
   if model.config.score_outputs and not head:
     like = {name: x for name, x in transformer.abstract_params(model, mesh).items() if name in lora_lib.HEAD}
     where = jax.tree.map(lambda x: x.sharding, like)
     head = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), out_shardings=where)()
-  return Opened(model, params | head, {})
+  return Params(params | head, {})
 
 
 def _check_vocabulary(config: architecture.Config, tokenizer: tokenizers.Tokenizer, job: Job) -> None:
@@ -322,12 +321,10 @@ def open_source(
   )
 
 
-def open_loader(
-    job: Job, recipe: Recipe, datasets: list[dataset.Dataset], specs: str, extra: Callable | None = None
-) -> loader.Loader:
-  """The loader of a mixture under the recipe's packing; `extra` gives reference log-probs by record and slot."""
+def open_loader(job: Job, recipe: Recipe, datasets: list[dataset.Dataset], specs: str) -> loader.Loader:
+  """The loader of a mixture under the recipe's packing."""
   weights = [weight for _, weight in sources.parse_mixture(specs)]
-  return loader.Loader(datasets, weights, packing=recipe.packing, mesh=job.mesh, seed=job.seed, extra=extra)
+  return loader.Loader(datasets, weights, packing=recipe.packing, mesh=job.mesh, seed=job.seed)
 
 
 def bind(
@@ -336,11 +333,17 @@ def bind(
     needs: tracing.Needs,
     ref_model: transformer.Transformer | None = None,
 ) -> objectives.Objective:
-  """The recipe's objective for `model`, as the step takes it; `ref_model` is of a live reference."""
+  """The recipe's objective for `model`, as the step takes it; `ref_model` is of a live reference.
+
+  Raises:
+    UsageError: the loss reads a reference, but the objective, which takes no `ref_model`, has none; or what else the
+      objective refuses.
+  """
+  if needs.reference and 'ref_model' not in inspect.signature(recipe.objective).parameters:
+    fields = ', '.join(sorted(field for field in needs.fields if field.startswith('ref.')))
+    raise types.UsageError(
+        f'the loss reads {fields}, but recipe.Recipe.objective is of scores, which have no reference; bind'
+        ' objectives.preference or objectives.supervised'
+    )
   live = {'ref_model': ref_model} if ref_model is not None else {}
   return recipe.objective(model=model, loss_fn=recipe.loss_fn, needs=needs, **live)
-
-
-def digest(*parts: str) -> str:
-  """A short hash of strings, for file names."""
-  return hashlib.blake2b('\0'.join(parts).encode(), digest_size=12).hexdigest()

@@ -93,11 +93,22 @@ class Reference(NamedTuple):
       cls, model: transformer.Transformer, trained: types.PyTree, frozen: types.PyTree, *, follows: bool = False
   ) -> 'Reference':
     """What `model` is before its first step; where it `follows` the policy, with adapters that change nothing yet."""
-    if model.lora is None or model.lora.adapter or follows:
-      return cls(transformer.without_dropout(model), trained, frozen)
-    # A head is trained, and no reference's is read.
-    config = dataclasses.replace(model.config, score_outputs=0, score_bias=False)
-    return cls(transformer.without_adapters(model).clone(config=config), {}, frozen)
+    moves = _has_own(model, follows)
+    return cls(model_of(model, follows=follows), trained if moves else {}, frozen)
+
+
+def model_of(model: transformer.Transformer, *, follows: bool = False) -> transformer.Transformer:
+  """The model of the reference that `Reference.of` makes."""
+  if _has_own(model, follows):
+    return transformer.without_dropout(model)
+  # A head is trained, and no reference's is read.
+  config = dataclasses.replace(model.config, score_outputs=0, score_bias=False)
+  return transformer.without_adapters(model).clone(config=config)
+
+
+def _has_own(model: transformer.Transformer, follows: bool) -> bool:
+  """Whether a reference reads more than what is frozen in training too."""
+  return model.lora is None or bool(model.lora.adapter) or follows
 
 
 def checksum(params: types.PyTree) -> str:
@@ -120,6 +131,11 @@ def checksum(params: types.PyTree) -> str:
     digest.update(jax.tree_util.keystr(path).encode())
     digest.update(np.asarray(pair).tobytes())
   return digest.hexdigest()
+
+
+def digest(*parts: str) -> str:
+  """A short hash of strings, for file names."""
+  return hashlib.blake2b('\0'.join(parts).encode(), digest_size=12).hexdigest()
 
 
 class Cache:

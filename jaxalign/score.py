@@ -162,7 +162,7 @@ def _logps(model, params, batch) -> jax.Array:
 def _ratios(job: recipe_lib.Job, loaded: checkpoint.Loaded, per: str) -> Callable:
   """The log-ratio to the reference of the model's run, of each token that counts."""
   path = recipe_lib.model_directory(job.model)
-  if not recipe_lib.is_checkpoint(path) or not loaded.run.get('base'):
+  if not checkpoint.is_checkpoint(path) or not loaded.run.get('base'):
     raise types.UsageError(f'{job.model}: it has no head that scores (train one with --algo=rm) and no reference')
   if per == 'step':
     raise types.UsageError(f'--per=step: {job.model} has no head that scores; its implicit rewards are of tokens')

@@ -1,7 +1,6 @@
 """Batches of training and held-out data, with what the loss was found to need: reference log-probabilities."""
 
 from collections.abc import Callable
-from collections.abc import Iterable
 from collections.abc import Iterator
 import dataclasses
 import functools
@@ -19,6 +18,7 @@ from jaxalign import tracing
 from jaxalign import types
 from jaxalign.data import dataset
 from jaxalign.data import loader as loader_lib
+from jaxalign.data import rows
 from jaxalign.data import tokenizers
 
 
@@ -40,6 +40,11 @@ class Streams:
   live: bool
   report: dict[str, int]
 
+  @property
+  def cached(self) -> bool:
+    """Whether batches need what `with_reference` gives them."""
+    return self.needs.reference and not self.live
+
   def epochs(self, place: tuple[int, int]) -> float:
     """Epochs of training data that a data state stands for."""
     assert self.train is not None, 'opened for evaluation alone'
@@ -57,49 +62,32 @@ class Streams:
 
 
 def open_streams(
-    job: recipe_lib.Job,
-    recipe: recipe_lib.Recipe,
-    tokenizer: tokenizers.Tokenizer,
-    open_ref: Callable[[], reference.Reference],
-    *,
-    steps: int,
-    counter: metrics.Compilations,
+    job: recipe_lib.Job, recipe: recipe_lib.Recipe, tokenizer: tokenizers.Tokenizer, *, train: bool
 ) -> Streams:
-  """Opens `--data` (unless `steps` is 0) and `--eval_data`, and computes the reference's log-probabilities if needed.
+  """Opens `--data` and `--eval_data`, and finds by tracing what the loss needs of them.
 
   Args:
     job: names the data.
-    recipe: how examples are made, and the loss, whose needs are found by tracing it.
+    recipe: how examples are made, and the loss.
     tokenizer: of the model.
-    open_ref: gives what training began with; called where its log-probabilities are to be cached.
-    steps: training steps that the plan will be followed for; records that they do not reach need no reference.
-    counter: counts compilations.
+    train: whether `--data` are wanted.
 
   Raises:
     UsageError: the loss needs what the data cannot give.
   """
-  train_sets = recipe_lib.open_data(job, recipe, tokenizer, job.data) if steps else []
+  train_sets = recipe_lib.open_data(job, recipe, tokenizer, job.data) if train else []
   held_sets = recipe_lib.open_data(job, recipe, tokenizer, job.eval_data) if job.eval_data else []
-  needs = [_needs(recipe, data) for data in train_sets + held_sets][0]
+  open_one = lambda sets, specs: recipe_lib.open_loader(job, recipe, sets, specs) if sets else None
+  loaders = open_one(train_sets, job.data), open_one(held_sets, job.eval_data)
+  needs = [_needs(recipe, loader.dataset) for loader in loaders if loader is not None][0]
   logging.info('the loss reads %s', ', '.join(sorted(needs.fields)))
   if recipe.sync is not None and not needs.reference:
     raise types.UsageError(f'recipe.Recipe.sync = {recipe.sync}: the loss reads no reference that could follow')
   live = needs.reference and (needs.live or recipe.sync is not None or recipe.reference == 'live')
-  extra_of = lambda loader, records, specs: None
-  if needs.reference and not live:
-    extra_of = _cached(job, recipe, open_ref(), counter)
-
-  def open_one(datasets, specs, records_of):
-    opened = recipe_lib.open_loader(job, recipe, datasets, specs)
-    extra = extra_of(opened, records_of(opened), specs)
-    return opened if extra is None else recipe_lib.open_loader(job, recipe, datasets, specs, extra)
-
-  train = open_one(train_sets, job.data, lambda loader: loader.records_of(steps)) if steps else None
-  held = open_one(held_sets, job.eval_data, lambda loader: range(len(loader.dataset))) if held_sets else None
-  return Streams(train, held, needs, live, _report(train_sets, held_sets))
+  return Streams(*loaders, needs, live, _report(train_sets, held_sets))
 
 
-def _needs(recipe: recipe_lib.Recipe, data: dataset.Dataset) -> tracing.Needs:
+def _needs(recipe: recipe_lib.Recipe, data: dataset.Joined) -> tracing.Needs:
   needs = tracing.trace(
       recipe.loss_fn,
       group_size=data.group_size,
@@ -114,21 +102,42 @@ def _needs(recipe: recipe_lib.Recipe, data: dataset.Dataset) -> tracing.Needs:
   return needs
 
 
-def _cached(job, recipe, ref: reference.Reference, counter: metrics.Compilations) -> Callable:
-  """What computes, once each, the log-probabilities of a loader's records, and gives them by record and slot."""
-  name = recipe_lib.digest(
+def with_reference(
+    streams: Streams,
+    job: recipe_lib.Job,
+    recipe: recipe_lib.Recipe,
+    ref: reference.Reference,
+    *,
+    steps: int,
+    counter: metrics.Compilations,
+) -> Streams:
+  """The same with the log-probabilities of a reference in each batch, computed once and kept on disk.
+
+  Args:
+    streams: of `open_streams`.
+    job: names the data and the cache.
+    recipe: in whose precision they are computed.
+    ref: what training began with.
+    steps: of training, by which the plan is followed; records that they do not reach need no reference.
+    counter: counts compilations.
+  """
+  name = reference.digest(
       reference.checksum(ref.params), recipe.dtype, repr(ref.model.config), repr(ref.model.lora), ref.model.attention
   )
   cache = reference.Cache(job.cache_dir, name)
   ref_fn = counter.counted(functools.partial(forward.ref_logps, model=ref.model))
   compute = jax.jit(ref_fn, out_shardings=sharding.named(job.mesh))
 
-  def extra_of(loader: loader_lib.Loader, records: Iterable[int], specs: str) -> Callable:
-    reference.fill(cache, ref.params, loader, compute, records, specs)
+  def annotated(loader: loader_lib.Loader | None, records_of: Callable, specs: str) -> loader_lib.Loader | None:
+    if loader is None:
+      return None
+    reference.fill(cache, ref.params, loader, compute, records_of(loader), specs)
     keys = loader.row_keys
-    return lambda record, slot: cache[int(keys[record][slot])]
+    return loader.with_extra(lambda record, slot: cache[int(keys[record][slot])])
 
-  return extra_of
+  train = annotated(streams.train, lambda loader: loader.records_of(steps), job.data)
+  held = annotated(streams.held, lambda loader: range(len(loader.dataset)), job.eval_data)
+  return dataclasses.replace(streams, train=train, held=held)
 
 
 def _report(train_sets: list[dataset.Dataset], held_sets: list[dataset.Dataset]) -> dict[str, int]:
@@ -147,6 +156,6 @@ def show(job: recipe_lib.Job, recipe: recipe_lib.Recipe) -> str:
   tokenizer = recipe_lib.open_tokenizer(job)
   datasets = recipe_lib.open_data(job, recipe, tokenizer, job.data)
   loader = recipe_lib.open_loader(job, recipe, datasets, job.data)
-  text = loader_lib.describe(loader.first(), tokenizer)
+  text = rows.describe(loader.first(), tokenizer)
   report = '\n'.join(f'{name}: {count}' for name, count in (_report(datasets, []) | loader.packing_report()).items())
   return f'{text}\n{report}\n'

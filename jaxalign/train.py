@@ -13,6 +13,7 @@ from jaxalign import checkpoint
 from jaxalign import evaluate
 from jaxalign import loop
 from jaxalign import metrics
+from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
@@ -20,7 +21,9 @@ from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import streams as streams_lib
 from jaxalign import types
+from jaxalign.data import tokenizers
 from jaxalign.models import architecture
+from jaxalign.models import transformer
 
 
 def train(
@@ -50,20 +53,17 @@ def train(
   """
   with jax.set_mesh(job.mesh):
     tokenizer = recipe_lib.open_tokenizer(job)
-    model, trained, frozen = recipe_lib.open_model(job, recipe, tokenizer)
-    counter = metrics.Compilations()
-    ref = reference.Reference.of(model, trained, frozen)
-    streams = streams_lib.open_streams(job, recipe, tokenizer, lambda: ref, steps=options.steps, counter=counter)
+    counter, follows = metrics.Compilations(), recipe.sync is not None
+    model, objective, streams, (trained, frozen) = _open(job, recipe, tokenizer, options.steps, counter)
     store = checkpoint.Store(job.workdir / 'checkpoints', checkpoints)
+    ref = reference.Reference.of(model, trained, frozen)
     base = _keep_base(job, store, ref) if streams.needs.reference or frozen else ''
     opt = optimizer(options.steps)
-    follows = streams.live and recipe.sync is not None
     live = reference.Reference.of(model, trained, frozen, follows=follows).kept(follows) if streams.live else None
     state, data_state = _start(job, store, trained, opt, streams.needs.state, follows)
     evaluator = evaluate.Evaluator(job, recipe, model, tokenizer, streams, samples, counter, frozen, live)
     before = _before(job, evaluator, state)
-    objective = recipe_lib.bind(recipe, model, streams.needs, live and live.model)
-    step = step_lib.make_step(objective, opt, recipe.sync if follows else None)
+    step = step_lib.make_step(objective, opt, recipe.sync)
     tools = loop.Tools(
         step_fn=_jit_step(job, counter.counted(step), state, frozen, live and live.moving),
         evaluate=lambda now: evaluator.held_out(now.params, now.loss_state, now.reference),
@@ -72,7 +72,9 @@ def train(
         clock=metrics.Clock(data_state['num_tokens']),
         epoch_of=streams.epochs,
         constants=lambda: {'compilations': counter.count, **streams.report},
-        flops_per_token=architecture.flops_per_token(model.config, recipe.packing.row_length, frozen=bool(frozen)),
+        flops_per_token=architecture.flops_per_token(
+            model.config, recipe.packing.row_length, frozen=bool(frozen), live=streams.live
+        ),
         after_first_step=functools.partial(_save_run, job, recipe, model, tokenizer, base, streams.needs, config),
         debug=job.debug,
     )
@@ -84,6 +86,21 @@ def train(
     store.close()
     tools.writer.close()
     return _finish(job, state, before, after, tools, streams, counter)
+
+
+def _open(
+    job, recipe: recipe_lib.Recipe, tokenizer: tokenizers.Tokenizer, steps: int, counter: metrics.Compilations
+) -> tuple[transformer.Transformer, objectives.Objective, streams_lib.Streams, recipe_lib.Params]:
+  """Model, objective, data and parameters; what does not go together is refused before a weight is read."""
+  model, params = recipe_lib.open_model(job, recipe, tokenizer)
+  streams = streams_lib.open_streams(job, recipe, tokenizer, train=True)
+  ref_model = reference.model_of(model, follows=recipe.sync is not None) if streams.live else None
+  objective = recipe_lib.bind(recipe, model, streams.needs, ref_model)
+  first = params()
+  if streams.cached:
+    ref = reference.Reference.of(model, *first)
+    streams = streams_lib.with_reference(streams, job, recipe, ref, steps=steps, counter=counter)
+  return model, objective, streams, first
 
 
 def _keep_base(job, store: checkpoint.Store, ref: reference.Reference) -> str:
@@ -108,11 +125,13 @@ def _keep_base(job, store: checkpoint.Store, ref: reference.Reference) -> str:
 def _start(
     job, store: checkpoint.Store, params, opt: optim.Optimizer, loss_state: types.PyTree, follows: bool
 ) -> tuple[step_lib.TrainState, dict[str, int]]:
-  """The newest checkpoint's state, or a fresh one that takes `params` over; and the place in the data."""
+  """The newest checkpoint's state, or a fresh one; and the place in the data. Neither leaves anything of `params`."""
   abstract = step_lib.abstract_state(job.mesh, params, opt.tx, job.seed, loss_state, follows)
   step = store.latest()
   if step is not None:
     logging.info('resuming at step %d from %s', step, job.workdir)
+    for x in jax.tree.leaves(params):
+      x.delete()  # What is restored takes its place, as a fresh state takes it over.
     return store.restore(step, abstract)
   init = lambda fresh: step_lib.init_state(fresh, opt.tx, job.seed, loss_state, follows)
   state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract), donate_argnums=0)(params)

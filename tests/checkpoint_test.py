@@ -78,6 +78,16 @@ class TestStore:
       store.restore(4, abstract)
 
 
+class TestIsCheckpoint:
+
+  def test_knows_workdirs_their_checkpoints_and_single_ones(self, tmp_path):
+    (tmp_path / 'checkpoints' / '7').mkdir(parents=True)
+    (tmp_path / 'checkpoints' / 'run.json').touch()
+    for path in (tmp_path, tmp_path / 'checkpoints', tmp_path / 'checkpoints' / '7'):
+      assert checkpoint.is_checkpoint(path)
+    assert not checkpoint.is_checkpoint(recipe.asset('stories260K'))
+
+
 class TestFind:
 
   def test_takes_a_workdir_its_folder_or_one_step(self, saved):

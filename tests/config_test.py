@@ -299,6 +299,62 @@ class TestGet:
       config.get('train.nothing')
 
 
+class TestRecipe:
+
+  def options(self, *bindings):
+    parse(bindings=['recipe.Recipe.example_fn = @feedback.ranked', *bindings])
+    return config.recipe().example_fn.options
+
+  def test_tells_a_function_of_examples_what_is_bound_to_it(self):
+    options = [
+        self.options(*bindings)
+        for bindings in (
+            (),
+            ('feedback.ranked.most = 41',),
+            ('feedback.ranked.most = 60',),
+            ('feedback.ranked.most = %most', 'most = 41'),
+            ('feedback.ranked.most = %most', 'most = 60'),
+            ('recipe.Recipe.example_fn = @a/feedback.ranked', 'feedback.ranked.most = 60'),
+            (
+                'recipe.Recipe.example_fn = @a/feedback.ranked',
+                'feedback.ranked.most = 60',
+                'a/feedback.ranked.most = 8',
+            ),
+            ('feedback.ranked.columns = {"prompt": @a/texts.tagged}', 'a/texts.tagged.good = "Yes: "'),
+            ('feedback.ranked.columns = {"prompt": @a/texts.tagged}', 'a/texts.tagged.good = "So: "'),
+        )
+    ]
+    assert len(set(options)) == len(options)
+
+  def test_tells_it_nothing_else_and_no_default(self):
+    plain = self.options()
+    assert (
+        self.options('preference.dpo.beta = 0.2', 'feedback.ranked.most = 8', 'feedback.binary.template = "a"') == plain
+    )
+
+  def test_tells_it_the_same_where_a_run_is_evaluated(self):
+    options = self.options('feedback.ranked.most = 41')
+    bindings = config.bindings()
+    with pytest.raises(types.RunError):
+      config.recipe().example_fn({}, None, row_length=8)
+    operative = config.checked_operative()
+    assert 'feedback.ranked.template = None' in operative
+    config.parse_saved([bindings, operative], (), ())
+    assert config.recipe().example_fn.options == options
+
+  def test_tells_it_the_source_of_functions_that_it_is_given(self, write):
+    write('given.py', 'def made(record, *, of):\n  return of()\ndef part():\n  return 12345\n')
+    user = write('my.gin', 'from __gin__ import dynamic_registration\nimport given\ngiven.made.of = @given.part\n')
+    parse(user_files=[user], bindings=['recipe.Recipe.example_fn = @given.made'])
+    assert 'return 12345' in config.recipe().example_fn.options
+
+  def test_tells_what_scores_responses_too(self):
+    parse(bindings=['recipe.Recipe.scored_fn = @scored.responses', 'scored.responses.per = "step"'])
+    assert "scored.responses.per = 'step'" in config.recipe().scored_fn.options
+    parse()
+    assert config.recipe().scored_fn is None
+
+
 class TestUnbound:
 
   def error(self, name, *args):
@@ -441,24 +497,3 @@ class TestBindings:
     assert f'recipe.Recipe.data = {"x" * 300!r}' in lines
     assert f'train.train.optimizer = {list(range(100))}' in lines
     assert max(map(len, lines)) < 500
-
-
-class TestDiff:
-
-  def texts(self, *bindings):
-    parse()
-    old = config.bindings()
-    parse(bindings=bindings)
-    return old, config.bindings()
-
-  def test_is_empty_for_equal_bindings(self):
-    assert config.diff(*self.texts()) == []
-
-  def test_names_what_was_changed_added_and_taken_away(self):
-    old, new = self.texts('preference.dpo.beta = 0.2', 'optim.adamw.b1 = 0.5')
-    assert config.diff(old, new) == ['optim.adamw.b1: unset -> 0.5', 'preference.dpo.beta: 0.1 -> 0.2']
-    assert config.diff(new, old) == ['optim.adamw.b1: 0.5 -> unset', 'preference.dpo.beta: 0.2 -> 0.1']
-
-  def test_leaves_out_what_is_ignored(self):
-    old, new = self.texts('preference.dpo.beta = 0.2', 'loop.Options.steps = 3')
-    assert config.diff(old, new, ['loop.Options.steps']) == ['preference.dpo.beta: 0.1 -> 0.2']

@@ -13,6 +13,7 @@ import pytest
 from jaxalign import checkpoint
 from jaxalign import forward
 from jaxalign import main
+from jaxalign import metrics
 from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import reference
@@ -20,6 +21,8 @@ from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import tracing
 from jaxalign import types
+from jaxalign.losses import batchwise
+from jaxalign.losses import compose
 from jaxalign.losses import listwise
 from jaxalign.losses import preference
 from jaxalign.losses import shaped
@@ -79,7 +82,7 @@ class TestLive:
     cached = run(objective_of(loss, ref_model=None), dataclasses.replace(batch, ref_logps_BT=logps_BT), None)
     live = run(objective_of(loss), batch, OTHER)
     assert abs(float(cached[0][0]) - 4 * np.log(2)) > 0.01
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), live, cached)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), live, cached)
 
   def test_knows_divergence_and_entropy_exactly(self):
     batch = batch_of()
@@ -123,6 +126,18 @@ class TestRivals:
     counts = np.asarray(batch.mask_BT) > 0
     np.testing.assert_allclose(np.asarray(stats['rival_logps'])[counts], log_p.max(-1)[counts], rtol=1e-5)
 
+  @pytest.mark.parametrize('loss', [functools.partial(preference.dpo, beta=0.5), supervised.cross_entropy])
+  def test_are_refused_where_the_loss_reads_none(self, loss):
+    for make in (objectives.preference, objectives.supervised):
+      with pytest.raises(types.UsageError, match='rivals = 5: bound, but the loss reads no rivals; leave it out'):
+        objective_of(loss, make, ref_model=None, rivals=5)
+
+  @pytest.mark.parametrize('rivals', [0, 50])
+  def test_are_no_more_than_there_are(self, rivals):
+    cringe = functools.partial(shaped.pairwise_cringe, alpha=1.0, gate_margin=1.0, temperature=1.0)
+    with pytest.raises(types.UsageError, match=f'rivals = {rivals}: the model has 50 tokens, of which one is right'):
+      objective_of(cringe, ref_model=None, rivals=rivals)
+
 
 class TestValues:
 
@@ -144,6 +159,35 @@ class TestValues:
         group, slot = int(batch.group_BS[b, place]), int(batch.slot_BS[b, place])
         np.testing.assert_allclose(seen[-1][group, slot], scores_BT[b, first], rtol=1e-5)
         assert int(batch.inputs_BT[b, first]) == PAIRS[group][0][-1]
+
+
+class TestMicroBatches:
+  # All that a live reference gives, and rivals; more than one of them would be drawn of each micro-batch anew.
+  LOSSES = (
+      (1.0, functools.partial(shaped.tdpo2, beta=0.5, alpha=0.5)),
+      (1.0, functools.partial(shaped.mallows_dpo, beta=0.5, scale=1.0)),
+      (0.1, functools.partial(shaped.pairwise_cringe, alpha=1.0, gate_margin=1.0, temperature=1.0)),
+  )
+
+  @pytest.mark.parametrize(
+      'more,sync',
+      [((), reference.Sync(every=2, alpha=0.25)), (((1.0, functools.partial(batchwise.aot, beta=0.5)),), None)],
+      ids=['each alone, and a reference that moves', 'the whole step, and one that stays'],
+  )
+  def test_give_the_update_of_one(self, more, sync):
+    objective = objective_of(functools.partial(compose.mixture, losses=self.LOSSES + more), rivals=1)
+    assert objective.whole_step == bool(more)
+    quick = {'xla_backend_optimization_level': 0}
+    step = jax.jit(step_lib.make_step(objective, OPTIMIZER, sync), compiler_options=quick)
+    found = []
+    for ways in (1, 2):
+      parts = [PAIRS[i : i + 4 // ways] for i in range(0, 4, 4 // ways)]
+      state = step_lib.init_state(PARAMS, OPTIMIZER.tx, 0, follows=sync is not None)
+      for _ in range(3):
+        state, measured = step(state, {}, packed.stack(*map(batch_of, parts)), None if sync else OTHER)
+      means = {name: pair.mean() for name, pair in measured.means.items()}
+      found.append((means, measured.gauges['grad_norm'], state.opt_state[1].mu, state.reference))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), *found)
 
 
 class TestSync:
@@ -216,13 +260,18 @@ class TestRuns:
     assert main.main(flags) == 0
     runs.assert_same(arrays(workdir), ended)
 
-  def test_that_need_a_live_reference_have_one_without_being_told(self, folder, capsys):
+  def test_that_need_a_live_reference_have_one_without_being_told(self, folder, capsys, monkeypatch):
+    monkeypatch.setitem(metrics.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
     workdir = folder / 'tdpo'
     flags = runs.flags(folder, workdir, '--algo=tdpo2', '--lora=rank:2', '--eval_data=', steps=3)
     assert main.main(flags) == 0, capsys.readouterr().err
     losses = [line['loss'] for line in runs.logged(workdir).values()]
     assert losses[0] == pytest.approx(np.log(2), rel=1e-6) and losses[2] != losses[0]
     assert not list((folder / 'cache').glob('ref-*'))
+    last = json.loads((workdir / 'metrics.jsonl').read_text().splitlines()[-1])
+    products, attention = 16 * (16 + 2 * 8 + 16 + 3 * 32) + 16 * 512, 2 * 8 * 64 / 2
+    flops = (2 + 1) * 2 * products + (3 + 1) * 4 * attention  # the frozen weights have no gradient
+    assert last['mfu'] == pytest.approx(flops * last['tokens_per_s'] / (1e9 * 8), rel=1e-6)
 
   def test_of_adapters_and_a_value_head_have_a_reference_without_either(self, folder, capsys):
     lists = [{'prompt': f'Tom {i}', 'completions': [' ran', ' sat'], 'scores': [1.0, i / 8]} for i in range(8)]
@@ -231,8 +280,10 @@ class TestRuns:
     flags = runs.flags(folder, folder / 'dro_v', '--algo=dro_v', '--lora=rank:2', *given, steps=3)
     assert main.main(flags) == 0, capsys.readouterr().err
     capsys.readouterr()
-    quiet = '--gin=evaluate.evaluate.samples = None'
-    assert main.main(['jaxalign', '--mode=eval', f'--checkpoint={folder / "dro_v"}', quiet]) == 0
+    more = '--gin=evaluate.evaluate.samples = None', f'--cache_dir={folder / "cache"}'
+    kept = sorted((folder / 'cache').iterdir())
+    assert main.main(['jaxalign', '--mode=eval', f'--checkpoint={folder / "dro_v"}', *more]) == 0
+    assert sorted((folder / 'cache').iterdir()) == kept  # What was tokenised for training serves here too.
     summary = json.loads((folder / 'dro_v' / 'summary.json').read_text())
     found = json.loads(capsys.readouterr().out)
     assert found['eval/loss'] == pytest.approx(summary['eval/loss'], rel=1e-4)

@@ -317,6 +317,17 @@ class TestShow:
     ):
       assert part in out
 
+  def test_tokenises_again_where_an_option_of_the_examples_is_another(self, tmp_path, capsys):
+    record = {'prompt': 'Once', 'completions': [f' a{i}' for i in range(50)], 'scores': list(range(50))}
+    (tmp_path / 'lists.jsonl').write_text(json.dumps(record) + '\n')
+    flags = '--mode=show', '--algo=dpo_pl', f'--data=jsonl:{tmp_path / "lists.jsonl"}', f'--cache_dir={tmp_path / "c"}'
+    counts = []
+    for bound in ('', 'feedback.ranked.most = 41', 'feedback.ranked.most = 60', 'preference.dpo.beta = 0.2'):
+      assert call(*flags, *([f'--gin={bound}'] if bound else [])) == 0
+      responses = re.findall(r'response (\d+) of group 0', capsys.readouterr().out)
+      counts.append((len(responses), len(list((tmp_path / 'c').iterdir()))))
+    assert counts == [(4, 1), (41, 2), (50, 3), (4, 3)]
+
   def test_reads_the_whole_command_line_of_a_training(self, tmp_path, capsys):
     assert call(*small('sft'), '--mode=show', *RUN, f'--workdir={tmp_path / "w"}') == 0
     assert 'packing/groups: 24' in capsys.readouterr().out

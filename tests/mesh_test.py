@@ -1,5 +1,7 @@
 """The same run on one device, on eight, and in two processes gives the same numbers."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -61,6 +63,40 @@ class TestMeshes:
       assert code == 0, err
     assert_like(folder / 'two', single)
     assert len(list((folder / 'two' / 'tensorboard').iterdir())) == 1
+
+
+# A reference that stays and one that moves, each in the step; whole distributions, and rivals that are drawn.
+LIVE = {
+    'stays': (
+        '--gin=recipe.Recipe.loss_fn = @compose.mixture',
+        '--gin=compose.mixture.losses = [(1.0, @shaped.tdpo2), (0.01, @shaped.pairwise_cringe)]',
+        *(f'--gin=shaped.tdpo2.{name} = 0.5' for name in ('alpha', 'beta')),
+        *(f'--gin=shaped.pairwise_cringe.{name} = 1.0' for name in ('alpha', 'gate_margin', 'temperature')),
+    ),
+    'moves': ('--algo=tr_dpo', '--gin=reference.Sync.every = 3', '--gin=preference.dpo.beta = 0.5'),
+}
+
+
+class TestLive:
+
+  def test_references_of_two_processes_give_the_numbers_of_one(self, folder):
+    held = f'--eval_data=jsonl:{folder / "pairs.jsonl"}[:6]'
+    of = lambda which, *more: [
+        x.replace('--steps=20', '--steps=8') for x in flags(folder, *more, *LIVE[which], held) if x
+    ]
+    both = [json.dumps(of(which, f'{which}-two', '--mesh=data:2,fsdp:2')) for which in LIVE]
+    processes = runs.spawn_together(['', *both], 2, program=('-c', runs.ONE_BY_ONE))
+    for which in LIVE:
+      assert main.main(of(which, f'{which}-one')) == 0
+    for process in processes:
+      code, err = runs.finished(process)
+      assert code == 0, err
+    for which in LIVE:
+      one, two = (folder / f'{which}-{count}' for count in ('one', 'two'))
+      assert_like(two, one)
+      summaries = [json.loads((workdir / 'summary.json').read_text()) for workdir in (one, two)]
+      assert summaries[0]['eval/loss'] == pytest.approx(summaries[1]['eval/loss'], abs=1e-4)
+      assert abs(summaries[0]['eval/loss'] - summaries[0]['eval/loss_before']) > 1e-2
 
 
 class TestStepZero:

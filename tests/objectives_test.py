@@ -339,12 +339,3 @@ class TestNeeds:
 
     with pytest.raises(types.UsageError, match="reads the label 'stars', but the data has only margin"):
       tracing.trace(loss, group_size=2, labels=('margin',))
-
-
-class TestScores:
-
-  @pytest.mark.parametrize('make', [objectives.reward, objectives.process])
-  def test_have_no_reference(self, make):
-    needs = tracing.Needs(frozenset({'policy.rewards_GK', 'ref.logratios_GK'}))
-    with pytest.raises(types.UsageError, match='the loss reads ref.logratios_GK, but scores have no reference'):
-      make(model=MODEL, loss_fn=DPO, needs=needs)

@@ -1,6 +1,7 @@
 """What every mode builds from a recipe and a job: tokenizer, model and data."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -11,12 +12,14 @@ import pytest
 from jaxalign import objectives
 from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
+from jaxalign import tracing
 from jaxalign import types
 from jaxalign.data import examples
 from jaxalign.data import loader
 from jaxalign.data import scored
 from jaxalign.losses import preference
 from jaxalign.models import architecture
+from jaxalign.models import transformer
 
 TINY = architecture.Config(512, 1, 16, 2, 1, 8, 32, 64)
 
@@ -66,7 +69,8 @@ def pairs(tmp_path):
 
 
 def open_model(job, recipe):
-  return recipe_lib.open_model(job, recipe, recipe_lib.open_tokenizer(job))
+  model, params = recipe_lib.open_model(job, recipe, recipe_lib.open_tokenizer(job))
+  return model, *params()
 
 
 class TestRecipe:
@@ -107,16 +111,6 @@ class TestModelDirectory:
   def test_names_what_is_not_there(self, spec):
     with pytest.raises(types.UsageError, match=f'{spec}: no such file'):
       recipe_lib.model_directory(spec)
-
-
-class TestIsCheckpoint:
-
-  def test_knows_workdirs_their_checkpoints_and_single_ones(self, tmp_path):
-    (tmp_path / 'checkpoints' / '7').mkdir(parents=True)
-    (tmp_path / 'checkpoints' / 'run.json').touch()
-    for path in (tmp_path, tmp_path / 'checkpoints', tmp_path / 'checkpoints' / '7'):
-      assert recipe_lib.is_checkpoint(path)
-    assert not recipe_lib.is_checkpoint(recipe_lib.asset('stories260K'))
 
 
 class TestOpenTokenizer:
@@ -186,8 +180,12 @@ class TestOpenLoader:
     assert opened.first().inputs_BT.shape == (1, 8, 32)
 
 
-class TestDigest:
+class TestBind:
 
-  def test_tells_lists_of_texts_apart(self):
-    assert recipe_lib.digest('a', 'bc') == recipe_lib.digest('a', 'bc')
-    assert len({recipe_lib.digest(*parts) for parts in (('a', 'bc'), ('ab', 'c'), ('abc',), ('bc', 'a'))}) == 4
+  @pytest.mark.parametrize('make', [objectives.reward, objectives.process, functools.partial(objectives.reward)])
+  @pytest.mark.parametrize('live', [False, True])
+  def test_refuses_a_reference_to_an_objective_of_scores(self, make, live):
+    model = transformer.build(TINY, sharding.make_mesh(), length=32)
+    needs = tracing.Needs(frozenset({'policy.rewards_GK', 'ref.logratios_GK'}))
+    with pytest.raises(types.UsageError, match='the loss reads ref.logratios_GK, but .* of scores, which have no ref'):
+      recipe_lib.bind(make_recipe(objective=make), model, needs, model if live else None)

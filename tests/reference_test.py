@@ -41,6 +41,13 @@ class TestChecksum:
     assert len({base, *found}) == 5
 
 
+class TestDigest:
+
+  def test_tells_lists_of_texts_apart(self):
+    assert reference.digest('a', 'bc') == reference.digest('a', 'bc')
+    assert len({reference.digest(*parts) for parts in (('a', 'bc'), ('ab', 'c'), ('abc',), ('bc', 'a'))}) == 4
+
+
 class TestCache:
 
   def test_comes_back_from_its_file(self, tmp_path):

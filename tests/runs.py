@@ -53,21 +53,32 @@ def flags(folder, workdir, *more, steps=12):
   ]
 
 
-def spawn(args, devices=2, cwd=ROOT, **env):
+def spawn(args, devices=2, cwd=ROOT, program=('-m', 'jaxalign.main'), **env):
   """A run in a process of its own, in a folder; JAX is told here what a conftest tells it for tests."""
   clean = {k: v for k, v in os.environ.items() if not k.startswith('TPU_')}
   env = clean | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices), 'PYTHONPATH': str(ROOT)} | env
-  command = [sys.executable, '-m', 'jaxalign.main', *args[1:]]
+  command = [sys.executable, *program, *args[1:]]
   return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
 
 
-def spawn_together(args, processes):
+# Several runs in one process, as starting it takes as long as a run; it joins the others for the first.
+ONE_BY_ONE = """
+import json, os, sys
+from jaxalign import main
+for args in map(json.loads, sys.argv[1:]):
+  if main.main(args):
+    sys.exit(1)
+  os.environ.pop('COORDINATOR_ADDRESS', None)
+"""
+
+
+def spawn_together(args, processes, **more):
   """A run in several processes with two devices each."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{free.getsockname()[1]}'
   member = lambda i: {'COORDINATOR_ADDRESS': address, 'NUM_PROCESSES': str(processes), 'PROCESS_ID': str(i)}
-  return [spawn(args, **member(i)) for i in range(processes)]
+  return [spawn(args, **more, **member(i)) for i in range(processes)]
 
 
 def finished(process):

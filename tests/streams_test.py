@@ -16,7 +16,9 @@ from jaxalign import sharding
 from jaxalign import streams as streams_lib
 from jaxalign import types
 from jaxalign.data import examples
+from jaxalign.data import feedback
 from jaxalign.data import loader
+from jaxalign.losses import listwise
 from jaxalign.losses import preference
 from jaxalign.losses import supervised
 from jaxalign.models import architecture
@@ -75,10 +77,12 @@ def tiny():
 
 def open_streams(job, recipe, model, params, steps=4):
   tokenizer = recipe_lib.open_tokenizer(job)
-  counter = metrics.Compilations()
   with jax.set_mesh(job.mesh):
-    ref = reference.Reference.of(model, params, {})
-    return streams_lib.open_streams(job, recipe, tokenizer, lambda: ref, steps=steps, counter=counter)
+    opened = streams_lib.open_streams(job, recipe, tokenizer, train=steps > 0)
+    if not opened.cached:
+      return opened
+    ref, counter = reference.Reference.of(model, params, {}), metrics.Compilations()
+    return streams_lib.with_reference(opened, job, recipe, ref, steps=steps, counter=counter)
 
 
 class TestOpenStreams:
@@ -118,6 +122,23 @@ class TestOpenStreams:
     streams = open_streams(dataclasses.replace(job, data='jsonl:gone.jsonl'), recipe, *tiny, steps=0)
     assert streams.train is None
     assert set(streams.report) == {'eval_data/kept', 'eval_data/truncated', 'eval_data/bad', 'eval_data/dropped'}
+
+  @pytest.mark.parametrize('held', [False, True])
+  def test_refuses_sources_of_longer_and_shorter_lists_for_a_loss_on_whole_ones(self, job, tiny, held):
+    of = lambda count: {'prompt': 'Once', 'completions': [f' a {i}' for i in range(count)], 'scores': [*range(count)]}
+    specs = {n: write(job.workdir.parent / f'{n}.jsonl', [of(n)] * 3) for n in (2, 4)}
+    mixture, alone = f'{specs[4]},{specs[2]}', specs[4]
+    job = dataclasses.replace(job, data=alone if held else mixture, eval_data=mixture if held else '')
+    whole = lambda policy, ref, labels, *, state: types.LossOut(
+        policy.logps_GK[:, 0] * labels['score'][:, -1], {}, state
+    )
+    recipe = dataclasses.replace(DPO, example_fn=feedback.ranked, loss_fn=whole)
+    with pytest.raises(types.UsageError, match='the loss reads 4 responses to every prompt, but some have fewer'):
+      open_streams(job, recipe, *tiny)
+    streams = open_streams(
+        job, dataclasses.replace(recipe, loss_fn=functools.partial(listwise.rrhf, weight=1.0)), *tiny
+    )
+    assert streams.train.dataset.group_size == 4
 
 
 class TestStreams:

@@ -1,18 +1,33 @@
 """Whole runs through the command line: stopped, killed and resumed, on a full disk, and loaded elsewhere."""
 
+import functools
+import gc
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
+from jaxalign import checkpoint
+from jaxalign import loop
 from jaxalign import main
+from jaxalign import objectives
+from jaxalign import optim
+from jaxalign import recipe
+from jaxalign import sharding
+from jaxalign import train
+from jaxalign.data import examples
+from jaxalign.data import loader
+from jaxalign.losses import preference
+from jaxalign.models import architecture
 from tests import runs
 
 
@@ -183,6 +198,26 @@ class TestTrain:
     assert main.main(runs.flags(folder, copy, bigger, steps=16)) == 1
     assert 'is the checkpoint of another model: layers/0/down is (1, 32, 16) there' in capsys.readouterr().err
 
+  @pytest.mark.parametrize(
+      'more,said',
+      [
+          (
+              ('--algo=rm', '--gin=recipe.Recipe.loss_fn = @preference.dpo', '--gin=preference.dpo.beta = 0.1'),
+              'the loss reads ref.logratios_GK, but recipe.Recipe.objective is of scores',
+          ),
+          (('--gin=objectives.preference.rivals = 7',), 'rivals = 7: bound, but the loss reads no rivals'),
+      ],
+  )
+  def test_refuses_what_objective_and_loss_disagree_on_before_it_reads_a_weight(self, folder, more, said, capsys):
+    bare = folder / 'bare'
+    shutil.copytree(
+        recipe.asset('stories260K'), bare, ignore=shutil.ignore_patterns('*.safetensors'), dirs_exist_ok=True
+    )
+    args = [x for x in runs.flags(folder, folder / 'refused', *more) if '--model' not in x]
+    assert main.main([*args, f'--model={bare}']) == 2
+    assert said in capsys.readouterr().err
+    assert not (folder / 'refused').exists()
+
   def test_stops_where_no_step_is_finite_any_more(self, folder, broken, capsys):
     workdir = folder / 'skipped'
     more = '--gin=loop.Options.max_skipped = 3', '--gin=loop.Options.log_every = 2'
@@ -200,3 +235,56 @@ class TestTrain:
     last = err.splitlines()[-1]
     assert last.startswith('jaxalign: invalid value (nan) encountered in log at ')
     assert 'broken.py:5: return types.LossOut(jnp.log(margins_G), {}, state)' in last
+
+
+def bytes_of_a_session(folder, workdir, reference, steps):
+  """Bytes of the arrays that are alive once the first step of a session is done, beyond those that were before."""
+  alive = lambda: gc.collect() and 0 or sum(x.nbytes for x in jax.live_arrays())
+  before, found = alive(), []
+
+  def config():
+    found.append(alive() - before)
+    return '', ''
+
+  job = recipe.Job(
+      algo='dpo',
+      workdir=workdir,
+      mesh=sharding.make_mesh(),
+      seed=0,
+      model='',
+      tokenizer='builtin:stories260K',
+      data=f'jsonl:{folder / "pairs.jsonl"}',
+      eval_data='',
+      data_dir=None,
+      cache_dir=folder / 'cache',
+      skip_bad_records=False,
+      debug=False,
+  )
+  made = recipe.Recipe(
+      objective=objectives.preference,
+      loss_fn=functools.partial(preference.dpo, beta=0.1),
+      example_fn=examples.preference,
+      packing=loader.Packing(rows=8, row_length=64),
+      data='',
+      model=architecture.Config(512, 1, 16, 2, 1, 8, 32, 64),
+      reference=reference,
+  )
+  train.train(
+      job,
+      recipe=made,
+      optimizer=functools.partial(optim.adamw, schedule=functools.partial(optim.constant, lr=0.01)),
+      options=loop.Options(steps),
+      checkpoints=checkpoint.Options(),
+      samples=None,
+      config=config,
+  )
+  return found
+
+
+class TestMemory:
+
+  @pytest.mark.parametrize('reference', ['cached', 'live'])
+  def test_of_a_resumed_run_is_that_of_a_fresh_one(self, folder, reference):
+    workdir = folder / f'memory-{reference}'
+    (fresh,), (resumed,) = (bytes_of_a_session(folder, workdir, reference, steps) for steps in (2, 4))
+    assert resumed == fresh

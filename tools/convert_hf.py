@@ -49,7 +49,7 @@ def export_adapter(directory: str, output: pathlib.Path) -> None:
   count = peft.write(output, loaded.params, loaded.model, family, str(base))
   loaded.tokenizer.save(output)
   print(f'{output}: {count} tensors of an adapter, of step {loaded.step}')
-  if recipe.is_checkpoint(base):
+  if checkpoint.is_checkpoint(base):
     print(f'its base, {base}, is a checkpoint: PEFT wants that exported too')
 
 

@@ -5,7 +5,8 @@
 
 A logistic regression tells the prompts of desirable responses from those of undesirable ones, both counting alike, by
 the mean of the model's hidden states; the ratio of its probabilities is the density ratio, held within bounds. This is
-the underlying distribution matching of Jung et al., 2024, https://arxiv.org/abs/2404.04656; the bounds are TRL's.
+the underlying distribution matching of Jung et al., 2024, https://arxiv.org/abs/2404.04656 (`losses.unpaired.bco_udm`
+weighs by it); the bounds are TRL's.
 """
 
 import argparse

@@ -42,7 +42,7 @@ def _load(spec: str) -> checkpoint.Loaded:
 
 def _origin(loaded: checkpoint.Loaded, spec: str) -> dict | None:
   path = recipe.model_directory(spec)
-  return loaded.run['hf_config'] if recipe.is_checkpoint(path) else hf.read_json(path / 'config.json')
+  return loaded.run['hf_config'] if checkpoint.is_checkpoint(path) else hf.read_json(path / 'config.json')
 
 
 def _check_tokenizers(spec: str, first: tokenizers.Tokenizer, other_spec: str, other: tokenizers.Tokenizer) -> None:

@@ -28,7 +28,7 @@ def binary(
 
   The record has `prompt`, `completion` and `label` (true or false, or 1 or 0), or is a pair, as `examples.preference`
   reads it, of which both responses are taken: the chosen one is desirable, the rejected one is not. A column
-  `density_ratio` (at least 0) beside `label` is a label too, see `losses.unpaired.bco`.
+  `density_ratio` (at least 0) beside `label` is a label too, see `losses.unpaired.bco_udm`.
 
   Args:
     record: the columns above.

@@ -7,11 +7,10 @@ What has been consumed is two integers, (epoch, step), on any number of hosts an
 import bisect
 from collections.abc import Iterator
 from collections.abc import Sequence
+import copy
 import dataclasses
 import functools
-import itertools
 import math
-import operator
 import sys
 import threading
 from typing import Any
@@ -26,7 +25,6 @@ from jaxalign import types
 from jaxalign.data import dataset as dataset_lib
 from jaxalign.data import packing as packing_lib
 from jaxalign.data import rows as rows_lib
-from jaxalign.data import tokenizers
 
 # Two batches of each thread wait, so that a slow read does not stop the device.
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
@@ -87,7 +85,6 @@ class Loader:
       packing: Packing,
       mesh: jax.sharding.Mesh,
       seed: int,
-      extra: rows_lib.ExtraFn | None = None,
   ):
     """Checks that data, packing and mesh agree.
 
@@ -97,7 +94,6 @@ class Loader:
       packing: the shape of a step.
       mesh: where batches go.
       seed: of the order of records.
-      extra: gives `ref_logps_BT`; without it batches have none.
 
     Raises:
       UsageError: they do not agree.
@@ -108,10 +104,17 @@ class Loader:
     self.row_keys = self.dataset.keys_NK
     max_responses = packing.max_responses or _bound_responses(self.dataset.lengths_NK, packing.row_length)
     self.shape = rows_lib.Shape(packing.micro_batches, packing.rows, packing.row_length, max_responses)
-    self._weights, self._mesh, self._seed, self._extra = list(weights), mesh, seed, extra
+    self._weights, self._mesh, self._seed = list(weights), mesh, seed
+    self._extra: rows_lib.ExtraFn | None = None
     self._plans: dict[int, packing_lib.Plan] = {}
     self._num_steps: dict[int, int] = {}
     self._lock = threading.Lock()
+
+  def with_extra(self, extra: rows_lib.ExtraFn) -> 'Loader':
+    """The same, whose batches have the `ref_logps_BT` that `extra` gives."""
+    other = copy.copy(self)
+    other._extra = extra
+    return other
 
   def steps_per_epoch(self, epoch: int) -> int:
     """Steps of an epoch; the number varies a little with the order of the records."""
@@ -310,41 +313,3 @@ def _bound_responses(lengths_NK: np.ndarray, row_length: int) -> int:
   short, mean = np.percentile(lengths_NK, 10), lengths_NK.mean()
   generous = min(64, row_length // max(1, int(short)))
   return max(1, generous, lengths_NK.shape[1], math.ceil(1.25 * row_length / max(1.0, mean)))
-
-
-def describe(batch: types.Batch, tokenizer: tokenizers.Tokenizer) -> str:
-  """The sequences of a step's rows in words: place, tokens, labels and text, what is to be predicted in [[ ]].
-
-  Args:
-    batch: `[A, B, ...]`, whole on this host.
-    tokenizer: of the batch.
-  """
-  host = jax.tree.map(np.asarray, batch)
-  lines = []
-  for a, b in np.ndindex(host.inputs_BT.shape[:2]):
-    row = jax.tree.map(operator.itemgetter((a, b)), host)
-    used = int(np.count_nonzero(row.segments_BT))
-    lines.append(f'micro-batch {a}, row {b}: {used} of {row.segments_BT.size} slots used')
-    for rank in range(int(row.segments_BT.max())):
-      (slots,) = np.nonzero(row.segments_BT == rank + 1)
-      labels = ''.join(f', {name} {values[rank]:g}' for name, values in row.labels_BS.items())
-      counts = slots[row.mask_BT[slots] > 0]
-      labels += ''.join(f', {name} {" ".join(f"{x:g}" for x in v[counts])}' for name, v in row.labels_BT.items())
-      lines.append(
-          f'  slots {slots[0]}-{slots[-1]}, {int(row.mask_BT[slots].sum())} predicted: response {row.slot_BS[rank]} of'
-          f' group {row.group_BS[rank]}{labels}'
-      )
-      ids = [row.inputs_BT[slots[0]], *row.targets_BT[slots]]
-      lines.append('    ' + _marked(ids, [False, *(row.mask_BT[slots] > 0)], tokenizer))
-  return '\n'.join(lines)
-
-
-def _marked(ids: Sequence[int], mask: Sequence[bool], tokenizer: tokenizers.Tokenizer) -> str:
-  """The text of ids on one line, runs under the mask in [[ ]]."""
-  text, start = '', 0
-  for masked, run in itertools.groupby(mask):
-    stop = start + len(list(run))
-    part = tokenizer.decode(ids[start:stop], continuation=start > 0, skip_special=False)
-    text += f'[[{part}]]' if masked else part
-    start = stop
-  return text.replace('\n', '\\n')

@@ -1,14 +1,45 @@
 """What an example function does, for the key of a cache of its results."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import hashlib
 import inspect
+from typing import Any
 
 from jaxalign import types
 from jaxalign.data import examples
 from jaxalign.data import records
 from jaxalign.data import tokenizers
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+  """An example function with the options that it is given out of sight, by gin for instance.
+
+  Attributes:
+    function: the example function.
+    options: what is bound to it, as text: another text for other options.
+  """
+
+  function: Callable[..., examples.Group | list[examples.Group]]
+  options: str
+
+  def __call__(self, *args: Any, **kwargs: Any) -> examples.Group | list[examples.Group]:
+    """Calls the function."""
+    return self.function(*args, **kwargs)
+
+
+def told(value: Any) -> str:
+  """A function or class by its source and options, anything else as it is written."""
+  if isinstance(value, Bound):
+    return f'{told(value.function)} {value.options}'
+  if isinstance(value, functools.partial):
+    keywords = [f'{name}={told(option)}' for name, option in sorted(value.keywords.items())]
+    return ' '.join([told(value.func), *map(told, value.args), *keywords])
+  if inspect.isfunction(value) or inspect.ismethod(value) or inspect.isclass(value):
+    return inspect.getsource(inspect.unwrap(value))
+  return repr(value)
 
 
 def describe(
@@ -19,14 +50,11 @@ def describe(
 ) -> str:
   """A hash of what an example function does, for the key of a cache of its results.
 
-  It is taken from the function's source and from what it makes of a few records, errors included: options may be bound
-  where nobody can read them, by gin for instance, but they cannot hide from that.
+  It is taken from the function's source, from its options, of `functools.partial` and of `Bound`, and from what it
+  makes of a few records, errors included. Records show what the others hide: what a closure holds, and whether
+  functions have changed that it calls, whose source is not read.
   """
-  function = example_fn
-  while isinstance(function, functools.partial):
-    function = function.func
-  source = inspect.getsource(inspect.unwrap(function))
-  digest = hashlib.blake2b(f'{row_length} {source}'.encode(), digest_size=12)
+  digest = hashlib.blake2b(f'{row_length} {told(example_fn)}'.encode(), digest_size=12)
   for record in _PROBES:
     try:
       found = example_fn(record, tokenizer, row_length=row_length)

@@ -1,14 +1,19 @@
-"""From placed groups to the arrays of a batch."""
+"""From placed groups to the arrays of a batch, and from those to words."""
 
 from collections.abc import Callable
+from collections.abc import Sequence
+import itertools
+import operator
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from jaxalign import types
 from jaxalign.data import dataset as dataset_lib
 from jaxalign.data import examples
 from jaxalign.data import packing
+from jaxalign.data import tokenizers
 
 # (record, slot) -> float32, one number per target that counts
 ExtraFn = Callable[[int, int], np.ndarray]
@@ -119,3 +124,41 @@ def _extra_of(extra: ExtraFn, dataset: dataset_lib.Joined, record: int, slot: in
         f' {values.shape}; delete the reference cache'
     )
   return values
+
+
+def describe(batch: types.Batch, tokenizer: tokenizers.Tokenizer) -> str:
+  """The sequences of a step's rows in words: place, tokens, labels and text, what is to be predicted in [[ ]].
+
+  Args:
+    batch: `[A, B, ...]`, whole on this host.
+    tokenizer: of the batch.
+  """
+  host = jax.tree.map(np.asarray, batch)
+  lines = []
+  for a, b in np.ndindex(host.inputs_BT.shape[:2]):
+    row = jax.tree.map(operator.itemgetter((a, b)), host)
+    used = int(np.count_nonzero(row.segments_BT))
+    lines.append(f'micro-batch {a}, row {b}: {used} of {row.segments_BT.size} slots used')
+    for rank in range(int(row.segments_BT.max())):
+      (slots,) = np.nonzero(row.segments_BT == rank + 1)
+      labels = ''.join(f', {name} {values[rank]:g}' for name, values in row.labels_BS.items())
+      counts = slots[row.mask_BT[slots] > 0]
+      labels += ''.join(f', {name} {" ".join(f"{x:g}" for x in v[counts])}' for name, v in row.labels_BT.items())
+      lines.append(
+          f'  slots {slots[0]}-{slots[-1]}, {int(row.mask_BT[slots].sum())} predicted: response {row.slot_BS[rank]} of'
+          f' group {row.group_BS[rank]}{labels}'
+      )
+      ids = [row.inputs_BT[slots[0]], *row.targets_BT[slots]]
+      lines.append('    ' + _marked(ids, [False, *(row.mask_BT[slots] > 0)], tokenizer))
+  return '\n'.join(lines)
+
+
+def _marked(ids: Sequence[int], mask: Sequence[bool], tokenizer: tokenizers.Tokenizer) -> str:
+  """The text of ids on one line, runs under the mask in [[ ]]."""
+  text, start = '', 0
+  for masked, run in itertools.groupby(mask):
+    stop = start + len(list(run))
+    part = tokenizer.decode(ids[start:stop], continuation=start > 0, skip_special=False)
+    text += f'[[{part}]]' if masked else part
+    start = stop
+  return text.replace('\n', '\\n')

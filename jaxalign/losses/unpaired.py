@@ -47,27 +47,43 @@ def apo_zero_unpaired(policy, ref, labels, *, state=(), beta: float) -> types.Lo
   return _out(policy, labels, rewards_GK, _either(labels, rewards_GK[:, 0], parts.miss), state)
 
 
-def bco(policy, ref, labels, *, state=(), beta: float, weighted: bool = False) -> types.LossOut:
+def bco(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
   """Binary Classifier Optimization: logistic classification of responses by their reward less its running mean.
 
     loss = -log sigmoid(beta z - d)  or, where undesirable,  -log sigmoid(d - beta z)
 
   d is the mean of beta z over all responses of all steps, this one's among them, pooled as in TRL and without gradient.
-  log 2 at the reference. The paper uses beta 0.01. Where `weighted`, undesirable responses weigh as much as the label
-  `density_ratio` of their prompts says: how much likelier it is among desirable responses than among undesirable ones
-  (`tools/density_ratio.py` makes it; the paper's underlying distribution matching, TRL's `embedding_func`).
+  log 2 at the reference. The paper uses beta 0.01.
 
   References:
     Jung et al., 2024, https://arxiv.org/abs/2404.04656.
   """
+  return _bco(policy, ref, labels, state, beta)
+
+
+def bco_udm(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
+  """BCO with underlying distribution matching: undesirable responses weigh by their prompts.
+
+    loss = -log sigmoid(beta z - d)  or, where undesirable,  -rho log sigmoid(d - beta z)
+
+  rho is the label `density_ratio` of the response's prompt: how much likelier it is among desirable responses than
+  among undesirable ones (`tools/density_ratio.py` makes it; TRL's `embedding_func`). All else is as in `bco`.
+
+  References:
+    Jung et al., 2024, https://arxiv.org/abs/2404.04656.
+  """
+  return _bco(policy, ref, labels, state, beta, labels['density_ratio'][:, 0])
+
+
+def _bco(policy, ref, labels, state, beta: float, down: float | types.Array = 1.0) -> types.LossOut:
+  """BCO whose undesirable responses weigh `down`."""
   rewards_GK = beta * parts.log_ratio(policy, ref, labels)
   mean, count = state or (jnp.zeros(()), jnp.zeros(()))
   here = jnp.sum(policy.valid_G)
   count = count + here
   new = jnp.sum((jax.lax.stop_gradient(rewards_GK[:, 0]) - mean) * policy.valid_G)
   mean = mean + new / jnp.maximum(count, 1.0)
-  ratio_G = labels['density_ratio'][:, 0] if weighted else 1.0
-  loss_G = _either(labels, rewards_GK[:, 0] - mean, parts.logistic, down=ratio_G)
+  loss_G = _either(labels, rewards_GK[:, 0] - mean, parts.logistic, down=down)
   return _out(policy, labels, rewards_GK, loss_G, (mean, count), {'delta': jnp.full_like(policy.valid_G, mean)})
 
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import types as pytypes
 
 import jax
 import numpy as np
@@ -37,14 +36,9 @@ def _mesh(devices=8, text=''):
 
 def _open(datasets, weights=None, *, mesh=None, seed=0, extra=None, **packing):
   shape = {'rows': 8, 'row_length': 64} | packing
-  return loader.Loader(
-      datasets,
-      weights or [1.0] * len(datasets),
-      packing=loader.Packing(**shape),
-      mesh=mesh or _mesh(),
-      seed=seed,
-      extra=extra,
-  )
+  weights = weights or [1.0] * len(datasets)
+  opened = loader.Loader(datasets, weights, packing=loader.Packing(**shape), mesh=mesh or _mesh(), seed=seed)
+  return opened if extra is None else opened.with_extra(extra)
 
 
 def _take(batches, count):
@@ -344,21 +338,6 @@ class TestOrdered:
     assert sorted(seen) == [(record, slot) for record in range(30) for slot in range(2)]
 
 
-class TestDescribe:
-
-  def test_shows_text_with_what_is_predicted_places_and_labels(self, token_dataset):
-    records = [{'ids': [[1, 2, 3, 4], [1, 2, 5]], 'prompt': 2, 'margin': 0.5}]
-    opened = _open([token_dataset(records)], mesh=_mesh(1), rows=1, row_length=8)
-    decode = lambda ids, continuation=False, skip_special=True: ''.join(chr(ord('a') + i) for i in ids) + '\n'
-    assert loader.describe(opened.first(), pytypes.SimpleNamespace(decode=decode)).splitlines() == [
-        'micro-batch 0, row 0: 5 of 8 slots used',
-        '  slots 0-2, 2 predicted: response 0 of group 0, margin 0.5',
-        r'    bc\n[[de\n]]',
-        '  slots 3-4, 1 predicted: response 1 of group 0, margin 0.5',
-        r'    bc\n[[f\n]]',
-    ]
-
-
 _PROCESS = """
 import json, sys
 import jax
@@ -392,7 +371,7 @@ def extra(record, slot):
   read.append((record, slot))
   return np.zeros(data.trained_NK[record, slot])
 
-counted = loader.Loader([data], [1.0], packing=packing, mesh=sharding.make_mesh(''), seed=0, extra=extra)
+counted = opened.with_extra(extra)
 assert len(list(counted.ordered(range(len(data))))) > 1
 json.dump({'found': found, 'read': read}, open(out, 'w'))
 """

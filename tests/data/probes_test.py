@@ -65,6 +65,7 @@ class TestDescribe:
       [
           (feedback.ranked, {'most': 4}),
           (feedback.ranked, {'most': 32}),
+          (functools.partial(feedback.ranked, most=41), {'most': 60}),
           (feedback.ranked, {'template': _SHORT}),
           (feedback.pairs_of_list, {'which': 'all'}),
           (feedback.triple, {'template': _SHORT}),
@@ -98,6 +99,28 @@ class TestDescribe:
   def test_differs_by_every_option(self, letters, function, options):
     keys = [probes.describe(fn, letters, row_length=64) for fn in (function, functools.partial(function, **options))]
     assert keys[0] != keys[1]
+
+  def test_differs_by_options_that_are_told_where_no_record_shows_them(self, letters):
+    told = [probes.Bound(feedback.ranked, options) for options in ('', 'most = 41', 'most = 60')]
+    scored_of = [functools.partial(fn, columns={'scores': 'stars'}) for fn in told]
+    keys = [probes.describe(fn, letters, row_length=64) for fn in (*told, *scored_of)]
+    assert len(set(keys)) == len(keys)
+    assert probes.describe(probes.Bound(feedback.ranked, 'most = 41'), letters, row_length=64) == keys[1]
+
+  def test_tells_functions_among_options_by_their_source(self, letters):
+    def make(text):
+      return lambda record, tokenizer, *, row_length, said: examples.supervised(
+          {'prompt': 'a', 'completion': text}, tokenizer, row_length=row_length
+      )
+
+    first = lambda: 'first'
+    second = lambda: 'second'
+    fn = make('b')
+    keys = [probes.describe(functools.partial(fn, said=said), letters, row_length=64) for said in (first, second)]
+    assert keys[0] != keys[1]
+    again = probes.describe(functools.partial(make('b'), said=first), letters, row_length=64)
+    assert again == keys[0]
+    assert probes.describe(functools.partial(fn, said=len), letters, row_length=64) not in keys
 
   def test_differs_by_thresholds_that_take_the_same(self, letters):
     keys = {

@@ -1,5 +1,7 @@
 """Tests of how placed groups become arrays."""
 
+import types as pytypes
+
 import numpy as np
 import pytest
 
@@ -129,3 +131,19 @@ class _Spy:
   def __getitem__(self, index):
     self._read.append(index)
     return self._joined[index]
+
+
+class TestDescribe:
+
+  def test_shows_text_with_what_is_predicted_places_and_labels(self, token_dataset):
+    joined = dataset.Joined([token_dataset([{'ids': [[1, 2, 3, 4], [1, 2, 5]], 'prompt': 2, 'margin': 0.5}])])
+    placed = _place((0, 0, 0, 0, 0, 0, 0), (0, 1, 0, 0, 0, 1, 3))
+    batch = rows.assemble(joined, placed, shape=rows.Shape(1, 1, 8, 2), rows=np.arange(1))
+    decode = lambda ids, continuation=False, skip_special=True: ''.join(chr(ord('a') + i) for i in ids) + '\n'
+    assert rows.describe(batch, pytypes.SimpleNamespace(decode=decode)).splitlines() == [
+        'micro-batch 0, row 0: 5 of 8 slots used',
+        '  slots 0-2, 2 predicted: response 0 of group 0, margin 0.5',
+        r'    bc\n[[de\n]]',
+        '  slots 3-4, 1 predicted: response 1 of group 0, margin 0.5',
+        r'    bc\n[[f\n]]',
+    ]

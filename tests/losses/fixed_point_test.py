@@ -513,7 +513,7 @@ case(
 case(
     'bco_udm',
     'as bco; what is undesirable counts by the ratio: the share is q / (q + ratio (1 - q))',
-    _of(unpaired.bco, beta=1.0, weighted=True, state=(np.float32(-0.3), np.float32(1e9))),
+    _of(unpaired.bco_udm, beta=1.0, state=(np.float32(-0.3), np.float32(1e9))),
     tree.singles().labelled(density_ratio=RATIO[tree.singles().prompt]),
     lambda policy: (shown(policy.z), logit(shown(SHARE)) - np.log(RATIO) - 0.3),
 )

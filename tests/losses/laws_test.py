@@ -276,8 +276,8 @@ EQUAL = {
     ),
     'BCO whose density ratios are 1 is BCO': (
         _of(unpaired.bco, beta=0.3),
-        lambda policy, ref, labels: unpaired.bco(
-            policy, ref, labels | {'density_ratio': 1 + 0 * labels['score']}, beta=0.3, weighted=True
+        lambda policy, ref, labels: unpaired.bco_udm(
+            policy, ref, labels | {'density_ratio': 1 + 0 * labels['score']}, beta=0.3
         ),
     ),
     'a classifier of two classes is a model of right and wrong': (

@@ -689,14 +689,14 @@ class TestDroV:
     np.testing.assert_allclose(found, 0.5 * (left**2).mean(axis=1), rtol=1e-4)
 
 
-class TestBco:
+class TestBcoUdm:
 
   def test_weighs_undesirable_responses_alone_by_their_density_ratio(self):
     w = world(1)
     ratio_G = np.linspace(0.5, 3.0, 8).astype('f')
     policy, ref = w.stats()
     labels = w.given() | {'density_ratio': jnp.asarray(ratio_G)[:, None]}
-    found = unpaired.bco(policy, ref, labels, beta=0.3, weighted=True).per_item[:6]
+    found = unpaired.bco_udm(policy, ref, labels, beta=0.3).per_item[:6]
     x = 0.3 * w.z[:, 0] - (0.3 * w.z[:, 0]).mean()
     wanted = np.where(w.desirable > 0.5, sp(-x), ratio_G[:6].astype(np.float64) * sp(x))
     np.testing.assert_allclose(found, wanted, rtol=1e-5)

@@ -33,7 +33,9 @@ COUPLED = {
     'group_robust': _of(batchwise.group_robust, beta=0.5, groups=3, rate=0.7),
     'kto': _of(unpaired.kto, beta=0.5, desirable_weight=1.5),
     'bco': _of(unpaired.bco, beta=0.5),
+    'bco_udm': _of(unpaired.bco_udm, beta=0.5),
 }
+LABELS = 'desirable', 'group', 'density_ratio'
 CONFIG = architecture.Config(50, 1, 16, 2, 1, 8, 24, 64, score_outputs=1)
 ONE = sharding.make_mesh('', devices=jax.devices()[:1])
 # At rest, so that a second step begins with another state of the loss and the same parameters.
@@ -56,7 +58,7 @@ def objective_of(kind, mesh):
     loss, objective = _of(reward.length_debiased, penalty=3.0), objectives.reward
   else:
     loss, objective = together, _of(objectives.preference, dense=())
-  needs = tracing.trace(loss, group_size=2, labels=('desirable', 'group'))
+  needs = tracing.trace(loss, group_size=2, labels=LABELS)
   return objective(model=model, loss_fn=loss, needs=needs), needs.state, model
 
 
@@ -74,7 +76,7 @@ def batch_of(pairs, kind, micros, rows, together):
     # A response is scored at its last token.
     mask = np.roll(batch.mask_BT, -1, axis=1) < batch.mask_BT if kind == 'scores' else batch.mask_BT
     used = batch.group_BS >= 0
-    labels = {'desirable': number % 3 != 0, 'group': number % 3}
+    labels = {'desirable': number % 3 != 0, 'group': number % 3, 'density_ratio': 1 + number % 2}
     made.append(
         dataclasses.replace(
             batch,
@@ -139,12 +141,12 @@ class TestWholeStep:
       jax.tree.map(_of(np.testing.assert_allclose, rtol=1e-3, atol=1e-7), moments, moments_1)
       jax.tree.map(_of(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), state, state_1)
 
-  @pytest.mark.parametrize('kind,states', [('responses', 5), ('scores', 0)])
+  @pytest.mark.parametrize('kind,states', [('responses', 7), ('scores', 0)])
   def test_hands_a_state_on_and_has_metrics_that_are_no_zeros(self, kind, states):
     (first, _, means, _), (second, _, _, _) = after_two_steps(kind, '', **SINGLE)
     moved = jax.tree.map(lambda a, b: np.any(a != b), first, second)
     assert all(jax.tree.leaves(moved))
-    assert len(jax.tree.leaves(moved)) == states  # of BCO and beta-DPO two each, and of the groups
+    assert len(jax.tree.leaves(moved)) == states  # of BCO, the same by prompts and beta-DPO two each, and of the groups
     assert all(x != 0 for name, x in means.items() if 'kl' not in name), means
 
 
@@ -152,5 +154,5 @@ class TestNeeds:
 
   @pytest.mark.parametrize('name', COUPLED)
   def test_tell_that_each_sees_the_whole_step(self, name):
-    needs = tracing.trace(COUPLED[name], group_size=2, labels=('desirable', 'group'))
+    needs = tracing.trace(COUPLED[name], group_size=2, labels=LABELS)
     assert needs.whole_step

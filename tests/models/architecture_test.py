@@ -65,6 +65,14 @@ class TestFlopsPerToken:
     assert architecture.flops_per_token(llama, 8192) == 3 * (2 * matrices + attention)
     assert architecture.flops_per_token(llama, 8192, frozen=True) == 2 * 2 * matrices + 3 * attention
 
+  def test_counts_one_more_pass_forward_of_a_live_reference(self):
+    # Of each of two layers: queries, keys with values, what follows them, and three products of the feed-forward half.
+    layer = 16 * 24 + 2 * 16 * 12 + 24 * 16 + 3 * 16 * 32
+    forward = 2 * (2 * layer + 16 * 100), 2 * 2 * 2 * 24 * (10 / 2)  # the head too; scores, then values, of five keys
+    config = architecture.Config(100, 2, 16, 4, 2, 6, 32, 64)
+    assert architecture.flops_per_token(config, 10, live=True) == 4 * sum(forward)
+    assert architecture.flops_per_token(config, 10, frozen=True, live=True) == 3 * forward[0] + 4 * forward[1]
+
   def test_counts_the_keys_of_a_window(self):
     whole = architecture.flops_per_token(architecture.Config(*SIZES), 100)
     local = architecture.flops_per_token(architecture.Config(*SIZES, pattern=('local',), window=10), 100)
