@@ -15,7 +15,6 @@ checkpoints/STEP/reference    what a reference that follows the policy has in pl
 from collections.abc import Mapping
 import dataclasses
 import json
-import os
 import pathlib
 from typing import Any
 from typing import NamedTuple
@@ -206,14 +205,6 @@ def save_base(directory: pathlib.Path, ref: reference.Reference) -> None:
 def is_checkpoint(path: pathlib.Path) -> bool:
   """Whether a path is a workdir, its folder of checkpoints or one checkpoint."""
   return any((folder / 'run.json').exists() for folder in (path, path / 'checkpoints', path.parent))
-
-
-def check_writable(workdir: pathlib.Path) -> None:
-  """Raises UsageError where `--workdir` cannot be made or written; makes nothing."""
-  there = next(path for path in (workdir, *workdir.parents) if path.exists())
-  if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-    problem = 'may not be written' if there.is_dir() else 'is a file'
-    raise types.UsageError(f'--workdir={workdir}: {there} {problem}')
 
 
 def find(directory: str | pathlib.Path) -> tuple[pathlib.Path, int]:

@@ -206,11 +206,19 @@ def _train(args: flags.FlagValues) -> None:
   bindings = config.bindings()
   summary = resume.finished(job, bindings, config.query('loop.Options.steps'))
   if summary is None:
-    checkpoint.check_writable(job.workdir)
+    _check_writable(job.workdir)
     configured = lambda: (bindings, config.checked_operative())
     summary = config.get('train.train')(job, recipe=recipe, config=configured)
   if jax.process_index() == 0:
     sys.stdout.write(json.dumps(summary, indent=1) + '\n')
+
+
+def _check_writable(workdir: pathlib.Path) -> None:
+  """Raises UsageError where `--workdir` cannot be made or written; makes nothing."""
+  there = next(path for path in (workdir, *workdir.parents) if path.exists())
+  if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    problem = 'may not be written' if there.is_dir() else 'is a file'
+    raise types.UsageError(f'--workdir={workdir}: {there} {problem}')
 
 
 def _restored(args: flags.FlagValues) -> tuple[pathlib.Path, dict]:

@@ -141,10 +141,8 @@ def model_directory(spec: str) -> pathlib.Path:
   """
   path = asset(spec.removeprefix('builtin:')) if spec.startswith('builtin:') else pathlib.Path(spec)
   if not path.exists():
-    raise types.UsageError(
-        f'{spec}: no such file or directory (--model is a Hugging Face directory, a checkpoint of'
-        ' jaxalign, or a name in gin_configs/models)'
-    )
+    wanted = '--model is a Hugging Face directory, a checkpoint of jaxalign, or a name in gin_configs/models'
+    raise types.UsageError(f'{spec}: no such file or directory ({wanted})')
   return path
 
 
@@ -341,14 +339,11 @@ def bind(
   """The recipe's objective for `model`, as the step takes it; `ref_model` is of a live reference.
 
   Raises:
-    UsageError: the loss reads a reference, but the objective, which takes no `ref_model`, has none; or what else the
-      objective refuses.
+    UsageError: the loss reads a reference, but the objective takes no `ref_model`; or the objective refuses more.
   """
   if needs.reference and 'ref_model' not in inspect.signature(recipe.objective).parameters:
-    fields = ', '.join(sorted(field for field in needs.fields if field.startswith('ref.')))
-    raise types.UsageError(
-        f'the loss reads {fields}, but recipe.Recipe.objective is of scores, which have no reference; bind'
-        ' objectives.preference or objectives.supervised'
-    )
+    fields = ', '.join(sorted(name for name in needs.fields if name.startswith('ref.')))
+    problem = 'but the objective is of scores, which have no reference; bind objectives.preference or supervised'
+    raise types.UsageError(f'the loss reads {fields}, {problem}')
   live = {'ref_model': ref_model} if ref_model is not None else {}
   return recipe.objective(model=model, loss_fn=recipe.loss_fn, needs=needs, **live)
