@@ -32,7 +32,7 @@ AGGREGATES = {'token': None, 'sequence': None, 'constant': 7}
 # By the number of micro-batches: packed, a sequence a row, and packed with half of the rows empty.
 LAYOUTS = {
     'one': dict(micros=1, rows=8, together=3),
-    'two': dict(micros=2, rows=8, together=1),
+    'two': dict(micros=2, rows=10, together=1),
     'four': dict(micros=4, rows=8, together=2),
 }
 SINGLE = dict(micros=1, rows=16, together=1)
@@ -48,9 +48,10 @@ def number(g, k, name):
 
 
 def batch_of(micros, rows, together):
-  """Eight groups of two as a step; as numpy, with log-probabilities beside the labels."""
-  made, count = [], GROUPS // micros
-  for first in range(0, GROUPS, count):
+  """Eight groups of two as a step, shared unevenly by its micro-batches; log-probabilities are beside the labels."""
+  made, bounds = [], {1: (0, 8), 2: (0, 3, 8), 4: (0, 1, 3, 6, 8)}[micros]
+  for first, stop in zip(bounds, bounds[1:]):
+    count = stop - first
     places = [(g, k) for k in range(SIZE) for g in range(count)]  # a group is never in one row
     sequence = lambda g, k, first=first: (g, k, PAIRS[first + g][0], PAIRS[first + g][1 + k])
     layout = [[sequence(*x) for x in places[i : i + together]] for i in range(0, len(places), together)]
@@ -125,10 +126,6 @@ class TestAggregates:
     np.testing.assert_allclose(mean, gold(aggregate), rtol=1e-5)
     alone = found('', **SINGLE)[aggregate][1]
     np.testing.assert_allclose(np.sort(slopes), np.sort(alone), rtol=1e-4, atol=1e-8)
-
-  def test_differ(self):
-    values = [gold(aggregate) for aggregate in AGGREGATES]
-    assert min(abs(x - y) for i, x in enumerate(values) for y in values[:i]) > 1e-3
 
   def test_weigh_tokens_by_the_length_of_their_response_or_not(self):
     """With REINFORCE and advantages of 1: 1 / N, 1 / (R n) and 1 / (R L)."""
