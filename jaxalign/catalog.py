@@ -8,7 +8,7 @@ from jaxalign import types
 
 ROOT = pathlib.Path(__file__).parent / 'gin_configs'
 # Where in tests/losses the losses of a module are tested, if not in methods_test.py.
-_TESTED_IN = {'supervised': 'supervised', 'reward': 'reward', 'pointwise': 'reward'}
+_TESTED_IN = {'supervised': 'supervised', 'reward': 'reward', 'pointwise': 'reward', 'policy': 'policy'}
 
 
 def algorithms(root: pathlib.Path = ROOT) -> dict[str, str]:
@@ -19,6 +19,11 @@ def algorithms(root: pathlib.Path = ROOT) -> dict[str, str]:
       first = path.read_text(encoding='utf-8').splitlines()[0]
       found[path.stem] = first.removeprefix(f'# {path.stem}:').strip()
   return found
+
+
+def is_online(name: str) -> bool:
+  """Whether an algorithm trains on what it samples."""
+  return "'families/online.gin'" in (ROOT / f'{name}.gin').read_text(encoding='utf-8')
 
 
 def check_algorithm(name: str) -> None:

@@ -69,7 +69,7 @@ def targets_fn(
     needs: tracing.Needs,
     dense: tuple[str, ...],
     ref_model: transformer.Transformer | None,
-    rivals: int | None,
+    rivals: int | None = None,
 ) -> StatsFn:
   """Builds the first half of an objective on log-probabilities.
 

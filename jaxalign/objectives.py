@@ -79,7 +79,6 @@ def policy_gradient(
     aggregate: str = 'token',
     max_tokens: int | None = None,
     dense=('entropy',),
-    rivals: int = 5,
 ) -> Objective:
   """Objective of policy-gradient losses (`losses.policy`), averaged over the whole step as `aggregate` says.
 
@@ -90,7 +89,7 @@ def policy_gradient(
 
   A response of which no token counts (it was cut off, and masked) counts as one whose loss is 0, as in TRL. Metrics are
   means over tokens. Where the batch has no `old_logps`, those of the policy itself serve, for a rollout's only update:
-  the ratio is then exactly 1. For `rivals` see `supervised`.
+  the ratio is then exactly 1.
 
   Raises:
     UsageError: there is no such `aggregate`, or `max_tokens` is not what it asks for.
@@ -108,7 +107,7 @@ def policy_gradient(
     out = loss_fn(_policy(stats, batch), _reference(stats, batch), labels, state=loss_state)
     return _per_token(out, stats, batch, _AGGREGATES[aggregate](out.per_item, batch, max_tokens))
 
-  stats = forward.targets_fn(model, needs, _dense(dense, needs), ref_model, rivals)
+  stats = forward.targets_fn(model, needs, _dense(dense, needs), ref_model)
   return Objective(stats, loss, needs.whole_step)
 
 

@@ -17,6 +17,8 @@ SAID = {
     'group_robust': {'group': 1},
     'bco_udm': {'completion': ' ran away.', 'label': False, 'density_ratio': 1.0},
 }
+# What algorithms sample that train on their own samples.
+FEW = ('prompts = 4', 'samples = 2', 'max_new_tokens = 16')
 LOG_2 = math.log(2)
 # The loss before the first update, where the policy is its own reference and a new head is zero.
 FIRST_LOSS = {
@@ -73,6 +75,8 @@ def test_trains_from_the_loss_that_its_file_promises(algo, cache, tmp_path, caps
     pair = {'prompt': 'Tom', 'chosen': ' was happy.', 'rejected': ' was sad and cried.'} | SAID[algo]
     (tmp_path / 'own.jsonl').write_text(8 * (json.dumps(pair) + '\n'))
     more = [f'--data=jsonl:{tmp_path / "own.jsonl"}']
+  if catalog.is_online(algo):
+    more = ['--reward=tests.runs:vowels', *(f'--gin=rollouts.Options.{one}' for one in FEW)]
   assert main.main([*flags(algo, cache, tmp_path / 'w'), *more]) == 0, capsys.readouterr().err
   lines = runs.logged(tmp_path / 'w')
   assert list(lines) == [1, 2, 3]

@@ -28,7 +28,7 @@ PROMPTS = [f'{name} was a' for name in ('Tom', 'Anna', 'Ben', 'Lily', 'Max')]
 
 def of_vowels(responses, prompts, name):
   assert all(prompt.startswith(one) for prompt, one in zip(prompts, name, strict=True))
-  return [float(sum(text.count(vowel) for vowel in 'aeiou')) for text in responses]
+  return runs.vowels(responses)
 
 
 OPTIONS = rollouts.Options(

@@ -18,6 +18,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 TIMED = {'tokens_per_s', 'step_time', 'mfu'}
 
 
+def vowels(responses):
+  """A reward that differs between responses of a model that knows nothing."""
+  return [float(sum(text.count(vowel) for vowel in 'aeiou')) for text in responses]
+
+
 def write_pairs(path, count=40):
   rng = random.Random(0)
   text = lambda: ' ' + ' '.join(

@@ -137,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--gin', action='append', default=[], help='bindings for every run')
   parser.add_argument('--output', type=pathlib.Path, required=True, help='where runs, table and plot go')
   args = parser.parse_args(argv)
-  policies = [a for a in catalog.algorithms() if a not in _LEFT_OUT and not a.startswith('rm')]
+  offline = (a for a in catalog.algorithms() if not catalog.is_online(a))
+  policies = [a for a in offline if a not in _LEFT_OUT and not a.startswith('rm')]
   algos = policies if args.algos == 'all' else args.algos.split(',')
   for algo in algos:
     catalog.check_algorithm(algo)
