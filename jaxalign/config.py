@@ -105,7 +105,9 @@ def parse_saved(texts: Sequence[str], user_files: Sequence[str], bindings: Seque
   """
 
   def package() -> None:
-    with contextlib.chdir(catalog.ROOT), _explained('the bindings of the checkpoint (modules of yours: --gin_file)'):
+    with contextlib.chdir(catalog.ROOT), _explained(
+        'the bindings of the checkpoint (give --gin_file=FILE beside modules of yours)'
+    ):
       for text in texts:
         gin.parse_config(text)
 

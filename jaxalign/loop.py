@@ -118,6 +118,8 @@ def run(
       that was running is then saved.
   """
   first = step = int(state.step)
+  if first >= options.steps:
+    return state  # A run that went further: what it would read next was not prepared.
   progress = metrics.Progress(step, options.steps)
   due = lambda every: step == options.steps or (every > 0 and step % every == 0)
   running: list[step_lib.StepMetrics] = []

@@ -61,6 +61,7 @@ def supervised(
 
   A rival of a target, where the loss reads one, is drawn from the `rivals` likeliest tokens, 5 where none are bound.
   """
+  tracing.check('supervised', needs, of_tokens=True)
 
   def loss(stats, batch, loss_state):
     policy, ref = _policy(stats, batch), _reference(stats, batch)
@@ -101,6 +102,8 @@ def policy_gradient(
     raise types.UsageError(
         f'objectives.policy_gradient.max_tokens = {max_tokens} with aggregate = {aggregate!r}: {wanted}'
     )
+
+  tracing.check('policy_gradient', needs, of_tokens=True)
 
   def loss(stats, batch, loss_state):
     labels = {'old_logps': jax.lax.stop_gradient(stats['logps'])} | _labels(batch)
@@ -143,6 +146,7 @@ def preference(
 
   The batch carries `ref_logps_BT` where the loss reads a reference that is not live; for `rivals` see `supervised`.
   """
+  tracing.check('preference', needs, of_tokens=False)
 
   def loss(stats, batch, loss_state):
     policy, ref = _policy(stats, batch), _reference(stats, batch)
@@ -166,6 +170,7 @@ def reward(*, model: transformer.Transformer, loss_fn: tracing.LossFn, needs: tr
 
   The data marks one position per response, where the model has just read its last token; the head is read there.
   """
+  tracing.check('reward', needs, of_tokens=False, given=tracing.OF_RESPONSES)
 
   def loss(stats, batch, loss_state):
     # The position of its last token tells how long a response is, as all of a group follow the same prompt.
@@ -189,6 +194,7 @@ def process(*, model: transformer.Transformer, loss_fn: tracing.LossFn, needs: t
 
   The data marks the position where the model has just read a step's last token; the head is read there.
   """
+  tracing.check('process', needs, of_tokens=True, given=tracing.OF_STEPS)
 
   def loss(stats, batch, loss_state):
     policy = types.Stats(scores_BTO=stats['scores'], mask_BT=batch.mask_BT)

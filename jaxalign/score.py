@@ -81,13 +81,14 @@ def score(
     raise types.UsageError(f'--per={per}: it is one of {", ".join(scored.PER)}')
   if recipe is not None and recipe.scored_fn is None:
     raise types.UsageError('--gin_file: nothing binds recipe.Recipe.scored_fn, which is all that is read of it here')
+  specs = sources.parse_all(job.data)
   with jax.set_mesh(job.mesh):
     loaded = recipe_lib.load(job.model, job.mesh)
     reading = _reading(job, loaded, per, recipe)
     context = loaded.model.config.max_length
     if row_length is not None and row_length > context:
       raise types.UsageError(f'--row_length={row_length}: the context of the model is {context} tokens')
-    loader = _open(job, loaded.tokenizer, reading.example_fn, row_length or min(_LENGTH, context))
+    loader = _open(job, specs, loaded.tokenizer, reading.example_fn, row_length or min(_LENGTH, context))
     scores = lambda params, batch: jax.lax.map(functools.partial(reading.outputs, params), batch)
     fn = jax.jit(scores, out_shardings=sharding.named(job.mesh))
     found: dict[int, dict[int, np.ndarray]] = {}
@@ -96,7 +97,7 @@ def score(
       values = np.asarray(fn(loaded.params, batch))
       for place in loader.places(plan):
         found.setdefault(place.record, {})[place.slot] = values[place.micro, place.row][place.targets]
-  own = [sources.open_source(spec, job.data_dir) for spec in sources.parse_all(job.data)]
+  own = [sources.open_source(spec, job.data_dir) for spec in specs]
   return (
       _scored(loader.dataset, own, record, slots, per, reading.combine_fn) for record, slots in sorted(found.items())
   )
@@ -174,8 +175,7 @@ def _ratios(job: recipe_lib.Job, loaded: checkpoint.Loaded, per: str) -> Callabl
   return ratios
 
 
-def _open(job: recipe_lib.Job, tokenizer, example_fn: Callable, row_length: int) -> loader_lib.Loader:
-  specs = sources.parse_all(job.data)
+def _open(job: recipe_lib.Job, specs: list[str], tokenizer, example_fn: Callable, row_length: int) -> loader_lib.Loader:
   datasets = [recipe_lib.open_source(job, example_fn, tokenizer, spec, row_length) for spec in specs]
   # The responses of a record lie in one micro-batch. Placed one by one where there is room, the longest first, they
   # leave at most one row half empty.

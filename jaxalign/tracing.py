@@ -1,7 +1,9 @@
 """What a loss needs of batch, model and reference, found by tracing it."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
+import contextlib
 from typing import Any
 from typing import NamedTuple
 
@@ -20,10 +22,12 @@ class Needs(NamedTuple):
   Attributes:
     fields: that it reads: 'policy.logps_GK', 'ref.logratios_GK', 'labels.margin', ...
     state: its first state, zeros; `()` for most losses.
+    of_tokens: whether it gives a value per token, or else per group; None where that was not traced.
   """
 
   fields: frozenset[str] = frozenset()
   state: types.PyTree = ()
+  of_tokens: bool | None = None
 
   @property
   def reference(self) -> bool:
@@ -48,6 +52,12 @@ class Needs(NamedTuple):
 
 # Fields of `types.Stats` that a reference alone has, and those that it has like the policy.
 _OF_REF = frozenset({'logratios_GK', 'kl_BT', 'entropy_GK'})
+# What a head gives of responses and tokens; other fields of the policy are of the language model.
+_OF_HEADS = frozenset({'policy.rewards_GK', 'policy.outputs_GKO', 'policy.scores_BTO'})
+OF_RESPONSES = frozenset(
+    {'policy.rewards_GK', 'policy.outputs_GKO', 'policy.tokens_GK', 'policy.valid_GK', 'policy.valid_G'}
+)
+OF_STEPS = frozenset({'policy.scores_BTO', 'policy.mask_BT'})
 _OF_BOTH = frozenset({'logps_BT', 'mask_BT', 'logps_GK', 'tokens_GK'})
 
 
@@ -89,7 +99,8 @@ def trace(
     outputs: of the head that scores, 0 where there is none.
 
   Raises:
-    UsageError: the loss reads a label or a response that the data lacks, or of a model what there is not.
+    UsageError: the loss reads a label or a response that the data lacks, or of a model what there is not, or not which
+      responses are better although the data say it.
   """
   found: set[str] = set()
   missing: list[str] = []
@@ -107,10 +118,11 @@ def trace(
 
   def run(policy, ref, given):
     recorders = (_Recorder(*one, found, missing) for one in (('policy', policy), ('ref', ref), ('labels', given)))
-    return loss_fn(*recorders, state=()).state
+    return loss_fn(*recorders, state=())
 
   try:
-    state = jax.eval_shape(run, of_policy, of_ref, given)
+    with _checked_indices():
+      out = jax.eval_shape(run, of_policy, of_ref, given)
   except (KeyError, AttributeError) as err:
     if not missing:  # It is of the loss itself. What gin makes of an error does not tell the name.
       raise
@@ -119,4 +131,58 @@ def trace(
     raise types.UsageError(f'the loss reads more responses to a prompt than the {group_size} of the data') from err
   if 'policy.values_GK' in found and not outputs:
     raise types.UsageError('the loss reads policy.values_GK of a head: bind recipe.Recipe.score_outputs = 1')
-  return Needs(frozenset(found), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state))
+  of_tokens = len(out.per_item.shape) == 2
+  if not of_tokens:
+    _check_read(found, labels, group_size)
+  state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out.state)
+  return Needs(frozenset(found), state, of_tokens)
+
+
+def _check_read(found: set[str], labels: tuple[str, ...], group_size: int) -> None:
+  """Raises UsageError where the data say which responses are better, and the loss does not read it."""
+  # Pairs have scores too, but their first response is the better one anyway.
+  telling = ('desirable', *(['score'] if group_size > 1 and 'margin' not in labels else []))
+  for name in telling:
+    if name in labels and f'labels.{name}' not in found:
+      raise types.UsageError(
+          f'the data have labels.{name}, by which responses are better, and the loss does not read it: choose one that'
+          ' does, or other data (recipe.Recipe.example_fn = @feedback.pairs_of_list makes pairs of lists)'
+      )
+
+
+@contextlib.contextmanager
+def _checked_indices() -> Iterator[None]:
+  """An index beyond an axis is an error, and not the last place there."""
+  before = jax.config.jax_check_static_indices  # type: ignore[attr-defined]
+  jax.config.update('jax_check_static_indices', True)
+  try:
+    yield
+  finally:
+    jax.config.update('jax_check_static_indices', before)
+
+
+def check(name: str, needs: Needs, *, of_tokens: bool, given: frozenset[str] | None = None) -> None:
+  """Raises UsageError where a loss is of another kind than the objective.
+
+  Args:
+    name: of the objective.
+    needs: of the loss.
+    of_tokens: whether the objective sums values of tokens, or of groups.
+    given: what it gives of the policy; None for all but what heads make.
+  """
+  kinds = {
+      'supervised': 'tokens of demonstrations',
+      'policy_gradient': 'tokens of sampled responses',
+      'preference': 'groups of responses',
+      'reward': 'scores of responses',
+      'process': 'scores of steps',
+  }
+  read = {field for field in needs.fields if field.startswith('policy.')}
+  wrong = sorted(read & _OF_HEADS if given is None else read - given)
+  if not wrong and needs.of_tokens in (None, of_tokens):
+    return
+  problem = f'it reads {wrong[0]}' if wrong else f'it gives a value per {"token" if needs.of_tokens else "group"}'
+  raise types.UsageError(
+      f'the loss is of another kind than recipe.Recipe.objective = @objectives.{name}, which is of {kinds[name]}:'
+      f' {problem}; bind the objective of its kind, or start from an --algo whose loss is'
+  )

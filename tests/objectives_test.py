@@ -16,6 +16,7 @@ from jaxalign import tracing
 from jaxalign import types
 from jaxalign.losses import pointwise
 from jaxalign.losses import preference
+from jaxalign.losses import reference_free
 from jaxalign.losses import reward
 from jaxalign.losses import supervised
 from jaxalign.losses import unpaired
@@ -339,3 +340,38 @@ class TestNeeds:
 
     with pytest.raises(types.UsageError, match="reads the label 'stars', but the data has only margin"):
       tracing.trace(loss, group_size=2, labels=('margin',))
+
+  @pytest.mark.parametrize('loss,size', [(DPO, 1), (functools.partial(reference_free.tpo, beta=1.0, alpha=1.0), 2)])
+  def test_say_that_the_data_have_fewer_responses_than_the_loss_reads(self, loss, size):
+    with pytest.raises(types.UsageError, match=f'reads more responses to a prompt than the {size} of the data'):
+      tracing.trace(loss, group_size=size, labels=())
+    assert jax.eval_shape(lambda x: x[1], jax.ShapeDtypeStruct((1,), jnp.float32)).shape == ()  # as it was
+
+  @pytest.mark.parametrize('label,size', [('score', 2), ('score', 4), ('desirable', 1), ('desirable', 2)])
+  def test_are_which_responses_are_better_where_the_data_say_it(self, label, size):
+    loss = lambda policy, ref, labels, *, state: types.LossOut(policy.logps_GK[:, 0], {}, state)
+    with pytest.raises(types.UsageError, match=f'the data have labels.{label}, by which responses are better, and the'):
+      tracing.trace(loss, group_size=size, labels=(label, 'other'))
+
+
+class TestKinds:
+
+  @pytest.mark.parametrize(
+      'make,loss,said',
+      [
+          (objectives.reward, DPO, 'reward, which is of scores of responses: it reads policy.logps_GK'),
+          (
+              objectives.process,
+              reward.bradley_terry,
+              'process, which is of scores of steps: it reads policy.rewards_GK',
+          ),
+          (objectives.preference, reward.bradley_terry, 'preference, .*: it reads policy.rewards_GK'),
+          (objectives.preference, supervised.cross_entropy, 'preference, .*: it gives a value per token'),
+          (objectives.supervised, DPO, 'supervised, which is of tokens of demonstrations: it gives a value per group'),
+          (objectives.policy_gradient, DPO, 'policy_gradient, .*: it gives a value per group'),
+      ],
+  )
+  def test_of_loss_and_objective_have_to_agree(self, make, loss, said):
+    needs = tracing.trace(loss, group_size=2, labels=('margin',))
+    with pytest.raises(types.UsageError, match=f'of another kind than recipe.Recipe.objective = @objectives.{said}'):
+      make(model=MODEL, loss_fn=loss, needs=needs)

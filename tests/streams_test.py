@@ -98,7 +98,7 @@ class TestOpenStreams:
     follows = open_streams(job, dataclasses.replace(DPO, sync=reference.Sync(every=1, alpha=1.0)), *tiny)
     assert all(one.needs.reference for one in (cached, live, follows))
     assert (cached.live, live.live, follows.live) == (False, True, True)
-    for pull in (lambda s: next(s.training_batches(0, 0))[1], lambda s: next(s.held_batches())):
+    for pull in (lambda s: next(s.training_batches((0, 0), dict))[1], lambda s: next(s.held_batches())):
       one, other = pull(cached), pull(live)
       assert np.asarray(one.ref_logps_BT)[np.asarray(one.mask_BT) > 0].max() < 0
       np.testing.assert_array_equal(one.inputs_BT, other.inputs_BT)
@@ -114,7 +114,7 @@ class TestOpenStreams:
     data = write(job.workdir.parent / 'texts.jsonl', [{'prompt': 'Once', 'completion': ' a cat'}] * 3)
     streams = open_streams(dataclasses.replace(job, data=data, eval_data=''), SFT, *tiny)
     assert not streams.needs.reference
-    assert next(streams.training_batches(0, 0))[1].ref_logps_BT is None
+    assert next(streams.training_batches((0, 0), dict))[1].ref_logps_BT is None
     assert not list(job.cache_dir.glob('ref-*'))
 
   def test_opens_for_evaluation_alone_where_there_are_no_steps(self, job, tiny):
@@ -146,9 +146,9 @@ class TestStreams:
   def test_yields_the_state_to_resume_from(self, job, tiny):
     packing = dataclasses.replace(DPO.packing, groups_per_step=4)
     streams = open_streams(job, dataclasses.replace(DPO, reference='live', packing=packing), *tiny)
-    from_start = [next(pulled) for pulled in [streams.training_batches(0, 0)] for _ in range(5)]
+    from_start = [next(pulled) for pulled in [streams.training_batches((0, 0), dict)] for _ in range(5)]
     assert [state for state, _ in from_start] == [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
-    resumed = streams.training_batches(0, 2)
+    resumed = streams.training_batches((0, 2), dict)
     for state, batch in from_start[2:4]:
       again_state, again = next(resumed)
       assert again_state == state

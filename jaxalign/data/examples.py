@@ -270,7 +270,7 @@ def of_texts(
     tokens = [_learn_prompt(one, keep) for one in tokens]
   fitted = _fit(tokens, row_length + 1, keep)
   if whole and any(len(a.body) < len(b.body) for a, b in zip(fitted, tokens)):
-    raise Dropped('longer than a row without its prompt')
+    raise Dropped('longer than a row without its prompt (loader.Packing.row_length)')
   sequences = tuple(_sequence(one) for one in fitted)
   if not all(sequence.mask.any() for sequence in sequences):
     raise Dropped('nothing to learn: empty response')

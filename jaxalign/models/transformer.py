@@ -197,7 +197,8 @@ def build(
     raise types.UsageError(f'recipe.Recipe.attention = {attention!r}: it is one of {", ".join(attention_lib.KERNELS)}')
   if length > config.max_length:
     raise types.UsageError(
-        f'loader.Packing.row_length = {length}: the context of the model is {config.max_length} tokens'
+        f'loader.Packing.row_length = {length}: the context of the model is {config.max_length} tokens; bind no more'
+        f' (--gin=loader.Packing.row_length={config.max_length})'
     )
   name = attention or attention_lib.pick(
       mesh, dtype, head_size=config.head_size, length=length, softcap=config.attn_softcap
