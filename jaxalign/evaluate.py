@@ -228,7 +228,7 @@ class Evaluator:
       recipe: recipe_lib.Recipe,
       model: transformer.Transformer,
       tokenizer: tokenizers.Tokenizer,
-      streams: streams_lib.Streams,
+      streams: streams_lib.Streams | streams_lib.Online,
       samples: Samples | None,
       counter: metrics.Compilations,
       frozen: types.PyTree,
@@ -283,20 +283,26 @@ def evaluate(
 ) -> dict[str, float]:
   """Evaluates a checkpoint on `--eval_data` (by default that of its run), with its own reference, on any mesh.
 
+  Of a run that trained on what it sampled, prompts alone are held out (`samples`).
+
   Returns:
     Metrics by name, as in summary.json.
 
   Raises:
     UsageError: there are no held-out data.
   """
-  if not job.eval_data:
+  if not job.eval_data and recipe.rollouts is None:
     raise types.UsageError('--mode=eval: the run of this checkpoint held nothing out; give --eval_data')
   counter = metrics.Compilations()
   with jax.set_mesh(job.mesh):
     loaded = checkpoint.load(directory, job.mesh)
-    streams = streams_lib.open_streams(job, recipe, loaded.tokenizer, train=False)
+    streams: streams_lib.Streams | streams_lib.Online
+    if recipe.rollouts is not None:
+      streams = streams_lib.open_prompts(job, recipe, loaded.tokenizer, loaded.model)
+    else:
+      streams = streams_lib.open_streams(job, recipe, loaded.tokenizer, train=False)
     ref = checkpoint.load_reference(directory, loaded, job.mesh) if streams.needs.reference else None
-    if ref is not None and streams.cached:
+    if ref is not None and isinstance(streams, streams_lib.Streams) and streams.cached:
       streams = streams_lib.with_reference(streams, job, recipe, ref, steps=0, counter=counter)
     loss_state = checkpoint.load_loss_state(directory, streams.needs.state, job.mesh)
     live = ref.alone() if ref is not None and streams.live else None

@@ -185,6 +185,7 @@ def _needs(recipe: recipe_lib.Recipe, data: dataset.Joined) -> tracing.Needs:
       token_labels=data.token_label_names,
       outputs=recipe.score_outputs,
   )
+  tracing.check_read(needs, data.label_names, data.group_size)
   if np.any(data.lengths_NK == 0) and 'policy.valid_GK' not in needs.fields:
     raise types.UsageError(
         f'the loss reads {data.group_size} responses to every prompt, but some have fewer; choose a loss on lists'

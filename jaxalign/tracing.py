@@ -99,8 +99,7 @@ def trace(
     outputs: of the head that scores, 0 where there is none.
 
   Raises:
-    UsageError: the loss reads a label or a response that the data lacks, or of a model what there is not, or not which
-      responses are better although the data say it.
+    UsageError: the loss reads a label or a response that the data lacks, or of a model what there is not.
   """
   found: set[str] = set()
   missing: list[str] = []
@@ -131,19 +130,22 @@ def trace(
     raise types.UsageError(f'the loss reads more responses to a prompt than the {group_size} of the data') from err
   if 'policy.values_GK' in found and not outputs:
     raise types.UsageError('the loss reads policy.values_GK of a head: bind recipe.Recipe.score_outputs = 1')
-  of_tokens = len(out.per_item.shape) == 2
-  if not of_tokens:
-    _check_read(found, labels, group_size)
   state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out.state)
-  return Needs(frozenset(found), state, of_tokens)
+  return Needs(frozenset(found), state, len(out.per_item.shape) == 2)
 
 
-def _check_read(found: set[str], labels: tuple[str, ...], group_size: int) -> None:
-  """Raises UsageError where the data say which responses are better, and the loss does not read it."""
+def check_read(needs: Needs, labels: tuple[str, ...], group_size: int) -> None:
+  """Raises UsageError where the data say which responses are better, and a loss on groups does not read it.
+
+  Args:
+    needs: of the loss.
+    labels: names of the labels that the data has of responses.
+    group_size: K, responses per group in the data.
+  """
   # Pairs have scores too, but their first response is the better one anyway.
   telling = ('desirable', *(['score'] if group_size > 1 and 'margin' not in labels else []))
   for name in telling:
-    if name in labels and f'labels.{name}' not in found:
+    if not needs.of_tokens and name in labels and f'labels.{name}' not in needs.fields:
       raise types.UsageError(
           f'the data have labels.{name}, by which responses are better, and the loss does not read it: choose one that'
           ' does, or other data (recipe.Recipe.example_fn = @feedback.pairs_of_list makes pairs of lists)'

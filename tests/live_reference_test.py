@@ -126,11 +126,16 @@ class TestRivals:
     counts = np.asarray(batch.mask_BT) > 0
     np.testing.assert_allclose(np.asarray(stats['rival_logps'])[counts], log_p.max(-1)[counts], rtol=1e-5)
 
-  @pytest.mark.parametrize('loss', [functools.partial(preference.dpo, beta=0.5), supervised.cross_entropy])
-  def test_are_refused_where_the_loss_reads_none(self, loss):
-    for make in (objectives.preference, objectives.supervised):
-      with pytest.raises(types.UsageError, match='rivals = 5: bound, but the loss reads no rivals; leave it out'):
-        objective_of(loss, make, ref_model=None, rivals=5)
+  @pytest.mark.parametrize(
+      'make,loss',
+      [
+          (objectives.preference, functools.partial(preference.dpo, beta=0.5)),
+          (objectives.supervised, supervised.cross_entropy),
+      ],
+  )
+  def test_are_refused_where_the_loss_reads_none(self, make, loss):
+    with pytest.raises(types.UsageError, match='rivals = 5: bound, but the loss reads no rivals; leave it out'):
+      objective_of(loss, make, ref_model=None, rivals=5)
 
   @pytest.mark.parametrize('rivals', [0, 50])
   def test_are_no_more_than_there_are(self, rivals):

@@ -351,7 +351,8 @@ class TestNeeds:
   def test_are_which_responses_are_better_where_the_data_say_it(self, label, size):
     loss = lambda policy, ref, labels, *, state: types.LossOut(policy.logps_GK[:, 0], {}, state)
     with pytest.raises(types.UsageError, match=f'the data have labels.{label}, by which responses are better, and the'):
-      tracing.trace(loss, group_size=size, labels=(label, 'other'))
+      tracing.check_read(tracing.trace(loss, group_size=size, labels=(label,)), (label, 'other'), size)
+    tracing.check_read(tracing.trace(loss, group_size=2, labels=('score',)), ('score', 'margin'), 2)  # a pair
 
 
 class TestKinds:

@@ -164,7 +164,7 @@ class TestOptions:
 
 class TestRuns:
 
-  def test_of_grpo_are_resumed_bit_for_bit_in_the_midst_of_a_rollout(self, tmp_path):
+  def test_of_grpo_are_resumed_bit_for_bit_in_the_midst_of_a_rollout(self, tmp_path, capsys):
     def run(name, steps):
       args = [
           'jaxalign',
@@ -188,6 +188,13 @@ class TestRuns:
     for steps in (3, 4):
       run('halves', steps)
     runs.assert_same(runs.params_of(tmp_path / 'straight'), runs.params_of(tmp_path / 'halves'))
+    few = 'count = 2', 'per_prompt = 2', 'max_new_tokens = 4'
+    capsys.readouterr()
+    args = '--mode=eval', f'--checkpoint={tmp_path / "straight"}', *(f'--gin=evaluate.Samples.{one}' for one in few)
+    assert main.main(['jaxalign', *args]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found['eval/mean_length'] == 4
+    assert found['eval/kl'] != 0
     first = runs.logged(tmp_path / 'straight')[1]
     assert abs(first['loss']) < 1e-6
     assert {'reward', 'reward_std', 'completions/mean_length'} <= first.keys()

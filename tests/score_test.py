@@ -345,7 +345,7 @@ class TestUsersExamples:
     spawned = [runs.spawn(args + more, cwd=tmp_path.parent) for more in ([], [mine])]
     (_, err), (out, told) = (process.communicate(timeout=200) for process in spawned)
     assert [process.returncode for process in spawned] == [2, 0], told
-    assert "--gin_file): No module named 'my_examples'" in err.splitlines()[-1]
+    assert "(give --gin_file=FILE beside modules of yours): No module named 'my_examples'" in err.splitlines()[-1]
     found = [json.loads(line) for line in out.splitlines()]
     head = jax.device_get(checkpoint.load(workdir, ONE).params)
     tokenizer = tokenizers.load(STORIES)
@@ -475,7 +475,9 @@ class TestRewards:
     blocks = re.findall(r'^```\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
     (code,) = [block for block in blocks if block.startswith('# my_rewards.py')]
     (tmp_path / 'my_rewards.py').write_text(code)
-    (commands,) = [block for block in blocks if '--reward=' in block]
+    (commands,) = [
+        block for block in blocks if '--reward=' in block and 'my_rewards' in block and '--algo' not in block
+    ][-1:]
     records = [{'prompt': 'q', 'samples': ['4', '"4', 'x'], 'answer': '4'}]
     for command, scores in zip(commands.replace('\\\n', '').splitlines(), [[1.0, 1.0, 0.0], [3.5, 3.0, 0.0]]):
       flags = [word for word in shlex.split(command.split(' > ')[0]) if word.startswith(('--reward', '--combine'))]

@@ -203,7 +203,7 @@ class TestTrain:
       [
           (
               ('--algo=rm', '--gin=recipe.Recipe.loss_fn = @preference.dpo', '--gin=preference.dpo.beta = 0.1'),
-              'the loss reads ref.logratios_GK, but recipe.Recipe.objective is of scores',
+              'the loss reads ref.logratios_GK, but the objective is of scores',
           ),
           (('--gin=objectives.preference.rivals = 7',), 'rivals = 7: bound, but the loss reads no rivals'),
       ],
