@@ -141,6 +141,12 @@ class TestTrain:
     assert f'{straight} is finished: 12 steps' in caplog.text
     assert before == {path: path.stat().st_mtime_ns for path in straight.rglob('*') if path.is_file()}
 
+  def test_that_went_further_than_is_asked_for_is_evaluated_as_it_is(self, folder, straight):
+    shutil.copytree(straight, folder / 'further')
+    (folder / 'further' / 'summary.json').unlink()
+    assert main.main(runs.flags(folder, folder / 'further', steps=6)) == 0
+    assert json.loads((folder / 'further' / 'summary.json').read_text())['steps'] == 12
+
   def test_on_a_full_disk_ends_in_one_line_and_leaves_earlier_checkpoints_whole(self, folder):
     workdir = folder / 'full'
     assert (
