@@ -174,7 +174,8 @@ class TestMerge:
     merged = lora_lib.merge(params, model.lora)
     assert jax.tree.structure(merged) == jax.tree.structure(base_of())
     found = apply(transformer.without_adapters(model), merged)
-    np.testing.assert_allclose(found, apply(model, params), atol=1e-5)
+    # Another order of float32 sums, by another instruction set too: relative to the largest logit.
+    np.testing.assert_allclose(found, apply(model, params), atol=1e-5 * np.abs(found).max())
     assert np.abs(found - apply(transformer.without_adapters(model), base_of())).max() > 0.1
 
   @pytest.mark.parametrize('name,ins', [('q', 1), ('o', 2), ('down', 1)])
