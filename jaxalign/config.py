@@ -30,6 +30,7 @@ from jaxalign import catalog
 from jaxalign import recipe as recipe_lib
 from jaxalign import types
 from jaxalign.data import probes
+from jaxalign.rewards import modelled
 
 # What `--gin` can name without importing it.
 _HEADER = """
@@ -265,6 +266,11 @@ def recipe() -> recipe_lib.Recipe:
   fns = {name: fn for name in ('example_fn', 'scored_fn') if (fn := getattr(made, name)) is not None}
   told = {name: probes.Bound(fn, bound.options('recipe.Recipe', name)) for name, fn in fns.items()}
   return dataclasses.replace(made, **told)
+
+
+def scoring() -> modelled.Scoring:
+  """How the model of the recipe that is bound scores responses, for use when another recipe is bound."""
+  return modelled.Scoring(*(bound.frozen('recipe.Recipe', name) for name in modelled.Scoring._fields))
 
 
 def check_reachable(*roots: str) -> None:

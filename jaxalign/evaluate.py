@@ -163,9 +163,9 @@ def _judged(judge: Callable, prompts: list[str], texts: list[str], ids: list[lis
   """What the judge makes of those responses on which it does not abstain."""
   reward = functions.Reward('evaluate.Samples.judge', judge)
   where = [f'sample {i}' for i in range(len(texts))]
-  with functions.Panel([reward]) as panel:
-    (rewards,) = panel(functions.Responses(prompts, texts, {}, where, ids)).values()
-  return rewards[~np.isnan(rewards)]
+  with functions.Panel([reward], together=True) as panel:
+    (judged,) = panel(functions.Responses(prompts, texts, {}, where, ids)).values()
+  return judged.values[~np.isnan(judged.values)]
 
 
 def prompt_ids(
@@ -298,7 +298,7 @@ def evaluate(
     loaded = checkpoint.load(directory, job.mesh)
     streams: streams_lib.Streams | streams_lib.Online
     if recipe.rollouts is not None:
-      streams = streams_lib.open_prompts(job, recipe, loaded.tokenizer, loaded.model)
+      streams = streams_lib.open_prompts(job, recipe, loaded.tokenizer, loaded.model, train=False)
     else:
       streams = streams_lib.open_streams(job, recipe, loaded.tokenizer, train=False)
     ref = checkpoint.load_reference(directory, loaded, job.mesh) if streams.needs.reference else None

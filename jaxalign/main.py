@@ -14,6 +14,7 @@ Exit codes: 0, 2 for a wrong flag or binding, 1 for a run that failed.
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import dataclasses
 import json
 import logging as python_logging
 import os
@@ -41,6 +42,8 @@ from jaxalign import sharding
 from jaxalign import streams
 from jaxalign import types
 from jaxalign.data import sources
+from jaxalign.rewards import functions
+from jaxalign.rewards import modelled
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,7 +144,31 @@ def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
   if recipe.rollouts is None and args.reward:
     raise types.UsageError(f'--reward={args.reward[0]}: --algo={args.algo} samples nothing that could be judged')
   _check_model(args, recipe, is_named=bool(files))
-  return recipe
+  judges = _judges(recipe.rollouts.rewards) if recipe.rollouts is not None else {}
+  if judges:  # Their recipes have taken the place of this one.
+    parse([*files, *data_files])
+    recipe = config.recipe()
+  if recipe.rollouts is None:
+    return recipe
+  return dataclasses.replace(recipe, rollouts=dataclasses.replace(recipe.rollouts, judges=judges))
+
+
+def _judges(rewards: Sequence[str]) -> dict[str, modelled.Scoring]:
+  """What the recipes of models among some rewards say of how they score, by directory; gin has the last of them."""
+  found = {}
+  for model in map(functions.parse, filter(functions.is_model, rewards)):
+    for directory in model.directories if isinstance(model, modelled.Model) else ():
+      run = _run_of(directory)
+      if run.get('scored_fn'):
+        config.parse_saved([run['bindings']], [], [])
+        found[directory] = config.scoring()
+  return found
+
+
+def _run_of(spec: str) -> dict[str, Any]:
+  """The run.json of a checkpoint, empty for other directories."""
+  path = recipe_lib.model_directory(spec)
+  return checkpoint.read_json(checkpoint.find(path)[0] / 'run.json') if checkpoint.is_checkpoint(path) else {}
 
 
 def _own_files(folder: str, specs: Sequence[str]) -> list[str]:
@@ -270,22 +297,26 @@ def _score(args: flags.FlagValues) -> None:
   spec = '' if args.reward else _model_of(args)
   if not args.data:
     raise types.UsageError('--mode=score needs --data=SPEC, the responses to score')
+  on_devices = not args.reward or any(map(functions.is_model, args.reward))  # Functions want none, and ask for none.
   if args.reward:
     options = {'data_dir': args.data_dir, 'tokenizer': args.tokenizer, 'skip_bad_records': args.skip_bad_records}
+    if on_devices:
+      options |= {'own': _judges(args.reward), 'row_length': args.row_length}
+      _start(args)
+      options['mesh'] = sharding.make_mesh(args.mesh, args.dcn_mesh)
     found = score.by_rewards(args.reward, args.data, how=args.combine, **options)
   else:
     _start(args)
     job = _job(args, {'model_spec': spec, 'eval_data': ''})
     found = score.score(job, per=args.per, row_length=args.row_length, recipe=_scoring_recipe(args, spec))
   for one in found:
-    if args.reward or jax.process_index() == 0:  # Functions want no devices, so none are asked for.
+    if not on_devices or jax.process_index() == 0:
       sys.stdout.write(sources.to_json(one) + '\n')
 
 
 def _scoring_recipe(args: flags.FlagValues, spec: str) -> recipe_lib.Recipe | None:
   """The recipe of the run that trained a model, and of --gin_file, where it says what is read to score a response."""
-  path = recipe_lib.model_directory(spec)
-  run = checkpoint.read_json(checkpoint.find(path)[0] / 'run.json') if checkpoint.is_checkpoint(path) else {}
+  run = _run_of(spec)
   if args.gin_file and not run.get('bindings'):
     raise types.UsageError(f'--gin_file: it is read behind the bindings of a run, and {spec} is of none')
   if not args.gin_file and not run.get('scored_fn'):

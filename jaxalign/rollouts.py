@@ -7,6 +7,7 @@ they are; text is only for those who score.
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -28,6 +29,7 @@ from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
+from jaxalign.rewards import modelled
 
 _MAX_RESPONSES = 32  # of a row; static, as lengths differ from rollout to rollout
 
@@ -41,6 +43,7 @@ class Options:
     samples: responses to each prompt, K.
     max_new_tokens: length at which a response is cut.
     rewards: what scores responses, each as `--reward` names it, see `rewards.functions.parse`.
+    judges: of models among them, by directory, what their own runs say of how they score; nothing binds it.
     combine: of several rewards, see `rewards.functions.combine`.
     advantage_fn: from `advantages`: rewards `[G, K]` and which of them there are to advantages `[G, K]`.
     temperature: of sampling.
@@ -55,6 +58,7 @@ class Options:
   max_new_tokens: int
   rewards: tuple[str, ...]
   advantage_fn: Callable[..., types.Array]
+  judges: Mapping[str, modelled.Scoring] = dataclasses.field(default_factory=dict)
   combine: str = 'sum'
   temperature: float = 1.0
   top_k: int = 0
@@ -64,7 +68,9 @@ class Options:
 
   def __post_init__(self):
     if not self.rewards:
-      raise types.UsageError('rollouts.Options.rewards: nothing scores the responses; give --reward=MODULE:FUNCTION')
+      raise types.UsageError(
+          'rollouts.Options.rewards: nothing scores the responses; give --reward=MODULE:FUNCTION or DIR'
+      )
     functions.check_how(self.combine)
     for name in ('prompts', 'samples', 'max_new_tokens', 'epochs', 'minibatches'):
       if getattr(self, name) < 1:
@@ -100,6 +106,7 @@ class Sampler:
       mesh: jax.sharding.Mesh,
       seed: int,
       folder: pathlib.Path,
+      judges: Callable[[], Mapping[str, functions.Judge]] = dict,
   ):
     """Checks that a rollout fits a step.
 
@@ -114,6 +121,7 @@ class Sampler:
       mesh: where it lies.
       seed: of the order of prompts and of sampling.
       folder: where rollouts are kept.
+      judges: loads the models among the rewards, see `judges.checked`, when the first rollout begins.
     """
     self.options, self._prompts, self._records = options, prompts, records
     groups = options.prompts // options.minibatches
@@ -121,7 +129,7 @@ class Sampler:
         packing, groups_per_step=groups, max_responses=packing.max_responses or max(_MAX_RESPONSES, options.samples)
     )
     self._model, self._tokenizer, self._mesh, self._seed, self._folder = model, tokenizer, mesh, seed, folder
-    self._weights = list(weights)
+    self._weights, self._judges = list(weights), judges
     self.said: dict[tuple[int, int], dict[str, float]] = {}  # metrics of the newest rollouts by data state
     run = functools.partial(forward.ref_logps, model=model)
     self._logps = jax.jit(run, out_shardings=sharding.named(mesh))
@@ -172,7 +180,8 @@ class Sampler:
     Yields:
       (iteration, update) to resume from once the batch has been consumed, and the batch.
     """
-    with functions.Panel([functions.parse(spec) for spec in self.options.rewards]) as panel:
+    rewards = [functions.parse(spec) for spec in self.options.rewards]
+    with functions.Panel(rewards, self._judges(), together=True) as panel:
       yield from self._batches(panel, iteration, update, params)
 
   def _batches(self, panel: functions.Panel, iteration: int, update: int, params):
@@ -210,7 +219,7 @@ class Sampler:
   def _roll(self, panel: functions.Panel, iteration: int, params: types.PyTree) -> episodes.Rollout:
     """Samples, scores and compares."""
     chosen, samples = self._drawn(iteration), self.options.samples
-    prompts = [self._prompts[i].sequences[0].ids[: self._prompts[i].prompt_tokens].tolist() for i in chosen]
+    prompts = list(map(self._prompt, chosen))
     drawn = sampling.sample(
         self._model,
         params,
@@ -237,6 +246,10 @@ class Sampler:
     self._keep(iteration, rollout)
     return rollout
 
+  def _prompt(self, index: int) -> list[int]:
+    group = self._prompts[index]
+    return group.sequences[0].ids[: group.prompt_tokens].tolist()
+
   def _advantages(self, rewards_GK: np.ndarray) -> np.ndarray:
     valid_GK = (~np.isnan(rewards_GK)).astype(np.float32)
     found = self.options.advantage_fn(np.nan_to_num(rewards_GK).astype(np.float32), valid_GK)
@@ -254,8 +267,10 @@ class Sampler:
         fields={name: each(record.get(name) for record in records) for name in names},
         where=each(self._prompts.where(i) for i in chosen),
         ids=[one.ids for one in drawn],
+        prompt_ids=each(self._prompt(i) for i in chosen),
+        finished=[one.finished for one in drawn],
     )
-    values = panel(responses)
+    values = {name: judged.values for name, judged in panel(responses).items()}
     weights = [functions.parse(spec).weight for spec in options.rewards]
     total = functions.combine(list(values.values()), weights, options.combine)
     if np.all(np.isnan(total)):

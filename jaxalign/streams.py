@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxalign import episodes
 from jaxalign import forward
+from jaxalign import judges
 from jaxalign import metrics
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
@@ -24,6 +25,7 @@ from jaxalign.data import rows
 from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.models import transformer
+from jaxalign.rewards import functions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +120,14 @@ def open_prompts(
     recipe: recipe_lib.Recipe,
     tokenizer: tokenizers.Tokenizer,
     model: transformer.Transformer,
+    *,
+    train: bool,
 ) -> Online:
-  """Opens the prompts in `--data` for rollouts of `model`.
+  """Opens the prompts in `--data` for rollouts of `model`; those who judge them only where it is to be trained.
 
   Raises:
-    UsageError: the loss reads what a rollout does not give, or a rollout does not fit a step.
+    UsageError: the loss reads what a rollout does not give, or a rollout does not fit a step, or a model among the
+      rewards cannot judge it.
   """
   options = recipe.rollouts
   assert options is not None
@@ -136,9 +141,12 @@ def open_prompts(
       outputs=recipe.score_outputs,
   )
   logging.info('the loss reads %s', ', '.join(sorted(needs.fields)))
+  prompts = dataset.Joined(datasets)
+  sampled = judges.Sampled(tokenizer, int(prompts.lengths_NK.max()), options.max_new_tokens, recipe.packing.row_length)
+  rewards = [functions.parse(spec) for spec in options.rewards] if train else []
   sampler = rollouts.Sampler(
       options,
-      dataset.Joined(datasets),
+      prompts,
       [sources.open_source(spec, job.data_dir) for spec, _ in mixture],
       weights=[weight for _, weight in mixture],
       packing=recipe.packing,
@@ -147,6 +155,7 @@ def open_prompts(
       mesh=job.mesh,
       seed=job.seed,
       folder=job.workdir / 'rollouts',
+      judges=judges.checked(rewards, job.mesh, own=options.judges, sampled=sampled),
   )
   return Online(sampler, needs, _report(datasets, []))
 

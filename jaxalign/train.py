@@ -109,7 +109,7 @@ def _open(
   model, params = recipe_lib.open_model(job, recipe, tokenizer)
   streams: streams_lib.Streams | streams_lib.Online
   if recipe.rollouts is not None:
-    streams = streams_lib.open_prompts(job, recipe, tokenizer, model)
+    streams = streams_lib.open_prompts(job, recipe, tokenizer, model, train=True)
   else:
     streams = streams_lib.open_streams(job, recipe, tokenizer, train=True)
   ref_model = reference.model_of(model, follows=recipe.sync is not None) if streams.live else None

@@ -32,6 +32,8 @@ ROWS = (
     ('rollouts',),
     ('checkpoint',),
     ('loop', 'recipe'),
+    ('reading',),
+    ('judges',),
     ('respond', 'resume', 'score', 'streams'),
     ('evaluate',),
     ('train',),
