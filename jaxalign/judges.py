@@ -114,7 +114,7 @@ def _known(model, directory: str, own: modelled.Scoring | None, sampled: Sampled
   if per == 'step' and outputs > 2:
     raise fail(f'reduce={model.reduce!r}: a step is right or wrong, 1 or 2 outputs, and its head has {outputs}')
   tokenizer = recipe_lib.load_tokenizer(directory)
-  is_same = sampled is not None and own is None and tokenizer.fingerprint == sampled.tokenizer.fingerprint
+  is_same = sampled is not None and own is None and _are_same(tokenizer, sampled.tokenizer)
   wanted = row_length or LENGTH
   if sampled is not None:
     longest = sampled.prompt + sampled.response + _SPARE
@@ -131,6 +131,15 @@ def _known(model, directory: str, own: modelled.Scoring | None, sampled: Sampled
   fitting = min(-(-wanted // parts), config.max_length // parts) * parts
   logging.info('reward %s reads %s', model.name, 'the sampled ids' if is_same else 'texts')
   return _Known(model, directory, per, own, tokenizer, is_same, fitting)
+
+
+def _are_same(a: tokenizers.Tokenizer, b: tokenizers.Tokenizer) -> bool:
+  """Whether ids mean the same to both, and messages are written alike; their padding may differ."""
+  roles = lambda one: (one.vocab_size, one.bos_id, one.eos_id, one.special_tokens, one.chat_template)
+  text = lambda one, i: one.decode([i], continuation=True, skip_special=False)
+  return a.fingerprint == b.fingerprint or (
+      roles(a) == roles(b) and all(text(a, i) == text(b, i) for i in range(a.vocab_size))
+  )
 
 
 def _per(

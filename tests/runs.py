@@ -1,5 +1,6 @@
 """Runs of a tiny model, through the command line and in processes of their own, for tests of whole runs."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,7 +13,12 @@ import jax
 import numpy as np
 
 from jaxalign import checkpoint
+from jaxalign import recipe
 from jaxalign import sharding
+from jaxalign.data import tokenizers
+from jaxalign.models import hf
+from jaxalign.models import hf_export
+from jaxalign.models import hf_import
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TIMED = {'tokens_per_s', 'step_time', 'mfu'}
@@ -56,6 +62,23 @@ def flags(folder, workdir, *more, steps=12):
       '--gin=train.train.samples = None',
       *more,
   ]
+
+
+HEAD_OF_TWO = {'score': (64, 2), 'score_bias': (2,)}
+
+
+def write_model(folder, **head):
+  """The stories model with a head of these parameters, as transformers has it, its padding being its EOS."""
+  stories = recipe.asset('stories260K')
+  config = hf.read_config(stories)
+  params = hf_import.read_params(stories, config, sharding.make_mesh('', devices=jax.devices()[:1])) | head
+  config = dataclasses.replace(config, score_outputs=head['score'].shape[1], score_bias='score_bias' in head)
+  tokenizer = tokenizers.load(stories)
+  hf_export.write(folder, params, config, hf.read_json(stories / 'config.json'), 'float32', tokenizer.eos_id)
+  tokenizer.save(folder)
+  (folder / 'tokenizer_config.json').write_text('{"pad_token": "</s>"}')
+  assert tokenizers.load(folder).pad_id == tokenizer.eos_id
+  return folder
 
 
 def spawn(args, devices=2, cwd=ROOT, program=('-m', 'jaxalign.main'), **env):

@@ -1,6 +1,5 @@
 """Scores from the command line, against the model read one response at a time."""
 
-import dataclasses
 import json
 import pathlib
 import re
@@ -18,7 +17,6 @@ from jaxalign import recipe
 from jaxalign import sharding
 from jaxalign.data import tokenizers
 from jaxalign.models import hf
-from jaxalign.models import hf_export
 from jaxalign.models import hf_import
 from jaxalign.models import transformer
 from tests import runs
@@ -31,26 +29,12 @@ PAIRS = [
     {'prompt': 'The sun', 'chosen': ' is warm.', 'rejected': ' fell'},
 ]
 STEPS = [' He ran', ' home.', ' It was late']
-HEAD_OF_TWO = {'score': (64, 2), 'score_bias': (2,)}
-
-
-def write_model(folder, **head):
-  """The stories model with a head of these parameters, as transformers has it, its padding being its EOS."""
-  config = hf.read_config(STORIES)
-  params = hf_import.read_params(STORIES, config, ONE) | head
-  config = dataclasses.replace(config, score_outputs=head['score'].shape[1], score_bias='score_bias' in head)
-  tokenizer = tokenizers.load(STORIES)
-  hf_export.write(folder, params, config, hf.read_json(STORIES / 'config.json'), 'float32', tokenizer.eos_id)
-  tokenizer.save(folder)
-  (folder / 'tokenizer_config.json').write_text('{"pad_token": "</s>"}')
-  assert tokenizers.load(folder).pad_id == tokenizer.eos_id
-  return folder
 
 
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
   head = np.random.default_rng(0).standard_normal((64, 1)).astype(np.float32)
-  return write_model(tmp_path_factory.mktemp('reward') / 'model', score=head)
+  return runs.write_model(tmp_path_factory.mktemp('reward') / 'model', score=head)
 
 
 @pytest.fixture(scope='module')
@@ -161,8 +145,8 @@ class TestScore:
 
   def test_gives_every_output_of_a_head_of_several(self, capsys, hidden, tmp_path):
     rng = np.random.default_rng(1)
-    head = {name: rng.standard_normal(shape).astype('float32') for name, shape in HEAD_OF_TWO.items()}
-    folder = write_model(tmp_path / 'steps', **head)
+    head = {name: rng.standard_normal(shape).astype('float32') for name, shape in runs.HEAD_OF_TWO.items()}
+    folder = runs.write_model(tmp_path / 'steps', **head)
     (one,) = score(capsys, folder, [{'prompt': 'Tom', 'completions': STEPS}], tmp_path, '--per=step')
     ids, ends = self.ends_of_steps('Tom', STEPS)
     np.testing.assert_allclose(one['scores'], [hidden(ids)[ends] @ head['score'] + head['score_bias']], atol=1e-4)
