@@ -18,10 +18,10 @@ from jaxalign import sharding
 from jaxalign import types
 from jaxalign.data import examples
 from jaxalign.data import loader as loader_lib
-from jaxalign.data import records
 from jaxalign.data import scored
 from jaxalign.data import tokenizers
 from jaxalign.models import architecture
+from jaxalign.models import attention
 from jaxalign.models import hf
 from jaxalign.rewards import ensembles
 from jaxalign.rewards import functions
@@ -30,6 +30,7 @@ from jaxalign.rewards import modelled
 LENGTH = 1024  # of a row, at most, where nothing says more
 ROWS = 8  # at least; more where the mesh splits them
 _MAX_RESPONSES = 64  # of a row; static, as lengths differ from call to call
+_BLOCK = 128  # tokens, in whole numbers of which kernels take rows
 _SPARE = 2  # tokens behind a response: one that ends its last step
 
 
@@ -127,10 +128,26 @@ def _known(model, directory: str, own: modelled.Scoring | None, sampled: Sampled
       )
   if row_length is not None and row_length > config.max_length:
     raise types.UsageError(f'--row_length={row_length}: the context of {directory} is {config.max_length} tokens')
-  parts = sharding.parts(mesh, 'length')
-  fitting = min(-(-wanted // parts), config.max_length // parts) * parts
+  if own is not None and own.scored_fn is not None:
+    _check_reads(own.scored_fn, tokenizer, fail)
   logging.info('reward %s reads %s', model.name, 'the sampled ids' if is_same else 'texts')
-  return _Known(model, directory, per, own, tokenizer, is_same, fitting)
+  return _Known(model, directory, per, own, tokenizer, is_same, _fitting(wanted, config.max_length, mesh))
+
+
+def _fitting(wanted: int, context: int, mesh: jax.sharding.Mesh) -> int:
+  """Tokens of a row that has room for so many, if the context has: of whole blocks, and split by the mesh."""
+  parts = sharding.parts(mesh, 'length')
+  blocks = -(-wanted // (_BLOCK * parts)) * _BLOCK * parts
+  return blocks if blocks <= context else context // parts * parts
+
+
+def _check_reads(scored_fn: Callable, tokenizer: tokenizers.Tokenizer, fail: Callable) -> None:
+  """Raises UsageError where examples cannot be made of a prompt and one response, which is what there is."""
+  try:
+    scored_fn({'prompt': 'a', 'completion': 'b', 'append_eos': True}, tokenizer, row_length=LENGTH)
+  except Exception as err:  # Whatever a function of the user's raises.
+    problem = str(err).partition('\n')[0]
+    raise fail(f'its recipe.Recipe.scored_fn reads no single response ({type(err).__name__}: {problem})') from err
 
 
 def _are_same(a: tokenizers.Tokenizer, b: tokenizers.Tokenizer) -> bool:
@@ -177,6 +194,11 @@ class Judge:
     """
     self._known, self._mesh = known, mesh
     loaded = recipe_lib.load(known.directory, mesh, known.model.dtype)
+    model, config = loaded.model, loaded.model.config
+    kernel = attention.pick(
+        mesh, model.dtype, head_size=config.head_size, length=known.row_length, softcap=config.attn_softcap
+    )
+    loaded = loaded._replace(model=model.clone(attention=kernel))
     per = 'response' if known.per == 'token' else known.per
     self._reading = reading.of(known.directory, loaded, mesh, per=per, own=known.own)
     self.run = self._reading.run(mesh)
@@ -196,8 +218,10 @@ class Judge:
     ids = responses.ids if self._known.is_same else None
     tokens = None if ids is None else [np.full(len(one), np.nan) for one in ids]
     for n, found in zip(texts, self._outputs([text.group for text in texts.values()])):
-      if not all(np.all(np.isfinite(one)) for one in found):
-        raise types.RunError(f'reward {self._known.model.name}, {responses.where[n]}: the model gives {found}')
+      flat = np.concatenate([one.reshape(-1) for one in found])
+      if not np.all(np.isfinite(flat)):
+        value = flat[~np.isfinite(flat)][0]
+        raise types.RunError(f'reward {self._known.model.name}, {responses.where[n]}: the model gives {value}')
       values_N[n], marks = self._value(found)
       if tokens is not None and texts[n].places is not None:
         tokens[n][texts[n].places] = marks
@@ -255,6 +279,8 @@ class Judge:
 
   def _of_words(self, responses: functions.Responses, n: int) -> _Text | None:
     text, record = responses.responses[n], _record(responses, n)
+    if not text and not record['append_eos']:
+      return None
     if self._known.per == 'step':
       lines = [line for line in text.split('\n') if line.strip()]
       record |= {'completions': lines}
@@ -266,14 +292,13 @@ class Judge:
 
 
 def _record(responses: functions.Responses, n: int) -> dict[str, Any]:
-  """A prompt and one response as a record of data, with those columns of its own that say nothing of others."""
-  columns = {name: values[n] for name, values in responses.fields.items()}
-  record = {name: value for name, value in columns.items() if name not in records.COLUMNS}
-  prompt = responses.prompts[n]
+  """A prompt and one response as a record of data; other columns may say something of other responses."""
+  prompt, given = responses.prompts[n], responses.fields.get('append_eos')
   if isinstance(prompt, list | tuple) and prompt and prompt[-1].get('role') == 'assistant':
     prompt = prompt[:-1]  # It was answered in the data.
-  ended = columns.get('append_eos', True) if responses.finished is None else responses.finished[n]
-  return record | {'prompt': prompt, 'completion': responses.responses[n], 'append_eos': ended}
+  ends = given[n] if given is not None and given[n] is not None else True
+  ends = ends if responses.finished is None else responses.finished[n]
+  return {'prompt': prompt, 'completion': responses.responses[n], 'append_eos': ends}
 
 
 def _ensemble(model: modelled.Model, members: Sequence[Judge]) -> functions.Judge:

@@ -142,7 +142,7 @@ class TestHeads:
       np.testing.assert_allclose(opened(names + options)(responses).values, wanted_N, atol=1e-3)
 
   def test_that_are_not_finite_name_the_record(self, heads):
-    with pytest.raises(types.RunError, match=r'reward .*nan, d.jsonl:1: the model gives'):
+    with pytest.raises(types.RunError, match=r'reward .*nan, d.jsonl:1: the model gives nan'):
       opened(str(heads['nan'][0]))(sampled())
 
 
@@ -228,9 +228,20 @@ def drawn(ids):
     f.write(json.dumps([os.getpid(), ids, values]) + '\\n')
   return values
 
-def again(ids):
-  with open('drawn.jsonl') as f:
-    return next(values for _, found, values in map(json.loads, f) if found == ids)
+"""
+
+# A run, and then numbers of the first process in both; where it fails there, both do.
+TOGETHER = """
+import random, sys
+import numpy as np
+from jaxalign import main, sharding, types
+if main.main(sys.argv):
+  sys.exit(1)
+print('told', sharding.of_first(lambda: np.array([[random.random()], [np.nan]]), (2, 1)).tolist())
+try:
+  sharding.of_first(lambda: np.zeros(2) / {}['absent'], (2,))
+except (KeyError, types.RunError) as err:
+  print('raised', type(err).__name__)
 """
 
 
@@ -250,21 +261,17 @@ class TestRuns:
     (tmp_path / 'own.py').write_text(OWN)
     assert main.main(self.flags('rm', 'rm')) == 0
     rewards = '--reward=rm', '--reward=own.py:drawn:2'
-    processes = runs.spawn_together(self.flags('grpo', 'two', '--mesh=data:2,fsdp:2', *rewards), 2, cwd=tmp_path)
-    for process in processes:
-      code, err = runs.finished(process)
-      assert code == 0, err
+    args = self.flags('grpo', 'w', '--mesh=data:2', *rewards)
+    processes = runs.spawn_together(args, 2, cwd=tmp_path, devices=1, program=('-c', TOGETHER))
+    said = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
     calls = [json.loads(line) for line in (tmp_path / 'drawn.jsonl').read_text().splitlines()]
     assert len(calls) == 2 and len({pid for pid, _, _ in calls}) == 1
-    # One process that is told the same numbers makes the same steps: what was drawn reached both.
-    assert main.main(self.flags('grpo', 'one', '--reward=rm', '--reward=own.py:again:2')) == 0
-    for step, line in runs.logged(tmp_path / 'one').items():
-      other = runs.logged(tmp_path / 'two')[step]
-      for name in ('grad_norm', 'reward', 'rewards/rm/mean'):
-        assert other[name] == pytest.approx(line[name], rel=1e-3), (step, name)
-      assert line['grad_norm'] > 1e-2
+    (told, raised), (other, stopped) = ([x for x in out.splitlines() if x[:4] in ('told', 'rais')] for out, _ in said)
+    assert told == other and 'nan' in told
+    assert {raised, stopped} == {'raised KeyError', 'raised RunError'}
 
-    lines = [json.loads(line) for line in (tmp_path / 'one/rollouts/000000.jsonl').read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / 'w/rollouts/000000.jsonl').read_text().splitlines()]
     of_rm = [line['reward'] - 2 * value for line, value in zip(lines, calls[0][2], strict=True)]
     records = [{'prompt': x['prompt'], 'completion': x['response'], 'append_eos': x['finished']} for x in lines]
     (tmp_path / 'd.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
@@ -276,5 +283,6 @@ class TestRuns:
       assert sum(same) >= 4 and len(scores) == len(lines)
       np.testing.assert_allclose(np.array(scores)[same], np.array(of_rm)[same], atol=1e-5)
     assert np.ptp(np.array(of_rm)[same]) > 1e-3
+    assert runs.logged(tmp_path / 'w')[1]['rewards/rm/mean'] == pytest.approx(np.mean(of_rm), abs=1e-5)
     params = checkpoint.load('rm', ONE, 'bfloat16').params
     assert (params['embed'].dtype, params['score'].dtype) == ('bfloat16', 'float32')

@@ -12,6 +12,7 @@ import pytest
 from safetensors import numpy as st
 
 from jaxalign import checkpoint
+from jaxalign import judges
 from jaxalign import main
 from jaxalign import recipe
 from jaxalign import sharding
@@ -19,6 +20,7 @@ from jaxalign.data import tokenizers
 from jaxalign.models import hf
 from jaxalign.models import hf_import
 from jaxalign.models import transformer
+from jaxalign.rewards import functions
 from tests import runs
 
 STORIES = recipe.asset('stories260K')
@@ -194,6 +196,7 @@ class TestImplicitRewards:
       logits = np.asarray(hidden[0] @ transformer.output_matrix(params)[:, :512], np.float64)
       return (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))[np.arange(ids.size - 1), ids[1:]]
 
+    wanted = []
     found = score(capsys, policy, PAIRS, tmp_path)
     per_token = score(capsys, policy, PAIRS, tmp_path, '--per=token')
     for one, tokens, record in zip(found, per_token, PAIRS):
@@ -201,9 +204,26 @@ class TestImplicitRewards:
         prompt, response = ids_of(tokenizer, record['prompt'], record[side])
         ids = np.array([*prompt, *response, tokenizer.eos_id])
         ratios = logps(loaded.model, loaded.params, ids) - logps(base.model, base.params, ids)
+        wanted.append(ratios[len(prompt) - 1 :])
         np.testing.assert_allclose(values, ratios[len(prompt) - 1 :], atol=1e-4)
         assert value == pytest.approx(ratios[len(prompt) - 1 :].sum(), abs=1e-3)
         assert abs(value) > 1e-2
+    # As a reward, in words and of ids that were sampled: times beta, of tokens too.
+    args = f'--reward={policy}(beta=0.25):2', f'--data=jsonl:{tmp_path / "records.jsonl"}', '--row_length=64'
+    capsys.readouterr()
+    assert main.main(['jaxalign', '--mode=score', *args]) == 0
+    scores = sum((json.loads(line)['scores'] for line in capsys.readouterr().out.splitlines()), [])
+    np.testing.assert_allclose(scores, [2 * 0.25 * ratios.sum() for ratios in wanted], atol=1e-3)
+    pairs = [ids_of(tokenizer, record['prompt'], record[side]) for record in PAIRS for side in ('chosen', 'rejected')]
+    given = functions.Responses(
+        [''] * 6, [''] * 6, {}, [''] * 6, [ids + [tokenizer.eos_id] for _, ids in pairs], [ids for ids, _ in pairs]
+    )
+    rewards, sampled = [functions.parse(f'{policy}(beta=0.25)')], judges.Sampled(tokenizer, 16, 32, 64)
+    with jax.set_mesh(ONE), functions.Panel(rewards, judges.checked(rewards, ONE, own={}, sampled=sampled)()) as panel:
+      (judged,) = panel(given).values()
+    for value, tokens, ratios in zip(judged.values, judged.tokens, wanted, strict=True):
+      np.testing.assert_allclose(tokens, 0.25 * ratios, atol=1e-4)
+      assert value == pytest.approx(tokens.sum())
 
   def test_of_a_list_are_those_of_its_items(self, capsys, policy, tmp_path):
     texts = [side[name] for side in PAIRS for name in ('chosen', 'rejected')]
@@ -268,6 +288,9 @@ class TestKinds:
     (tmp_path / 'list.jsonl').write_text(json.dumps({'prompt': 'Tom', 'samples': [' ran', ' sat', ' sang']}) + '\n')
     assert main.main(['jaxalign', '--mode=score', *args]) == 1
     assert 'list.jsonl:1: column samples: this model compares two responses' in capsys.readouterr().err
+    args = f'--data=jsonl:{tmp_path / "list.jsonl"}', f'--reward={workdir}'
+    assert main.main(['jaxalign', '--mode=score', *args]) == 2
+    assert 'its recipe.Recipe.scored_fn reads no single response (RunError: a column' in capsys.readouterr().err
 
   def test_of_a_judge_in_words_gives_the_log_odds_of_the_good_answer(self, capsys, tmp_path_factory, tmp_path):
     workdir = trained(tmp_path_factory, 'generative_rm', "--gin=judged.answered.answers = (' sun', ' moon')")
@@ -278,6 +301,13 @@ class TestKinds:
     singles = [{'prompt': pair['prompt'], 'completion': pair['chosen']} for pair in PAIRS]
     lists = [{'prompt': pair['prompt'], 'samples': [pair[x] for x in ('rejected', 'chosen')] * 2} for pair in PAIRS]
     found, alone, several = (score(capsys, workdir, records, tmp_path) for records in (PAIRS, singles, lists))
+    assert (
+        main.main(['jaxalign', '--mode=score', f'--reward={workdir}', f'--data=jsonl:{tmp_path / "records.jsonl"}'])
+        == 0
+    )
+    as_reward = [json.loads(line)['scores'] for line in capsys.readouterr().out.splitlines()]
+    for one, other in zip(as_reward, several, strict=True):
+      assert one == pytest.approx(other['scores'], abs=1e-4)
     for one, other in zip(found, several):
       assert other['scores'] == pytest.approx(one['scores'][::-1] * 2, abs=1e-5)
     for one, other, record in zip(found, alone, PAIRS):
