@@ -14,9 +14,6 @@ from jaxalign import recipe
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign.data import tokenizers
-from jaxalign.models import hf
-from jaxalign.models import hf_import
-from jaxalign.models import transformer
 from jaxalign.rewards import functions
 from tests import runs
 
@@ -72,19 +69,8 @@ def heads(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def hidden():
-  """What the model without a head makes of ids that it reads alone, float64."""
-  config = hf.read_config(STORIES)
-  params = hf_import.read_params(STORIES, config, ONE)
-  module = transformer.build(config, ONE, length=512)
-
-  read = jax.jit(lambda ids, is_text: module.apply({'params': params}, ids, np.arange(64)[None], is_text))
-
-  def states(ids):
-    padded = np.zeros((2, 1, 64), np.int32)
-    padded[:, 0, : len(ids)] = ids, np.ones(len(ids))
-    return np.asarray(read(*padded)[0, : len(ids)], np.float64)
-
-  return states
+  """What the model without a head makes of ids that it reads alone."""
+  return runs.hidden_states()
 
 
 def ends_of(hidden, head, responses):

@@ -19,6 +19,7 @@ from jaxalign.data import tokenizers
 from jaxalign.models import hf
 from jaxalign.models import hf_export
 from jaxalign.models import hf_import
+from jaxalign.models import transformer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TIMED = {'tokens_per_s', 'step_time', 'mfu'}
@@ -79,6 +80,21 @@ def write_model(folder, **head):
   (folder / 'tokenizer_config.json').write_text('{"pad_token": "</s>"}')
   assert tokenizers.load(folder).pad_id == tokenizer.eos_id
   return folder
+
+
+def hidden_states(longest=64):
+  """What gives the stories model's hidden states of ids that it reads alone, `[n, D]` float64, by one program."""
+  one, stories = sharding.make_mesh('', devices=jax.devices()[:1]), recipe.asset('stories260K')
+  config = hf.read_config(stories)
+  params, module = hf_import.read_params(stories, config, one), transformer.build(config, one, length=512)
+  read = jax.jit(lambda ids, is_text: module.apply({'params': params}, ids, np.arange(longest)[None], is_text))
+
+  def states(ids):
+    padded = np.zeros((2, 1, longest), np.int32)
+    padded[:, 0, : len(ids)] = ids, np.ones(len(ids))
+    return np.asarray(read(*padded)[0, : len(ids)], np.float64)
+
+  return states
 
 
 def spawn(args, devices=2, cwd=ROOT, program=('-m', 'jaxalign.main'), **env):

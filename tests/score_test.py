@@ -17,8 +17,6 @@ from jaxalign import main
 from jaxalign import recipe
 from jaxalign import sharding
 from jaxalign.data import tokenizers
-from jaxalign.models import hf
-from jaxalign.models import hf_import
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
 from tests import runs
@@ -42,15 +40,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope='module')
 def hidden():
   """What the stories model makes of a text that is read alone, its ids given."""
-  config = hf.read_config(STORIES)
-  params = hf_import.read_params(STORIES, config, ONE)
-  module = transformer.build(config, ONE, length=512)
-
-  def states(ids):
-    ids = np.array([ids])
-    return np.asarray(module.apply({'params': params}, ids, np.arange(ids.size)[None], np.ones_like(ids))[0])
-
-  return states
+  return runs.hidden_states()
 
 
 @pytest.fixture(scope='module')
