@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
-import functools
 import math
 import pathlib
 from typing import Any
@@ -240,7 +239,7 @@ class Evaluator:
     self._step = jax.jit(evaluate_step, out_shardings=sharding.named(job.mesh))
     self._ref = live and live.moving
     ref_model = live.model if live is not None else model
-    run = counter.counted(functools.partial(forward.ref_logps, model=ref_model))
+    run = counter.counted(lambda params, batch: {'logps': forward.ref_logps(params, batch, model=ref_model)})
     self._has_ref, self._ref_run = live is not None, jax.jit(run, out_shardings=sharding.named(job.mesh))
     self._packing, self._mesh = dataclasses.replace(recipe.packing, groups_per_step=None), job.mesh
     self._model, self._tokenizer, self._streams, self._seed = model, tokenizer, streams, job.seed
@@ -263,8 +262,8 @@ class Evaluator:
       sequences = (episodes.sequence(*pair, {}) for pair in zip(prompts, responses, strict=True))
       groups = episodes.Groups([examples.Group((one,), {}) for one in sequences])
       found = np.zeros(len(responses))
-      for group, _, logps in episodes.logps_of(params, groups, self._ref_run, self._packing, self._mesh):
-        found[group] = logps.sum(dtype=np.float64)
+      for group, _, of in episodes.annotated(params, groups, self._ref_run, self._packing, self._mesh):
+        found[group] = of['logps'].sum(dtype=np.float64)
       return found
 
     return summed
@@ -273,7 +272,8 @@ class Evaluator:
     """Held-out metrics and samples."""
     sampled = Sampled({}, [])
     if self._samples is not None and self._prompts:
-      whole, judge = lora.join(params, self._frozen), self._ref_logps(ref) if self._has_ref else None
+      whole = lora.join(forward.divided(params)[0], self._frozen)
+      judge = self._ref_logps(ref) if self._has_ref else None
       sampled = sample(self._model, whole, self._tokenizer, self._samples, self._prompts, self._seed, judge)
     return Whole(self.held_out(params, loss_state, ref), sampled)
 
@@ -301,7 +301,7 @@ def evaluate(
       streams = streams_lib.open_prompts(job, recipe, loaded.tokenizer, loaded.model)
     else:
       streams = streams_lib.open_streams(job, recipe, loaded.tokenizer, train=False)
-    ref = checkpoint.load_reference(directory, loaded, job.mesh) if streams.needs.reference else None
+    ref = checkpoint.load_reference(directory, loaded, job.mesh) if streams.reference else None
     if ref is not None and isinstance(streams, streams_lib.Streams) and streams.cached:
       streams = streams_lib.with_reference(streams, job, recipe, ref, steps=0, counter=counter)
     loss_state = checkpoint.load_loss_state(directory, streams.needs.state, job.mesh)
