@@ -57,6 +57,9 @@ class Judge:
     """
     rewards = [functions.parse(spec) for spec in specs]
     self._names, self.weights_R = [one.name for one in rewards], np.array([one.weight for one in rewards], np.float32)
+    titles = [one.title for one in rewards]
+    # A function that is given twice, with other options, is told apart by its place.
+    self._titles = [f'{t}_{i}' if titles.count(t) > 1 else t for i, t in enumerate(titles)]
     self._combine, self._prompts, self._records, self._tokenizer = combine, prompts, records, tokenizer
 
   def __call__(self, panel: functions.Panel, chosen: Sequence[int], drawn: list[sampling.Sampled]) -> Judged:
@@ -95,7 +98,7 @@ class Judge:
   def said(self, values_RN: np.ndarray) -> dict[str, float]:
     """Mean and deviation of each reward where it does not abstain, by name."""
     found: dict[str, float] = {}
-    for name, values_N in zip(self._names, values_RN, strict=True):
+    for name, values_N in zip(self._titles, values_RN, strict=True):
       known = values_N[~np.isnan(values_N)]
       if known.size:
         found |= {f'rewards/{name}/mean': float(known.mean()), f'rewards/{name}/std': float(known.std())}

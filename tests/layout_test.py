@@ -25,7 +25,7 @@ ROWS = (
     ('masked',),
     ('losses', 'sharding'),
     ('advantages', 'data', 'metrics', 'models', 'optim', 'rewards', 'tracing', 'vocab'),
-    ('divergence', 'logps'),
+    ('divergence', 'logps', 'returns'),
     ('forward',),
     ('objectives', 'reference', 'sampling'),
     ('credit', 'episodes', 'step'),
