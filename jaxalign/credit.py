@@ -31,6 +31,7 @@ import numpy as np
 
 from jaxalign import masked
 from jaxalign import returns
+from jaxalign import tracing
 from jaxalign import types
 
 FIELDS = frozenset(
@@ -85,13 +86,22 @@ class Credit:
     Args:
       samples: K.
       rewards: R.
+
+    Raises:
+      UsageError: it reads more rewards than there are.
     """
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)
     fields: dict[str, Any] = {name: shape(2, samples) for name in FIELDS if name.endswith('_GK')}
     fields |= {name: shape(2 * samples, 3) for name in FIELDS if name.endswith('_BT')}
     fields |= {'greedy_G': shape(2), 'ref_rewards_GN': shape(2, 2), 'rewards_RGK': shape(rewards, 2, samples)}
     fields |= {'weights_R': shape(rewards), 'rows': rows([1] * 2 * samples, samples, 3), 'loss_state': ()}
-    made = jax.eval_shape(self._make, fields)
+    try:
+      with tracing.checked_indices():
+        made = jax.eval_shape(self._make, fields)
+    except IndexError as err:
+      raise types.UsageError(
+          f'rollouts.Options.advantage_fn reads more rewards than the {rewards} that there are; give another --reward'
+      ) from err
     of_tokens = tuple(sorted(name for name, x in made.items() if name == 'advantages' or x.shape != (2, samples)))
     return tuple(sorted(made.keys() - set(of_tokens))), of_tokens
 
