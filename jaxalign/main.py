@@ -144,16 +144,16 @@ def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
   if recipe.rollouts is None and args.reward:
     raise types.UsageError(f'--reward={args.reward[0]}: --algo={args.algo} samples nothing that could be judged')
   _check_model(args, recipe, is_named=bool(files))
-  judges = _judges(recipe.rollouts.rewards) if recipe.rollouts is not None else {}
-  if judges:  # Their recipes have taken the place of this one.
+  scorings = _scorings(recipe.rollouts.rewards) if recipe.rollouts is not None else {}
+  if scorings:  # Their recipes have taken the place of this one.
     parse([*files, *data_files])
     recipe = config.recipe()
   if recipe.rollouts is None:
     return recipe
-  return dataclasses.replace(recipe, rollouts=dataclasses.replace(recipe.rollouts, judges=judges))
+  return dataclasses.replace(recipe, rollouts=dataclasses.replace(recipe.rollouts, scorings=scorings))
 
 
-def _judges(rewards: Sequence[str]) -> dict[str, modelled.Scoring]:
+def _scorings(rewards: Sequence[str]) -> dict[str, modelled.Scoring]:
   """What the recipes of models among some rewards say of how they score, by directory; gin has the last of them."""
   found = {}
   for model in map(functions.parse, filter(functions.is_model, rewards)):
@@ -301,7 +301,7 @@ def _score(args: flags.FlagValues) -> None:
   if args.reward:
     options = {'data_dir': args.data_dir, 'tokenizer': args.tokenizer, 'skip_bad_records': args.skip_bad_records}
     if on_devices:
-      options |= {'own': _judges(args.reward), 'row_length': args.row_length}
+      options |= {'own': _scorings(args.reward), 'row_length': args.row_length}
       _start(args)
       options['mesh'] = sharding.make_mesh(args.mesh, args.dcn_mesh)
     found = score.by_rewards(args.reward, args.data, how=args.combine, **options)

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 import tqdm
 
-from jaxalign import judges
 from jaxalign import reading
 from jaxalign import recipe as recipe_lib
+from jaxalign import scorers
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign.data import dataset as dataset_lib
@@ -76,7 +76,7 @@ def score(
     context = loaded.model.config.max_length
     if row_length is not None and row_length > context:
       raise types.UsageError(f'--row_length={row_length}: the context of the model is {context} tokens')
-    loader = _open(job, specs, loaded.tokenizer, found_by.example_fn, row_length or min(judges.LENGTH, context))
+    loader = _open(job, specs, loaded.tokenizer, found_by.example_fn, row_length or min(scorers.LENGTH, context))
     run = found_by.run(job.mesh)
     found: dict[int, dict[int, np.ndarray]] = {}
     steps = loader.ordered(range(len(loader.dataset)))
@@ -137,7 +137,7 @@ def _open(job: recipe_lib.Job, specs: list[str], tokenizer, example_fn: Callable
   # leave at most one row half empty.
   half_rows = max(int(dataset.lengths_NK.sum(axis=1).max()) for dataset in datasets) * 2 // row_length
   parts = sharding.parts(job.mesh, 'batch')
-  rows = parts * -(-max(judges.ROWS, min(half_rows + 1, max(dataset.group_size for dataset in datasets))) // parts)
+  rows = parts * -(-max(scorers.ROWS, min(half_rows + 1, max(dataset.group_size for dataset in datasets))) // parts)
   packing = loader_lib.Packing(rows=rows, row_length=row_length)
   return loader_lib.Loader(datasets, [1.0] * len(datasets), packing=packing, mesh=job.mesh, seed=0)
 
@@ -173,8 +173,8 @@ def by_rewards(
     tokenizer: as for `--tokenizer`, for rewards of token ids; None gives them none.
     skip_bad_records: count records that cannot be read, rather than stop at the first.
     mesh: where models lie; None where all rewards are functions, for which no device is asked.
-    own: see `judges.checked`.
-    row_length: see `judges.checked`.
+    own: see `scorers.checked`.
+    row_length: see `scorers.checked`.
 
   Returns:
     One object a record that was kept: `record` says which it is, `scores` has a score per response, None where all
@@ -191,10 +191,10 @@ def by_rewards(
     encode = functools.partial(examples.to_ids, recipe_lib.load_tokenizer(tokenizer), continuation=True, special=False)
   found, kept = [], []
   with contextlib.ExitStack() as stack:
-    models: Mapping[str, functions.Judge] = {}
+    models: Mapping[str, functions.Scorer] = {}
     if mesh is not None:
       stack.enter_context(jax.set_mesh(mesh))
-      models = judges.checked(rewards, mesh, own=own, row_length=row_length)()
+      models = scorers.checked(rewards, mesh, own=own, row_length=row_length)()
     panel = stack.enter_context(functions.Panel(rewards, models, together=mesh is not None))
     for batch in _batches(_texts(data, data_dir, skip_bad_records)):
       found.append(panel(_responses(batch, encode)))

@@ -12,9 +12,9 @@ import pytest
 from safetensors import numpy as st
 
 from jaxalign import checkpoint
-from jaxalign import judges
 from jaxalign import main
 from jaxalign import recipe
+from jaxalign import scorers
 from jaxalign import sharding
 from jaxalign.data import tokenizers
 from jaxalign.models import transformer
@@ -208,8 +208,8 @@ class TestImplicitRewards:
     given = functions.Responses(
         [''] * 6, [''] * 6, {}, [''] * 6, [ids + [tokenizer.eos_id] for _, ids in pairs], [ids for ids, _ in pairs]
     )
-    rewards, sampled = [functions.parse(f'{policy}(beta=0.25)')], judges.Sampled(tokenizer, 16, 32, 64)
-    with jax.set_mesh(ONE), functions.Panel(rewards, judges.checked(rewards, ONE, own={}, sampled=sampled)()) as panel:
+    rewards, sampled = [functions.parse(f'{policy}(beta=0.25)')], scorers.Sampled(tokenizer, 16, 32, 64)
+    with jax.set_mesh(ONE), functions.Panel(rewards, scorers.checked(rewards, ONE, own={}, sampled=sampled)()) as panel:
       (judged,) = panel(given).values()
     for value, tokens, ratios in zip(judged.values, judged.tokens, wanted, strict=True):
       np.testing.assert_allclose(tokens, 0.25 * ratios, atol=1e-4)

@@ -68,7 +68,7 @@ class Responses:
     return Responses(one(self.prompts), one(self.responses), fields, one(self.where), *rest)
 
 
-class Judged(NamedTuple):
+class Scores(NamedTuple):
   """What a reward makes of N responses.
 
   Attributes:
@@ -83,7 +83,7 @@ class Judged(NamedTuple):
 
 
 # A model that judges, ready to be called.
-Judge = Callable[[Responses], Judged]
+Scorer = Callable[[Responses], Scores]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +107,11 @@ class Reward:
   processes: int = 0
   timeout: float | None = None
   target: tuple[str, str, Mapping[str, Any]] | None = None
+
+  @property
+  def title(self) -> str:
+    """The function alone, for names of metrics."""
+    return self.name.partition('(')[0].rpartition(':')[2]
 
 
 def is_model(spec: str) -> bool:
@@ -192,7 +197,7 @@ class Panel(contextlib.AbstractContextManager):
   def __init__(
       self,
       rewards: Sequence[Reward | modelled.Model],
-      judges: Mapping[str, Judge] = python_types.MappingProxyType({}),
+      scorers: Mapping[str, Scorer] = python_types.MappingProxyType({}),
       *,
       together: bool = False,
   ):
@@ -200,7 +205,7 @@ class Panel(contextlib.AbstractContextManager):
 
     Args:
       rewards: functions and models.
-      judges: what runs each of the models, by name.
+      scorers: what runs each of the models, by name.
       together: whether all processes of a job judge the same responses: functions then run in the first alone, and
         the others are told. Otherwise no device is looked for.
 
@@ -211,7 +216,7 @@ class Panel(contextlib.AbstractContextManager):
     twice = [name for name in names if names.count(name) > 1]
     if twice:
       raise types.UsageError(f'--reward={twice[0]}: it is given twice; give it once, with the sum of the weights')
-    self._names, self._judges, self._together = names, dict(judges), together
+    self._names, self._scorers, self._together = names, dict(scorers), together
     self._functions = [reward for reward in rewards if isinstance(reward, Reward)]
     self._is_first = not together or jax.process_index() == 0
     self._pools: dict[str, pool_lib.Pool] = {}
@@ -226,22 +231,22 @@ class Panel(contextlib.AbstractContextManager):
     for pool in self._pools.values():
       pool.close(at_once=kind is not None)
 
-  def __call__(self, responses: Responses) -> dict[str, Judged]:
+  def __call__(self, responses: Responses) -> dict[str, Scores]:
     """What each reward makes of the responses, by name; functions run beside models.
 
     Raises:
       RunError: a function failed, or a reward is no finite number; it names the reward and the record.
     """
     finish: Callable[[], np.ndarray] = functools.partial(self._of_functions, responses)
-    if self._functions and self._judges and self._is_first:
+    if self._functions and self._scorers and self._is_first:
       executor = futures.ThreadPoolExecutor(1)
       finish = executor.submit(finish).result
       executor.shutdown(wait=False)  # No more is submitted.
-    judged = {name: judge(responses) for name, judge in self._judges.items()}
+    judged = {name: scorer(responses) for name, scorer in self._scorers.items()}
     if self._functions:
       shape = len(self._functions), len(responses.responses)
       table_RN = sharding.of_first(finish, shape) if self._together else finish()
-      judged |= {reward.name: Judged(row_N) for reward, row_N in zip(self._functions, table_RN)}
+      judged |= {reward.name: Scores(row_N) for reward, row_N in zip(self._functions, table_RN)}
     return {name: judged[name] for name in self._names}
 
   def _of_functions(self, responses: Responses) -> np.ndarray:

@@ -58,6 +58,11 @@ class Model:
   penalty: float = 1.0
   centre: bool = False
 
+  @property
+  def title(self) -> str:
+    """The last part of each directory, for names of metrics."""
+    return '+'.join(os.path.basename(os.path.abspath(one)) for one in self.directories)
+
 
 def of(
     path: str, options: Mapping[str, Any], name: str, weight: float, fail: Callable[[str], types.UsageError], form: str

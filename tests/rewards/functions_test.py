@@ -267,7 +267,7 @@ class TestPanel:
 
     def model(responses):
       both.wait()
-      return functions.Judged(np.array([2.0, 3.0]), [np.zeros(1), np.ones(2)])
+      return functions.Scores(np.array([2.0, 3.0]), [np.zeros(1), np.ones(2)])
 
     rewards = [functions.Reward('f', function), functions.parse(str(tmp_path))]
     with functions.Panel(rewards, {str(tmp_path): model}) as panel:

@@ -72,7 +72,7 @@ def checked(
     own: Mapping[str, modelled.Scoring],
     sampled: Sampled | None = None,
     row_length: int | None = None,
-) -> Callable[[], dict[str, functions.Judge]]:
+) -> Callable[[], dict[str, functions.Scorer]]:
   """What then loads the models among some rewards; what cannot be is refused before a weight is read.
 
   Args:
@@ -90,9 +90,9 @@ def checked(
   models = [reward for reward in rewards if isinstance(reward, modelled.Model)]
   known = [[_known(m, one, own.get(one), sampled, row_length, mesh) for one in m.directories] for m in models]
 
-  def opened() -> dict[str, functions.Judge]:
-    judges = [[Judge(one, mesh) for one in members] for members in known]
-    return {m.name: members[0] if m.how is None else _ensemble(m, members) for m, members in zip(models, judges)}
+  def opened() -> dict[str, functions.Scorer]:
+    opened_by = [[Scorer(one, mesh) for one in members] for members in known]
+    return {m.name: members[0] if m.how is None else _ensemble(m, members) for m, members in zip(models, opened_by)}
 
   return opened
 
@@ -182,7 +182,7 @@ class _Text(NamedTuple):
   places: np.ndarray | None
 
 
-class Judge:
+class Scorer:
   """A model that judges responses; what it reads has always the same shape, so that it is compiled once."""
 
   def __init__(self, known: _Known, mesh: jax.sharding.Mesh):
@@ -206,7 +206,7 @@ class Judge:
     rows = parts * -(-ROWS // parts)
     self._packing = loader_lib.Packing(rows=rows, row_length=known.row_length, max_responses=_MAX_RESPONSES)
 
-  def __call__(self, responses: functions.Responses) -> functions.Judged:
+  def __call__(self, responses: functions.Responses) -> functions.Scores:
     """Scores of responses; what says nothing in a language of steps has none.
 
     Raises:
@@ -231,15 +231,16 @@ class Judge:
           'reward %s: %d of %d texts cut to %d tokens (first %s)',
           *(self._known.model.name, len(cut), count, self._known.row_length, cut[0]),
       )
-    return functions.Judged(values_N, tokens if self._known.per != 'response' else None)
+    return functions.Scores(values_N, tokens if self._known.per != 'response' else None)
 
   def _outputs(self, groups: Sequence[examples.Group]) -> list[list[np.ndarray]]:
     """What the model makes of the marks of each sequence of each group, `[n, O]` float64."""
     found: list[list[np.ndarray]] = [[np.zeros(0)] * len(group.sequences) for group in groups]
     if groups:
       data = episodes.Groups(groups)
-      for group, slot, outputs in episodes.logps_of(self._reading.params, data, self.run, self._packing, self._mesh):
-        found[group][slot] = outputs.astype(np.float64)
+      run = lambda params, batch: {'outputs': self.run(params, batch)}
+      for group, slot, marks in episodes.annotated(self._reading.params, data, run, self._packing, self._mesh):
+        found[group][slot] = marks['outputs'].astype(np.float64)
     return found
 
   def _value(self, found: list[np.ndarray]) -> tuple[float, np.ndarray]:
@@ -301,13 +302,13 @@ def _record(responses: functions.Responses, n: int) -> dict[str, Any]:
   return {'prompt': prompt, 'completion': responses.responses[n], 'append_eos': ends}
 
 
-def _ensemble(model: modelled.Model, members: Sequence[Judge]) -> functions.Judge:
-  def judge(responses: functions.Responses) -> functions.Judged:
+def _ensemble(model: modelled.Model, members: Sequence[Scorer]) -> functions.Scorer:
+  def scorer(responses: functions.Responses) -> functions.Scores:
     scores_EN = np.stack([member(responses).values for member in members])
     known_N = ~np.isnan(scores_EN).any(axis=0)
     known_EN = ensembles.centred(scores_EN[:, known_N]) if model.centre else scores_EN[:, known_N]
     values_N = np.full(known_N.shape, np.nan)
     values_N[known_N] = ensembles.combine(known_EN, how=model.how or 'mean', penalty=model.penalty)
-    return functions.Judged(values_N)
+    return functions.Scores(values_N)
 
-  return judge
+  return scorer

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxalign import checkpoint
-from jaxalign import judges
 from jaxalign import main
 from jaxalign import recipe
+from jaxalign import scorers
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign.data import tokenizers
@@ -46,14 +46,14 @@ def opened(spec, mesh=ONE, own=None, policy=TOKENIZER, **sizes):
   sizes = {'prompt': 12, 'response': 40, 'row_length': 64} | sizes
   rewards = [functions.parse(spec)]
   with jax.set_mesh(mesh):
-    known = judges.checked(rewards, mesh, own=own or {}, sampled=judges.Sampled(policy, **sizes))
+    known = scorers.checked(rewards, mesh, own=own or {}, sampled=scorers.Sampled(policy, **sizes))
     (judge,) = known().values()
 
   def judging(responses):
     with jax.set_mesh(mesh):
       return judge(responses)
 
-  judging.run = judge.run if isinstance(judge, judges.Judge) else None
+  judging.run = judge.run if isinstance(judge, scorers.Scorer) else None
   return judging
 
 
@@ -194,13 +194,13 @@ class TestChecked:
   def test_refuses_what_cannot_judge_before_weights_are_read(self, heads, tmp_path, name, options, said):
     folder = {'empty': tmp_path, 'stories': STORIES} | {name: folder for name, (folder, _) in heads.items()}
     with pytest.raises(types.UsageError, match=re.escape(said)):
-      judges.checked([functions.parse(f'{folder[name]}{options}')], ONE, own={})
+      scorers.checked([functions.parse(f'{folder[name]}{options}')], ONE, own={})
 
   def test_refuses_responses_that_do_not_fit(self, heads):
-    policy = judges.Sampled(TOKENIZER, prompt=480, response=40, row_length=1024)
+    policy = scorers.Sampled(TOKENIZER, prompt=480, response=40, row_length=1024)
     said = 'a prompt of 480 tokens and rollouts.Options.max_new_tokens = 40 exceed its context, 512'
     with pytest.raises(types.UsageError, match=said):
-      judges.checked([functions.parse(str(heads['rm'][0]))], ONE, own={}, sampled=policy)
+      scorers.checked([functions.parse(str(heads['rm'][0]))], ONE, own={}, sampled=policy)
 
 
 OWN = """
