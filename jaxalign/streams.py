@@ -145,8 +145,7 @@ def open_prompts(
     train: whether there will be rollouts, so that models among the rewards are wanted.
 
   Raises:
-    UsageError: loss or advantages read what a rollout does not give, or a rollout does not fit a step, or a model among
-      the rewards cannot score it.
+    UsageError: loss or advantages read what a rollout does not give, or it does not fit a step, or no model judges it.
   """
   options = recipe.rollouts
   assert options is not None
@@ -182,15 +181,15 @@ def open_prompts(
       ),
       **shared,
   )
-  sampled = scorers.Sampled(tokenizer, int(prompts.lengths_NK.max()), options.max_new_tokens, packing.row_length)
-  models = _scorers(options, sampled, job.mesh) if train else dict
+  models = _scorers(options, tokenizer, prompts, packing, job.mesh) if train else dict
   made = iterations.Iterations(options, maker, folder=job.workdir / 'rollouts', scorers=models, **shared)
   has_reference = needs.reference or bool(ref)
   return Online(made, needs, has_reference, _report(datasets, []), options.prompts / len(prompts))
 
 
-def _scorers(options: rollouts.Options, sampled: scorers.Sampled, mesh: jax.sharding.Mesh):
+def _scorers(options: rollouts.Options, tokenizer, prompts: dataset.Joined, packing: loader_lib.Packing, mesh):
   """What loads the models among the rewards; raises UsageError where one cannot score what is sampled."""
+  sampled = scorers.Sampled(tokenizer, int(prompts.lengths_NK.max()), options.max_new_tokens, packing.row_length)
   rewards = [functions.parse(spec) for spec in options.rewards]
   return scorers.checked(rewards, mesh, own=options.scorings, sampled=sampled)
 
