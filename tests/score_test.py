@@ -12,6 +12,7 @@ import pytest
 from safetensors import numpy as st
 
 from jaxalign import checkpoint
+from jaxalign import config
 from jaxalign import main
 from jaxalign import recipe
 from jaxalign import scorers
@@ -298,6 +299,15 @@ class TestKinds:
     as_reward = [json.loads(line)['scores'] for line in capsys.readouterr().out.splitlines()]
     for one, other in zip(as_reward, several, strict=True):
       assert one == pytest.approx(other['scores'], abs=1e-4)
+    # What its run bound goes with its functions where another recipe is bound, as where it judges what is sampled.
+    bindings = checkpoint.read_json(workdir / 'checkpoints' / 'run.json')['bindings']
+    config.parse_saved([bindings], [], [])
+    own = config.scoring()
+    config.parse('sft', files=[], user_files=[], bindings=[])
+    made = own.scored_fn(singles[0], tokenizer, row_length=64)
+    said = [tokenizer.decode(sequence.ids) for sequence in made.sequences]
+    assert [text.rpartition('Good?')[2] for text in said] == [' s', ' m']  # They end where they differ.
+    assert own.combine_fn([np.array([3.0]), np.array([1.0])]) == [2.0]
     for one, other in zip(found, several):
       assert other['scores'] == pytest.approx(one['scores'][::-1] * 2, abs=1e-5)
     for one, other, record in zip(found, alone, PAIRS):
