@@ -8,6 +8,9 @@ responses become those of all of their tokens.
   valid_GK        1 where not every one abstained
   rewards_RGK     each of the R rewards, 0 where it abstained
   weights_R       theirs
+  outcomes_GK     those of the rewards that tell no tokens apart, as one number
+  token_rewards_BT  what rewards of tokens or steps give, with their weights; 0 where they say nothing
+  token_marks_BT  1 where they say something
   tokens_GK       lengths
   finished_GK     1 where the response ended by itself
   greedy_G        the reward of the response that temperature 0 gives to the prompt
@@ -35,7 +38,7 @@ from jaxalign import tracing
 from jaxalign import types
 
 FIELDS = frozenset(
-    'rewards_GK valid_GK rewards_RGK weights_R tokens_GK finished_GK greedy_G ref_rewards_GN logps_BT log_ratio_BT'
+    'rewards_GK valid_GK rewards_RGK weights_R outcomes_GK token_rewards_BT token_marks_BT tokens_GK finished_GK greedy_G ref_rewards_GN logps_BT log_ratio_BT'
     ' values_BT rows loss_state'.split()
 )
 OF_REFERENCE = frozenset({'log_ratio_BT', 'ref_rewards_GN'})
