@@ -151,7 +151,8 @@ def _draw(
   return sampling.sample(
       loaded.model,
       loaded.params,
-      [ids for ids in prompts for _ in range(per_prompt)],
+      prompts,
+      n=per_prompt,
       max_new_tokens=max_new_tokens,
       temperature=temperature,
       seed=seed,

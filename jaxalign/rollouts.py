@@ -214,7 +214,8 @@ class Sampler:
     drawn = sampling.sample(
         self._model,
         params,
-        [ids for ids in prompts for _ in range(samples)],
+        prompts,
+        n=samples,
         max_new_tokens=self.options.max_new_tokens,
         temperature=self.options.temperature,
         top_k=self.options.top_k,

@@ -18,6 +18,7 @@ from jaxalign import sharding
 from jaxalign import types
 from jaxalign.models import architecture
 from jaxalign.models import attention as attention_lib
+from jaxalign.models import kv_cache
 from jaxalign.models import layers
 from jaxalign.models import linear
 from jaxalign.models import lora as lora_lib
@@ -30,13 +31,6 @@ REMAT: dict[str, Callable | None] = {
     'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     'full': jax.checkpoint_policies.nothing_saveable,
 }
-
-
-def init_cache(config: architecture.Config, rows: int, length: int, dtype: jax.typing.DTypeLike) -> layers.KVCache:
-  """An empty cache for `rows` rows of up to `length` tokens; what is read beyond that is lost."""
-  shape = (config.num_layers, rows, length, config.num_kv_heads, config.head_size)
-  place = lambda x: sharding.constrain(x, 'layers', 'batch', None, None, None)
-  return layers.KVCache(place(jnp.zeros(shape, dtype)), place(jnp.zeros(shape, dtype)), jnp.zeros(rows, jnp.int32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -79,7 +73,7 @@ class Transformer(nn.Module):
     config: sizes.
     dtype: of the computation; parameters are float32, but for a frozen base (`lora.Lora.base`).
     remat: a key of REMAT.
-    attention: one of `attention.KERNELS`, for whole sequences; with a cache attention is dense.
+    attention: one of `attention.KERNELS`, for whole sequences; behind what is in a cache attention is dense.
     lora: what is adapted, None for nothing; with dropout `apply` takes `rngs={'dropout': key}`.
   """
 
@@ -97,7 +91,7 @@ class Transformer(nn.Module):
     return jnp.dtype(self.dtype if self.lora.base in ('', *quant.KINDS) else self.lora.base)
 
   @nn.compact
-  def __call__(self, inputs_BT, positions_BT, segments_BT, cache: layers.KVCache | None = None):
+  def __call__(self, inputs_BT, positions_BT, segments_BT, cache: kv_cache.KVCache | None = None):
     """Reads tokens and returns what the head reads.
 
     Args:
@@ -105,7 +99,7 @@ class Transformer(nn.Module):
       positions_BT: int32, from 0 in each segment.
       segments_BT: int32; 0 is padding. With a cache a row is one segment, and tokens of segment 0 can only follow its
         last: they are not counted in its length.
-      cache: None reads whole sequences; otherwise the tokens follow those in the cache.
+      cache: None reads whole sequences; otherwise the tokens follow those in the cache, see `KVCache.mode`.
 
     Returns:
       Hidden states after the final norm, `[B, T, D]`; with a cache, these and the new cache.
@@ -131,7 +125,8 @@ class Transformer(nn.Module):
     x_BTD = layers.rms_norm(x_BTD, linear.param(self, 'final_norm', layers.norm_init(c), (c.embed_dim,), ('norm',)), c)
     if cache is None:
       return x_BTD
-    return x_BTD, dataclasses.replace(cache, lengths_B=cache.lengths_B + jnp.sum(segments_BT > 0, axis=1))
+    read_B = jnp.sum(segments_BT > 0, axis=1) if cache.mode != 'either' else 0
+    return x_BTD, dataclasses.replace(cache, lengths_B=cache.lengths_B + read_B)
 
   def _parts(self) -> list[nn.Module]:
     """The repeated pattern of layers, scanned so that a program does not grow with it, and the layers that are left."""

@@ -11,6 +11,7 @@ import pytest
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign.models import architecture
+from jaxalign.models import kv_cache
 from jaxalign.models import transformer
 
 pytestmark = pytest.mark.usefixtures('optimised')
@@ -84,7 +85,7 @@ class TestTransformer:
   @pytest.mark.parametrize('pieces', [(9,), (4, 5), (6, 1, 1, 1)])
   def test_reads_the_same_through_a_cache_in_pieces(self, pieces):
     inputs = ids(3, 9)
-    cache = transformer.init_cache(TINY, 3, 12, jnp.float32)
+    cache = kv_cache.init(TINY, 3, 12, jnp.float32)
     found, start = [], 0
     for size in pieces:
       part = inputs[:, start : start + size]
@@ -101,7 +102,7 @@ class TestTransformer:
     prompt = np.where(np.arange(6)[None] < lengths[:, None], whole[:, :6], 0)
     segments = (np.arange(6)[None] < lengths[:, None]).astype(np.int32)
     positions = np.broadcast_to(np.arange(6), (2, 6))
-    cache = transformer.init_cache(TINY, 2, 10, jnp.float32)
+    cache = kv_cache.init(TINY, 2, 10, jnp.float32)
     _, cache = apply(MODEL, PARAMS, prompt, positions, segments, cache)
     for step in range(2):
       here = (lengths + step)[:, None]
