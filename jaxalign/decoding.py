@@ -8,7 +8,6 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import Any
 from typing import NamedTuple
 
 from flax import struct
@@ -50,7 +49,7 @@ class Program(NamedTuple):
 class Reading:
   """What a model has read of each row, and what it makes of the last token, `[B, D]`."""
 
-  cache: kv_cache.KVCache
+  cache: kv_cache.Cache
   hidden_BD: types.Array
 
 
@@ -111,11 +110,15 @@ class View:
 
   def scores_of(self, tokens_BC: types.Array) -> types.Array:
     """What its head that scores would make of them with each of these tokens behind, `[B, C, outputs]`."""
-    cache = dataclasses.replace(self._reading.cache, mode='either')
-    positions_BC = jnp.broadcast_to(cache.lengths_B[:, None], tokens_BC.shape)
+    cache = kv_cache.with_mode(self._reading.cache, 'either')
+    positions_BC = jnp.broadcast_to(kv_cache.lengths(cache)[:, None], tokens_BC.shape)
     ones_BC = jnp.ones_like(tokens_BC)
-    hidden_BCD, _ = self._model.apply({'params': self._params}, tokens_BC, positions_BC, ones_BC, cache)
+    hidden_BCD, _ = _apply(self._model, self._params, tokens_BC, positions_BC, ones_BC, cache)
     return transformer.scores(self._params, hidden_BCD)
+
+
+def _apply(model: transformer.Transformer, params, *args) -> tuple[types.Array, kv_cache.Cache]:
+  return model.apply({'params': params}, *args)  # type: ignore[return-value]
 
 
 def _program(*static: int, donate: tuple[int, ...] = ()):
@@ -124,14 +127,20 @@ def _program(*static: int, donate: tuple[int, ...] = ()):
 
 
 @_program(0)
-def cast(dtype: Any, params: types.PyTree) -> types.PyTree:
-  """Parameters, but those that are used in float32, in the precision of the computation: they are read at each step."""
+def prepare(model: transformer.Transformer, params: types.PyTree) -> types.PyTree:
+  """Parameters as they are read at each step: those that are not used in float32 in the precision of the model."""
 
   def of(path, x):
     is_wide = any(word in jax.tree_util.keystr(path) for word in ('norm', 'score', 'lora'))
-    return x if is_wide or quant.is_array_of(x) or x.dtype != jnp.float32 else x.astype(dtype)
+    return x if is_wide or quant.is_array_of(x) or x.dtype != jnp.float32 else x.astype(model.dtype)
 
-  return jax.tree_util.tree_map_with_path(of, params, is_leaf=quant.is_array_of)
+  params = jax.tree_util.tree_map_with_path(of, params, is_leaf=quant.is_array_of)
+  return transformer.apart(params, model.config) if model.apart else params
+
+
+def _cache(program: Program, model: transformer.Transformer, rows: int, length: int, mode: str) -> kv_cache.Cache:
+  make = kv_cache.apart if model.apart else kv_cache.init
+  return make(model.config, rows, length, program.cache_dtype or model.dtype, mode)
 
 
 @_program(0)
@@ -152,15 +161,16 @@ def _read(program: Program, model: transformer.Transformer, params, ids_PT, leng
     model = dataclasses.replace(model, attention='xla')
   positions_PT = jnp.broadcast_to(jnp.arange(T), (P, T))
   segments_PT = (positions_PT < lengths_P[:, None]).astype(jnp.int32)
-  cache = kv_cache.init(model.config, P, T, program.cache_dtype or model.dtype, 'first')
-  hidden_PTD, cache = model.apply({'params': params}, ids_PT, positions_PT, segments_PT, cache)
+  cache = _cache(program, model, P, T, 'first')
+  hidden_PTD, cache = _apply(model, params, ids_PT, positions_PT, segments_PT, cache)
   return Reading(cache, jnp.take_along_axis(hidden_PTD, (lengths_P - 1)[:, None, None], axis=1)[:, 0])
 
 
 def _placed(rows: Rows) -> Rows:
   """What every program ends with, so that the next is compiled for one layout: all but what models read is whole."""
   readings = tuple(
-      Reading(kv_cache.placed(one.cache), sharding.constrain(one.hidden_BD, 'batch', None)) for one in rows.readings
+      Reading(kv_cache.each(kv_cache.placed, one.cache), sharding.constrain(one.hidden_BD, 'batch', None))
+      for one in rows.readings
   )
   whole = lambda x: sharding.constrain(x, *[None] * x.ndim)
   return jax.tree.map(whole, dataclasses.replace(rows, readings=())).replace(readings=readings)
@@ -171,7 +181,7 @@ def start(program: Program, rows: int, lengths: tuple[int, ...], new: int) -> Ro
   """Rows that have ended, with room for so many tokens of each model, `new` of them written."""
   readings = tuple(
       Reading(
-          kv_cache.init(model.config, rows, length, program.cache_dtype or model.dtype),
+          _cache(program, model, rows, length, 'next'),
           jnp.zeros((rows, model.config.embed_dim), model.dtype),
       )
       for model, length in zip(program.models, lengths, strict=True)
@@ -198,8 +208,9 @@ def start(program: Program, rows: int, lengths: tuple[int, ...], new: int) -> Ro
 def give(rows: Rows, prompts: Prompts, rows_A, sources_A, requests_A, limits_A) -> Rows:
   """Begins responses: row `rows_A` that to prompt `sources_A`; rows beyond the last are left out."""
   put = lambda to, x: to.at[rows_A].set(x, mode='drop')
+  copy = lambda to, of: kv_cache.copy(to, rows_A, of, sources_A)
   readings = tuple(
-      Reading(kv_cache.copy(own.cache, rows_A, of.cache, sources_A), put(own.hidden_BD, of.hidden_BD[sources_A]))
+      Reading(kv_cache.each(copy, own.cache, of.cache), put(own.hidden_BD, of.hidden_BD[sources_A]))
       for own, of in zip(rows.readings, prompts.readings, strict=True)
   )
   given = dataclasses.replace(
@@ -214,10 +225,19 @@ def give(rows: Rows, prompts: Prompts, rows_A, sources_A, requests_A, limits_A) 
   return _placed(given)
 
 
-@_program(0, 1, donate=(3,))
+@_program(0)
+def grow(lengths: tuple[int, ...], rows: Rows) -> Rows:
+  """The same with room for so many tokens of each model."""
+  readings = tuple(
+      Reading(kv_cache.grown(one.cache, length), one.hidden_BD)
+      for one, length in zip(rows.readings, lengths, strict=True)
+  )
+  return _placed(dataclasses.replace(rows, readings=readings))
+
+
+@_program(0, donate=(2,))
 def write(
     program: Program,
-    reaches: tuple[int, ...],
     params: Sequence[types.PyTree],
     rows: Rows,
     key: types.Array,
@@ -229,7 +249,6 @@ def write(
 
   Args:
     program: what to do.
-    reaches: tokens of a row that are looked at, of each model.
     params: of each model.
     rows: which are not to be used again.
     key: of the random numbers.
@@ -240,19 +259,12 @@ def write(
   Returns:
     The rows, their counts and whether each has ended, the same on every process.
   """
-  with_reach = lambda rows, reaches: dataclasses.replace(
-      rows,
-      readings=tuple(
-          dataclasses.replace(one, cache=dataclasses.replace(one.cache, reach=reach))
-          for one, reach in zip(rows.readings, reaches, strict=True)
-      ),
-  )
   going = lambda carry: (carry[0] < most) & (jnp.sum(carry[1].done_B) < enough)
-  rows = dataclasses.replace(with_reach(rows, reaches), done_B=rows.done_B | ended_B)
+  rows = dataclasses.replace(rows, done_B=rows.done_B | ended_B)
   row_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows.requests_B)
   one = lambda carry: (carry[0] + 1, _write_one(program, params, row_keys, carry[1]))
   _, rows = jax.lax.while_loop(going, one, (jnp.zeros((), jnp.int32), rows))
-  rows = _placed(with_reach(rows, [None] * len(reaches)))
+  rows = _placed(rows)
   return rows, rows.counts_B, rows.done_B
 
 
@@ -292,6 +304,6 @@ def _write_one(program: Program, params, row_keys, rows: Rows) -> Rows:
 
 
 def _read_one(model: transformer.Transformer, params, reading: Reading, token_B, going_B) -> Reading:
-  here_B1, counts_B1 = reading.cache.lengths_B[:, None], going_B[:, None].astype(jnp.int32)
-  hidden_B1D, cache = model.apply({'params': params}, token_B[:, None], here_B1, counts_B1, reading.cache)
+  here_B1, counts_B1 = kv_cache.lengths(reading.cache)[:, None], going_B[:, None].astype(jnp.int32)
+  hidden_B1D, cache = _apply(model, params, token_B[:, None], here_B1, counts_B1, reading.cache)
   return Reading(cache, hidden_B1D[:, 0])

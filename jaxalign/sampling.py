@@ -6,11 +6,11 @@ What runs on the device is in `decoding`, how a token is chosen in `choosing`.
 import collections
 from collections.abc import Callable
 from collections.abc import Sequence
+import dataclasses
 from typing import NamedTuple
 
 from absl import logging
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import choosing
@@ -20,8 +20,8 @@ from jaxalign import types
 from jaxalign.models import transformer
 
 _LEAST = 32  # tokens of the smallest bucket; the next have 1.5 and 2 times as many, and so on, so that programs are few
-_LEAST_REACH = 64
 _TOGETHER = 16384  # tokens of prompts that are read at once
+_AT_FIRST = 64  # tokens behind the longest prompt that there is room for at first
 _LOOK = 8  # tokens between looks at texts
 
 
@@ -147,8 +147,7 @@ def sample(
   """
   rule = choosing.Rule(temperature, top_k, top_p, min_p, repetition_penalty)
   rule.check()
-  if cache_dtype not in (None, 'int8'):
-    raise types.UsageError(f"cache_dtype = {cache_dtype!r}: it is 'int8' or left out")
+  check_cache_dtype(cache_dtype)
   guides = guidance.guides if guidance is not None else ()
   sizes = {one.config.vocab_size for one in (model, *(guide.model for guide in guides))}
   if len(sizes) > 1:
@@ -156,11 +155,11 @@ def sample(
   if not prompts:
     return []
   process = guidance.process if guidance is not None else None
-  models = (model, *(guide.model for guide in guides))
+  models = tuple(map(_prepared, (model, *(guide.model for guide in guides))))
   program = decoding.Program(models, rule, tuple(stop_ids), process, cache_dtype)
   run = _Run(
       program,
-      [_cast(one, p) for one, p in zip(models, (params, *(guide.params for guide in guides)))],
+      [decoding.prepare(one, p) for one, p in zip(models, (params, *(guide.params for guide in guides)))],
       [prompts, *(guide.prompts or prompts for guide in guides)],
       [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens),
       n,
@@ -172,13 +171,22 @@ def sample(
   return run.all()
 
 
-def _cast(model: transformer.Transformer, params: types.PyTree) -> types.PyTree:
-  return params if model.dtype == jnp.float32 else decoding.cast(model.dtype, params)
+def check_cache_dtype(cache_dtype: str | None) -> None:
+  """Raises UsageError where it is none of `sample`."""
+  if cache_dtype not in (None, 'int8'):
+    raise types.UsageError(f'cache_dtype = {cache_dtype}: it is int8 or left out')
 
 
-def _bucket(count: int, least: int = _LEAST) -> int:
+def _prepared(model: transformer.Transformer) -> transformer.Transformer:
+  """The model as it writes."""
+  mesh = jax.sharding.get_mesh()
+  platform = jax.default_backend() if mesh.empty else sharding.platform_of(mesh)
+  return dataclasses.replace(transformer.without_dropout(model), apart=platform == 'cpu')
+
+
+def _bucket(count: int) -> int:
   """The size, of few, that holds so many tokens."""
-  size = least
+  size = _LEAST
   while size < count:
     size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
   return size
@@ -201,7 +209,8 @@ class _Run:
     together = min(len(limits), -(-self._size // n), max(1, _TOGETHER // max(longest)))
     self._together = up(together)
     new = -(-max(limits) // _LEAST) * _LEAST
-    self._room = tuple(length + new for length in longest)
+    self._most = tuple(length + new for length in longest)
+    self._room = tuple(min(most, _bucket(length + _AT_FIRST)) for most, length in zip(self._most, longest))
     self._read: decoding.Prompts | None = None
     self._ready: collections.deque[tuple[int, int]] = collections.deque()  # (place among the prompts read, request)
     self._owners: list[int | None] = [None] * self._size
@@ -268,17 +277,20 @@ class _Run:
   def _write(self) -> None:
     """Writes until a row is free for what waits, or all have ended, or it is time to look at the texts."""
     active = self._active()
-    reaches, most = [], _LOOK if self._stop.texts or self._watch else max(self._limits)
-    for prompts, room in zip(self._prompts, self._room, strict=True):
-      longest = max(len(prompts[owner // self._n]) + int(self._counts[row]) for row, owner in active)
-      reaches.append(min(room, _bucket(longest + 1, _LEAST_REACH)))
-      most = min(most, reaches[-1] - longest)
+    longest = [
+        max(len(prompts[owner // self._n]) + int(self._counts[row]) for row, owner in active)
+        for prompts in self._prompts
+    ]
+    sizes = zip(self._most, self._room, longest)
+    room = tuple(size if count < size else min(most, _bucket(count * 3 // 2)) for most, size, count in sizes)
+    if room != self._room:
+      self._room, self._rows = room, decoding.grow(room, self._rows)
+    most = _LOOK if self._stop.texts or self._watch else max(self._limits)
+    most = min(most, *(size - count for size, count in zip(self._room, longest)))
     waits = bool(self._ready or self._waiting)
     enough = self._size - len(active) + max(1, self._size // 16) if waits else self._size
     numbers = np.int32(most), np.int32(enough)
-    self._rows, counts, done = decoding.write(
-        self._program, tuple(reaches), self._params, self._rows, self._key, self._ended, *numbers
-    )
+    self._rows, counts, done = decoding.write(self._program, self._params, self._rows, self._key, self._ended, *numbers)
     before, self._counts, done = self._counts, np.array(counts), np.array(done)
     if self._stop.texts or self._watch or any(done[row] for row, _ in active):
       written = [np.array(x) for x in (self._rows.tokens_BN, self._rows.logps_BN, self._rows.processed_BN)]

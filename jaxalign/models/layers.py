@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import sharding
-from jaxalign import types
 from jaxalign.models import architecture
 from jaxalign.models import attention as attention_lib
 from jaxalign.models import experts
