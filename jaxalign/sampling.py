@@ -106,6 +106,7 @@ def sample(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     seed: int = 0,
+    requests: Sequence[int] | None = None,
     stop_ids: Sequence[int] = (),
     stop: Stop | None = None,
     guidance: Guidance | None = None,
@@ -116,8 +117,8 @@ def sample(
   """Samples responses to each prompt.
 
   The token at position t of the k-th response to prompt i is drawn with one uniform number that depends on
-  (seed, i * n + k, t) alone, so the same ids come out whatever the number of rows and the order in which they end. A
-  prompt is read once for all its responses.
+  (seed, requests[i] * n + k, t) alone, so the same ids come out whatever the number of rows, the order of prompts and
+  how they are split over calls. A prompt is read once for all its responses.
 
   Args:
     model: any model with a language-model head.
@@ -132,6 +133,7 @@ def sample(
     min_p: likewise.
     repetition_penalty: likewise.
     seed: of the random numbers.
+    requests: a number for each prompt; None for its place.
     stop_ids: tokens that end a response.
     stop: texts that do.
     guidance: what else shapes the draw.
@@ -162,6 +164,7 @@ def sample(
       [decoding.prepare(one, p) for one, p in zip(models, (params, *(guide.params for guide in guides)))],
       [prompts, *(guide.prompts or prompts for guide in guides)],
       [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens),
+      range(len(prompts)) if requests is None else requests,
       n,
       rows,
       jax.random.key(seed),
@@ -195,9 +198,9 @@ def _bucket(count: int) -> int:
 class _Run:
   """The queue of a call: what waits, what was read, and who holds which row."""
 
-  def __init__(self, program, params, prompts, limits, n: int, rows: int, key, stop: Stop, watch):
+  def __init__(self, program, params, prompts, limits, requests, n: int, rows: int, key, stop: Stop, watch):
     self._program, self._params, self._prompts, self._limits = program, params, prompts, limits
-    self._n, self._key, self._stop, self._watch = n, key, stop, watch
+    self._requests, self._n, self._key, self._stop, self._watch = requests, n, key, stop, watch
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else sharding.parts(mesh, 'batch')
     up = lambda count: -(-count // parts) * parts
@@ -212,7 +215,7 @@ class _Run:
     self._most = tuple(length + new for length in longest)
     self._room = tuple(min(most, _bucket(length + _AT_FIRST)) for most, length in zip(self._most, longest))
     self._read: decoding.Prompts | None = None
-    self._ready: collections.deque[tuple[int, int]] = collections.deque()  # (place among the prompts read, request)
+    self._ready: collections.deque[tuple[int, int]] = collections.deque()  # (place among the prompts read, response)
     self._owners: list[int | None] = [None] * self._size
     self._counts = np.zeros(self._size, np.int32)
     self._ended = np.zeros(self._size, bool)
@@ -254,9 +257,10 @@ class _Run:
       size = few if count <= few else self._size
       table = np.zeros((4, size), np.int32)
       table[0] = self._size
-      for place, (row, source, request) in enumerate(given):
-        table[:, place] = row, source, request, self._limits[request // self._n]
-        self._owners[row], self._counts[row], self._ended[row] = request, 0, False
+      for place, (row, source, response) in enumerate(given):
+        prompt, sample = divmod(response, self._n)
+        table[:, place] = row, source, self._requests[prompt] * self._n + sample, self._limits[prompt]
+        self._owners[row], self._counts[row], self._ended[row] = response, 0, False
       requests = table[2].astype(np.uint32)
       self._rows = decoding.give(self._rows, self._read, table[0], table[1], requests, table[3])
 
