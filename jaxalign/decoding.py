@@ -156,12 +156,12 @@ def read(program: Program, params: Sequence[types.PyTree], ids: Sequence, length
 
 
 def _read(program: Program, model: transformer.Transformer, params, ids_PT, lengths_P) -> Reading:
-  P, T = ids_PT.shape
-  if T % _KERNEL:
+  count, length = ids_PT.shape
+  if length % _KERNEL:
     model = dataclasses.replace(model, attention='xla')
-  positions_PT = jnp.broadcast_to(jnp.arange(T), (P, T))
+  positions_PT = jnp.broadcast_to(jnp.arange(length), (count, length))
   segments_PT = (positions_PT < lengths_P[:, None]).astype(jnp.int32)
-  cache = _cache(program, model, P, T, 'first')
+  cache = _cache(program, model, count, length, 'first')
   hidden_PTD, cache = _apply(model, params, ids_PT, positions_PT, segments_PT, cache)
   return Reading(cache, jnp.take_along_axis(hidden_PTD, (lengths_P - 1)[:, None, None], axis=1)[:, 0])
 

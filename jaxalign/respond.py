@@ -94,7 +94,7 @@ def respond(
     RunError: the chat template fails.
   """
   with jax.set_mesh(mesh):
-    loaded = _policy(spec, mesh)
+    loaded = policy(spec, mesh)
     ids = [_ids(loaded.tokenizer, prompt, options.chat) for prompt in prompts]
     if not all(ids):
       raise types.UsageError('--prompt: an empty prompt has no token to begin with (this tokenizer has no BOS)')
@@ -161,7 +161,7 @@ def to_records(job: recipe_lib.Job, options: Options) -> list[dict[str, Any]]:
     RunError: a record has no prompt or cannot be read, or prompts are of text and of messages, or none is left.
   """
   with jax.set_mesh(job.mesh):
-    loaded = _policy(job.model, job.mesh)
+    loaded = policy(job.model, job.mesh)
     room = loaded.model.config.max_length - options.max_new_tokens
     kept, ids, is_chat = _prompts(job, loaded.tokenizer, options.chat, room)
     drawn = _draw(loaded, ids, options, job.seed, is_chat)
@@ -205,7 +205,8 @@ def _prompts(
   return kept, ids, chats.pop()
 
 
-def _policy(spec: str, mesh: jax.sharding.Mesh) -> checkpoint.Loaded:
+def policy(spec: str, mesh: jax.sharding.Mesh) -> checkpoint.Loaded:
+  """A model that writes, from a checkpoint or a Hugging Face directory; raises UsageError where it scores instead."""
   loaded = checkpoint.writer(recipe_lib.load(spec, mesh))
   if loaded.model.config.score_outputs:
     raise types.UsageError(f'{spec}: a reward model scores responses and writes none')

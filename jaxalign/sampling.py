@@ -7,6 +7,7 @@ import collections
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
+from typing import Any
 from typing import NamedTuple
 
 from absl import logging
@@ -70,7 +71,7 @@ class Guidance(NamedTuple):
     guides: models that it sees.
   """
 
-  process: Callable[..., types.Array]
+  process: Callable[..., types.Array] | None
   guides: tuple[Guide, ...] = ()
 
 
@@ -100,11 +101,6 @@ def sample(
     *,
     max_new_tokens: int | Sequence[int],
     n: int = 1,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
     seed: int = 0,
     requests: Sequence[int] | None = None,
     stop_ids: Sequence[int] = (),
@@ -113,6 +109,7 @@ def sample(
     cache_dtype: str | None = None,
     rows: int = 128,
     watch: Callable[[int, list[int]], None] | None = None,
+    **rule: Any,
 ) -> list[Sampled]:
   """Samples responses to each prompt.
 
@@ -123,15 +120,9 @@ def sample(
   Args:
     model: any model with a language-model head.
     params: its parameters, on any mesh (the current one, `jax.set_mesh`).
-    prompts: token ids, at least one each, with room for the new ones in the model's context; every process passes the
-      same.
+    prompts: token ids, at least one each, with room for the new ones in the context; the same on every process.
     max_new_tokens: length at which a response is cut, of all or of those to each prompt.
     n: responses to each prompt.
-    temperature: see `choosing.Rule`; likewise the next four.
-    top_k: likewise.
-    top_p: likewise.
-    min_p: likewise.
-    repetition_penalty: likewise.
     seed: of the random numbers.
     requests: a number for each prompt; None for its place.
     stop_ids: tokens that end a response.
@@ -140,6 +131,7 @@ def sample(
     cache_dtype: 'int8' keeps keys and values in 8 bits; None in the precision of each model.
     rows: responses that are written at once; more where the mesh does not divide them.
     watch: called with the number of a response (i * n + k) and its tokens so far, every few tokens.
+    **rule: temperature, top_k, top_p, min_p and repetition_penalty, see `choosing.Rule`.
 
   Returns:
     The n responses to the first prompt, then those to the next, on every process.
@@ -147,22 +139,13 @@ def sample(
   Raises:
     UsageError: a number has no meaning, or a guide has another vocabulary.
   """
-  rule = choosing.Rule(temperature, top_k, top_p, min_p, repetition_penalty)
-  rule.check()
-  check_cache_dtype(cache_dtype)
-  guides = guidance.guides if guidance is not None else ()
-  sizes = {one.config.vocab_size for one in (model, *(guide.model for guide in guides))}
-  if len(sizes) > 1:
-    raise types.UsageError(f'models that guide each other have one vocabulary; these have {sorted(sizes)} tokens')
+  program, models_params, guides_prompts = _opened(model, params, stop_ids, guidance, cache_dtype, rule)
   if not prompts:
     return []
-  process = guidance.process if guidance is not None else None
-  models = tuple(map(_prepared, (model, *(guide.model for guide in guides))))
-  program = decoding.Program(models, rule, tuple(stop_ids), process, cache_dtype)
-  run = _Run(
+  return _Run(
       program,
-      [decoding.prepare(one, p) for one, p in zip(models, (params, *(guide.params for guide in guides)))],
-      [prompts, *(guide.prompts or prompts for guide in guides)],
+      models_params,
+      [prompts, *(own or prompts for own in guides_prompts)],
       [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens),
       range(len(prompts)) if requests is None else requests,
       n,
@@ -170,8 +153,23 @@ def sample(
       jax.random.key(seed),
       stop or Stop((), lambda ids: ''),
       watch,
-  )
-  return run.all()
+  ).all()
+
+
+def _opened(model, params, stop_ids, guidance: Guidance | None, cache_dtype, rule) -> tuple:
+  """The program, parameters of each model, and the prompts of the guides; see `sample`."""
+  rule = choosing.Rule(**rule)
+  rule.check()
+  check_cache_dtype(cache_dtype)
+  guidance = guidance or Guidance(None)
+  models = (model, *(guide.model for guide in guidance.guides))
+  sizes = {one.config.vocab_size for one in models}
+  if len(sizes) > 1:
+    raise types.UsageError(f'models that guide each other have one vocabulary; these have {sorted(sizes)} tokens')
+  models = tuple(map(_prepared, models))
+  program = decoding.Program(models, rule, tuple(stop_ids), guidance.process, cache_dtype)
+  all_params = (params, *(guide.params for guide in guidance.guides))
+  return program, list(map(decoding.prepare, models, all_params)), [guide.prompts for guide in guidance.guides]
 
 
 def check_cache_dtype(cache_dtype: str | None) -> None:
