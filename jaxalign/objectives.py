@@ -77,8 +77,10 @@ def policy_gradient(
     loss_fn: tracing.LossFn,
     needs: tracing.Needs,
     ref_model: transformer.Transformer | None = None,
+    critic_model: transformer.Transformer | None = None,
     aggregate: str = 'token',
     max_tokens: int | None = None,
+    temperature: float = 1.0,
     dense=('entropy',),
 ) -> Objective:
   """Objective of policy-gradient losses (`losses.policy`), averaged over the whole step as `aggregate` says.
@@ -90,7 +92,8 @@ def policy_gradient(
 
   A response of which no token counts (it was cut off, and masked) counts as one whose loss is 0, as in TRL. Metrics are
   means over tokens. Where the batch has no `old_logps`, those of the policy itself serve, for a rollout's only update:
-  the ratio is then exactly 1.
+  the ratio is then exactly 1. A loss that reads `scores_BTO` has values of `critic_model`, or of the policy's own head.
+  Log-probabilities of policy and reference are those of logits divided by `temperature`, at which tokens were sampled.
 
   Raises:
     UsageError: there is no such `aggregate`, or `max_tokens` is not what it asks for.
@@ -103,14 +106,19 @@ def policy_gradient(
         f'objectives.policy_gradient.max_tokens = {max_tokens} with aggregate = {aggregate!r}: {wanted}'
     )
 
-  tracing.check('policy_gradient', needs, of_tokens=True)
+  tracing.check('policy_gradient', needs, of_tokens=True, heads=frozenset({'policy.scores_BTO'}))
 
   def loss(stats, batch, loss_state):
-    labels = {'old_logps': jax.lax.stop_gradient(stats['logps'])} | _labels(batch)
+    labels = _sampled(stats, batch)
     out = loss_fn(_policy(stats, batch), _reference(stats, batch), labels, state=loss_state)
+    if 'sampler_logps' in labels:
+      drift_BT = jnp.abs(labels['old_logps'] - labels['sampler_logps'])
+      out = dataclasses.replace(out, metrics={**out.metrics, 'sampling/sampling_logp_difference/mean': drift_BT})
     return _per_token(out, stats, batch, _AGGREGATES[aggregate](out.per_item, batch, max_tokens))
 
-  stats = forward.targets_fn(model, needs, _dense(dense, needs), ref_model)
+  stats = forward.targets_fn(
+      model, needs, _dense(dense, needs), ref_model, critic_model=critic_model, temperature=temperature
+  )
   return Objective(stats, loss, needs.whole_step)
 
 
@@ -141,28 +149,31 @@ def preference(
     ref_model: transformer.Transformer | None = None,
     dense=('entropy', 'correct', 'mean_logit'),
     rivals: int | None = None,
+    temperature: float = 1.0,
 ) -> Objective:
   """Objective of losses on the log-probabilities of whole responses (`losses.preference`): the weight counts groups.
 
-  The batch carries `ref_logps_BT` where the loss reads a reference that is not live; for `rivals` see `supervised`.
+  The batch carries `ref_logps_BT` where the loss reads a reference that is not live; for `rivals` see `supervised`,
+  for `temperature` `policy_gradient`.
   """
   tracing.check('preference', needs, of_tokens=False)
 
   def loss(stats, batch, loss_state):
     policy, ref = _policy(stats, batch), _reference(stats, batch)
-    out = loss_fn(policy, ref, _labels(batch), state=loss_state)
+    out = loss_fn(policy, ref, _sampled(stats, batch), state=loss_state)
     metrics = _group_metrics(out, batch) | _token_metrics(stats, batch)
     if 'mean_logit' in stats and _is_of_pairs(out, batch):
       metrics |= _per_side(masked.per_response(stats['mean_logit'], batch), policy.tokens_GK, batch, 'logits')
     return _finish(out, metrics | _length_metrics(out, policy.tokens_GK, batch), batch)
 
-  stats = forward.targets_fn(model, needs, _dense(dense, needs), ref_model, rivals)
+  stats = forward.targets_fn(model, needs, _dense(dense, needs), ref_model, rivals, temperature=temperature)
   return Objective(stats, loss, needs.whole_step)
 
 
 def _dense(dense, needs: tracing.Needs) -> tuple[str, ...]:
   """What is asked of every distribution: that for metrics, and what is computed only for a loss that reads it."""
-  return (*dense, *(['sharpness'] if 'policy.sharpness_GK' in needs.fields else []))
+  read = {'policy.sharpness_GK': 'sharpness', 'policy.entropy_BT': 'entropy'}
+  return tuple({*dense, *(name for field, name in read.items() if field in needs.fields)})
 
 
 def reward(*, model: transformer.Transformer, loss_fn: tracing.LossFn, needs: tracing.Needs) -> Objective:
@@ -226,6 +237,11 @@ def _labels(batch: types.Batch) -> dict[str, jax.Array]:
   return {name: masked.to_table(x_BS, batch) for name, x_BS in batch.labels_BS.items()} | dict(batch.labels_BT)
 
 
+def _sampled(stats, batch: types.Batch) -> dict[str, jax.Array]:
+  """Labels, `old_logps` among them: the policy's own where the batch has none, being used for one update alone."""
+  return {'old_logps': jax.lax.stop_gradient(stats['logps'])} | _labels(batch)
+
+
 def _policy(stats, batch: types.Batch) -> types.Stats:
   """What a loss may ask of the policy."""
   return dataclasses.replace(
@@ -235,6 +251,8 @@ def _policy(stats, batch: types.Batch) -> types.Stats:
       valid_G=masked.valid_groups(batch),
       sharpness_GK=masked.totals(stats['sharpness'], batch) if 'sharpness' in stats else None,
       values_GK=_values(stats['scores'], batch) if 'scores' in stats else None,
+      scores_BTO=stats.get('scores'),
+      entropy_BT=stats.get('entropy'),
       rival_logps_BT=stats.get('rival_logps'),
   )
 
