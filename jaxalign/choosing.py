@@ -111,7 +111,7 @@ def _place(logits_BC, uniform_B):
 def _passes(cumulative_BC, share_B):
   """The first place whose cumulative sum is above this share of the whole, and what the share has beyond the place.
 
-  Rounding could take a share of almost 1 to the whole sum, which nothing is above.
+  Rounding may have made of a share the whole sum or more, which nothing is above.
   """
   whole_B = cumulative_BC[:, -1]
   wanted_B = jnp.minimum(share_B * whole_B, jnp.nextafter(whole_B, jnp.zeros_like(whole_B)))

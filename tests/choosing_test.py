@@ -62,6 +62,9 @@ class TestChoose:
     rows = jnp.where(jnp.arange(256)[None] < 200, jnp.zeros((2, 256)), -1e30)
     token, _ = choosing.choose(choosing.Rule(), rows, jnp.array([0.0, 1 - 2.0**-24]))
     np.testing.assert_array_equal(token, [0, 199])
+    # What is left of a share when blocks before are taken off may be rounded to the whole of its block, or beyond.
+    place, _ = choosing._passes(jnp.array([[1.0, 2.0, 2.0]] * 2), jnp.array([1.0, 1.0000001]))
+    np.testing.assert_array_equal(place, [1, 1])
 
   def test_of_temperature_zero_takes_the_first_of_the_most_probable(self):
     token, logp = choosing.choose(choosing.Rule(temperature=0.0), jnp.array([[0.0, 3.0, 3.0]]), jnp.array([0.9]))

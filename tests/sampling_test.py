@@ -141,6 +141,7 @@ class TestSample:
     mesh = sharding.make_mesh('fsdp:4,tensor:2')
     params = transformer.init_params(MODEL, jax.random.key(0), mesh)
     caches, write = [], decoding.write
+    programs = write._cache_size()
 
     def looked_at(*args):
       found = write(*args)
@@ -151,13 +152,16 @@ class TestSample:
     # As other platforms have it: layers in stacks.
     monkeypatch.setattr(sampling, '_prepared', lambda model: model)
     with jax.set_mesh(mesh):
-      found = draw(params=params, model=transformer.build(CONFIG, mesh, length=64), cache_dtype=cache_dtype)
+      model = transformer.build(CONFIG, mesh, length=64)
+      found = draw(params=params, model=model, cache_dtype=cache_dtype, rows=8, n=2)
     monkeypatch.undo()
+    assert len(caches) > 1  # the first ends when some rows have ended
+    assert write._cache_size() == programs + 1  # what a program gives lies where the next wants it
     for x in jax.tree.leaves([(one.k_LBKSH, one.v_LBKSH) for one in caches]):
       assert x.dtype == (cache_dtype or 'float32')
       assert x.sharding.shard_shape(x.shape) == (2, 2, 1, x.shape[3], 8)  # of 8 rows and 2 heads
     single = transformer.init_params(MODEL, jax.random.key(0), MESH)
-    assert [x.ids for x in found] == [x.ids for x in draw(params=single, cache_dtype=cache_dtype)]
+    assert [x.ids for x in found] == [x.ids for x in draw(params=single, cache_dtype=cache_dtype, rows=8, n=2)]
 
   def test_depends_on_the_seed_alone(self):
     assert [x.ids for x in draw(seed=1)] == [x.ids for x in draw(seed=1)]
