@@ -134,7 +134,8 @@ def sample(
   drawn = sampling.sample(
       model,
       params,
-      repeated,
+      prompts,
+      n=samples.per_prompt,
       max_new_tokens=samples.max_new_tokens,
       temperature=samples.temperature,
       seed=seed,

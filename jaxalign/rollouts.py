@@ -292,7 +292,8 @@ class Maker:
     drawn = sampling.sample(
         model,
         params,
-        [ids for ids in map(self._ids, chosen) for _ in range(count)],
+        list(map(self._ids, chosen)),
+        n=count,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature if temperature is None else temperature,
         top_k=options.top_k,
