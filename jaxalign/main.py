@@ -282,36 +282,14 @@ def _sample(args: flags.FlagValues) -> None:
     raise types.UsageError('--stream shows one response: give one --prompt, and no --data or --samples_per_prompt')
   options = command.sampling_options(args)
   _start(args)
-  if args.data:
-    found = respond.to_records(_job(args, {'model_spec': spec, 'eval_data': ''}), options)
-    lines = [sources.to_json(record) + '\n' for record in found]
-  else:
+  if not args.data:
+    as_written = is_single and (sys.stdout.isatty() if args.stream is None else args.stream)
     mesh = sharding.make_mesh(args.mesh, args.dcn_mesh)
-    is_shown = is_single and (sys.stdout.isatty() if args.stream is None else args.stream)
-    if is_shown:
-      _stream(args, spec, mesh, options)
-      return
-    responses = respond.respond(spec, mesh, args.prompt, options, seed=args.seed or 0)
-    prompts = [prompt for prompt in args.prompt for _ in range(args.samples_per_prompt)]
-    write = '{0}\n\n{2}\n\n' if args.chat else '{0}{1}\n'
-    lines = [write.format(prompt, text, text.strip()) for prompt, text in zip(prompts, responses)]
+    respond.write(spec, mesh, args.prompt, options, seed=args.seed or 0, as_written=as_written)
+    return
+  found = respond.to_records(_job(args, {'model_spec': spec, 'eval_data': ''}), options)
   if jax.process_index() == 0:
-    sys.stdout.writelines(lines)
-
-
-def _stream(args: flags.FlagValues, spec: str, mesh: jax.sharding.Mesh, options: respond.Options) -> None:
-  """Shows one response as it is written."""
-
-  def tell(text: str) -> None:
-    if jax.process_index() == 0:
-      sys.stdout.write(text)
-      sys.stdout.flush()
-
-  (prompt,) = args.prompt
-  # Behind the prompt, once it is known to be one.
-  told = iter([prompt + ('\n\n' if args.chat else '')])
-  respond.respond(spec, mesh, [prompt], options, seed=args.seed or 0, tell=lambda text: tell(next(told, '') + text))
-  tell(next(told, '') + ('\n\n' if args.chat else '\n'))
+    sys.stdout.writelines(sources.to_json(record) + '\n' for record in found)
 
 
 def _score(args: flags.FlagValues) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
+import sys
 from typing import Any
 
 from absl import logging
@@ -105,6 +106,28 @@ def respond(
           f' {context}'
       )
     return texts(loaded, ids, options, seed=seed, tell=tell)
+
+
+def write(
+    spec: str, mesh: jax.sharding.Mesh, prompts: Sequence[str], options: Options, *, seed: int, as_written: bool
+) -> None:
+  """Prints each prompt and what `respond` makes of it; `as_written`, a single response is shown while it grows."""
+  between, end = ('\n\n', '\n\n') if options.chat else ('', '\n')
+
+  def tell(text: str) -> None:
+    if jax.process_index() == 0:
+      sys.stdout.write(text)
+      sys.stdout.flush()
+
+  # The prompt is shown once it is known to be one.
+  told = iter([prompts[0] + between])
+  shown = (lambda text: tell(next(told, '') + text)) if as_written else None
+  found = respond(spec, mesh, prompts, options, seed=seed, tell=shown)
+  if as_written:
+    tell(next(told, '') + end)
+    return
+  for prompt, text in zip([prompt for prompt in prompts for _ in range(options.per_prompt)], found, strict=True):
+    tell(prompt + between + (text.strip() if options.chat else text) + end)
 
 
 def texts(
