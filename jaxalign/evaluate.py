@@ -28,8 +28,10 @@ from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import streams as streams_lib
 from jaxalign import types
+from jaxalign import verdicts
+from jaxalign.data import dataset as dataset_lib
 from jaxalign.data import examples
-from jaxalign.data import loader
+from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.models import lora
 from jaxalign.models import transformer
@@ -50,7 +52,9 @@ class Samples:
     per_prompt: responses to each.
     max_new_tokens: length at which a response is cut.
     temperature: of sampling, 0 is greedy.
-    judge: a reward, see `functions.Reward`, called with prompts and responses (texts) and ids; None judges nothing.
+    judge: a reward, see `functions.Reward`, called with prompts and responses (texts), ids, and the columns of held-out
+      records; None takes the rewards of a run that trains on what it samples, and judges nothing in others.
+    pass_at: each k of `verdicts.pass_at` that is wanted, up to `per_prompt`.
     shown: prompts that are written to samples.md.
     prefix: what asks for a good response where training wrote tags before prompts: it is put before each of `prompts`,
       and of held-out data those are taken that begin with it.
@@ -63,9 +67,18 @@ class Samples:
   max_new_tokens: int = 64
   temperature: float = 1.0
   judge: Callable[..., Sequence[float | None]] | None = None
+  pass_at: tuple[int, ...] = ()
   shown: int = 8
   prefix: str = ''
   suffix: str = ''
+
+  def __post_init__(self):
+    for k in self.pass_at:
+      if not 1 <= k <= self.per_prompt:
+        raise types.UsageError(
+            f'evaluate.Samples.pass_at = {self.pass_at}: {k} is not from 1 to evaluate.Samples.per_prompt ='
+            f' {self.per_prompt}'
+        )
 
 
 class Sampled(NamedTuple):
@@ -119,19 +132,32 @@ def sample(
     params: types.PyTree,
     tokenizer: tokenizers.Tokenizer,
     samples: Samples,
-    prompts: list[list[int]],
+    prompts: Sequence[verdicts.Prompt],
     seed: int,
+    rewards: Sequence[functions.Reward] = (),
+    how: str = 'sum',
     ref_logps: RefLogps | None = None,
 ) -> Sampled:
   """Samples `per_prompt` responses to each prompt and judges them.
 
+  Args:
+    model: of the policy.
+    params: its parameters.
+    tokenizer: of the model.
+    samples: how many, how long; its judge is not read.
+    prompts: what is responded to.
+    seed: of sampling.
+    rewards: who judges.
+    how: several are combined, see `functions.combine`.
+    ref_logps: for the divergence from a reference.
+
   Returns:
-    metrics: `reward` and `reward_std` where there is a judge that does not abstain throughout, `distinct_2` (distinct
-    token pairs over all pairs, low where a model repeats itself), `mean_length` in tokens; with `ref_logps` and
-    temperature 1 `kl`, the mean over the responses of log policy - log reference in nats, which estimates
-    KL(policy || reference), with its standard error; and the first response to the first `shown` prompts.
+    metrics: `reward`, `reward_std` and `pass@K` where rewards do not abstain throughout, `distinct_2` (distinct token
+      pairs over all pairs, low where a model repeats itself), `mean_length` in tokens; with `ref_logps` and temperature
+      1 `kl`, the mean over the responses of log policy - log reference in nats, which estimates KL(policy ||
+      reference), with its standard error; and the first response to the first `shown` prompts.
   """
-  repeated = [ids for ids in prompts for _ in range(samples.per_prompt)]
+  repeated = [one.ids for one in prompts for _ in range(samples.per_prompt)]
   drawn = sampling.sample(
       model,
       params,
@@ -141,58 +167,51 @@ def sample(
       seed=seed,
       stop_ids=(tokenizer.eos_id,),
   )
-  texts = [tokenizer.decode(one.ids, continuation=True) for one in drawn]
-  values = {
-      'distinct_2': rules.distinct(2, [one.ids for one in drawn]),
-      'mean_length': float(np.mean([len(one.ids) for one in drawn])),
-  }
-  if samples.judge is not None:
-    rewards = _judged(samples.judge, [tokenizer.decode(one) for one in repeated], texts, [one.ids for one in drawn])
-    if rewards.size:
-      values |= {'reward': float(rewards.mean()), 'reward_std': float(rewards.std())}
+  texts, ids = [tokenizer.decode(one.ids, continuation=True) for one in drawn], [one.ids for one in drawn]
+  values = {'distinct_2': rules.distinct(2, ids), 'mean_length': float(np.mean([len(one) for one in ids]))}
+  said = [tokenizer.decode(one.ids) for one in prompts]
+  if rewards:
+    values |= verdicts.measured(
+        rewards, how, samples.pass_at, verdicts.responses(prompts, said, texts, ids), len(prompts)
+    )
   if ref_logps is not None and samples.temperature == 1:
     own = np.array([np.sum(one.logps, dtype=np.float64) for one in drawn])
-    gaps = own - ref_logps(repeated, [one.ids for one in drawn])
+    gaps = own - ref_logps(repeated, ids)
     values |= {'kl': float(gaps.mean()), 'kl_stderr': float(gaps.std() / math.sqrt(len(gaps)))}
-  firsts = range(0, len(repeated), samples.per_prompt)
-  shown = [(tokenizer.decode(repeated[i]), texts[i]) for i in firsts][: samples.shown]
-  return Sampled(values, shown)
+  return Sampled(values, list(zip(said, texts[:: samples.per_prompt]))[: samples.shown])
 
 
-def _judged(judge: Callable, prompts: list[str], texts: list[str], ids: list[list[int]]) -> np.ndarray:
-  """What the judge makes of those responses on which it does not abstain."""
-  reward = functions.Reward('evaluate.Samples.judge', judge)
-  where = [f'sample {i}' for i in range(len(texts))]
-  with functions.Panel([reward]) as panel:
-    (rewards,) = panel(functions.Responses(prompts, texts, {}, where, ids)).values()
-  return rewards[~np.isnan(rewards)]
-
-
-def prompt_ids(
-    samples: Samples, tokenizer: tokenizers.Tokenizer, held: loader.Loader | None, context: int
-) -> list[list[int]]:
-  """Token ids of the prompts that are sampled, none where there is nothing to take them from.
+def prompts_of(
+    samples: Samples,
+    tokenizer: tokenizers.Tokenizer,
+    groups: dataset_lib.Joined | None,
+    records: Sequence[sources.Source],
+    context: int,
+) -> list[verdicts.Prompt]:
+  """The prompts that are sampled, none where there is nothing to take them from.
 
   Args:
     samples: how many, and whence.
     tokenizer: turns texts into ids.
-    held: the held-out data.
+    groups: the held-out data, tokenised.
+    records: the sources of which they were made.
     context: tokens of the longest sequence that the model is meant for.
   """
   suffix = examples.to_ids(tokenizer, samples.suffix, continuation=True, special=False)
   if samples.prompts is not None:
     texts = list(samples.prompts())[: samples.count]
-    return [examples.prompt_ids(tokenizer, samples.prefix + text) + suffix for text in texts]
-  if held is None:
-    return []
-  found: list[list[int]] = []
-  for index in range(len(held.dataset)):
+    ids = [examples.prompt_ids(tokenizer, samples.prefix + text) + suffix for text in texts]
+    return [verdicts.Prompt(one, {}, f'evaluate.Samples.prompts[{number}]') for number, one in enumerate(ids)]
+  found: list[verdicts.Prompt] = []
+  if groups is None:
+    return found
+  for index in range(len(groups)):
     if len(found) == samples.count:
       break
-    group = held.dataset[index]
-    ids = group.sequences[0].ids[: max(1, group.prompt_tokens)].tolist()
-    if len(ids + suffix) + samples.max_new_tokens <= context and tokenizer.decode(ids).startswith(samples.prefix):
-      found.append(ids + suffix)
+    one = verdicts.of_record(groups, records, index)
+    room = context - len(one.ids + suffix) - samples.max_new_tokens
+    if room >= 0 and tokenizer.decode(one.ids).startswith(samples.prefix):
+      found.append(one._replace(ids=one.ids + suffix))
   return found
 
 
@@ -245,7 +264,14 @@ class Evaluator:
     self._packing, self._mesh = dataclasses.replace(recipe.packing, groups_per_step=None), job.mesh
     self._model, self._tokenizer, self._streams, self._seed = model, tokenizer, streams, job.seed
     self._samples, self._frozen = samples, frozen
-    self._prompts = prompt_ids(samples, tokenizer, streams.held, model.config.max_length) if samples is not None else []
+    self._prompts: list[verdicts.Prompt] = []
+    self._rewards: list[functions.Reward] = []
+    self._how = recipe.rollouts.combine if recipe.rollouts is not None else 'sum'
+    if samples is not None:
+      specs = sources.parse_all(job.eval_data) if streams.asked is not None else []
+      records = [sources.open_source(spec, job.data_dir) for spec in specs]
+      self._prompts = prompts_of(samples, tokenizer, streams.asked, records, model.config.max_length)
+      self._rewards = _rewards(samples, recipe)
 
   def held_out(self, params: types.PyTree, loss_state: types.PyTree, ref: types.PyTree = ()) -> dict[str, float]:
     """Metrics of the held-out data, none where there is no such data; `ref` is of a reference that follows."""
@@ -273,9 +299,16 @@ class Evaluator:
     """Held-out metrics and samples."""
     sampled = Sampled({}, [])
     if self._samples is not None and self._prompts:
-      whole, judge = lora.join(params, self._frozen), self._ref_logps(ref) if self._has_ref else None
-      sampled = sample(self._model, whole, self._tokenizer, self._samples, self._prompts, self._seed, judge)
+      args = self._samples, self._prompts, self._seed, self._rewards, self._how
+      ref_logps = self._ref_logps(ref) if self._has_ref else None
+      sampled = sample(self._model, lora.join(params, self._frozen), self._tokenizer, *args, ref_logps)
     return Whole(self.held_out(params, loss_state, ref), sampled)
+
+
+def _rewards(samples: Samples, recipe: recipe_lib.Recipe) -> list[functions.Reward]:
+  if samples.judge is not None:
+    return [functions.Reward('evaluate.Samples.judge', samples.judge)]
+  return [functions.parse(spec) for spec in recipe.rollouts.rewards] if recipe.rollouts is not None else []
 
 
 def evaluate(
@@ -283,7 +316,7 @@ def evaluate(
 ) -> dict[str, float]:
   """Evaluates a checkpoint on `--eval_data` (by default that of its run), with its own reference, on any mesh.
 
-  Of a run that trained on what it sampled, prompts alone are held out (`samples`).
+  Of a run that trained on what it sampled, prompts alone are held out (`samples`), judged by its rewards.
 
   Returns:
     Metrics by name, as in summary.json.

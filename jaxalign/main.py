@@ -135,6 +135,8 @@ def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
   # Which data there are by default is bound in gin, so it is known only now.
   data = args.data or config.query('recipe.Recipe.data')
   data_files = _own_files('data', [spec for spec, _ in sources.parse_mixture(data)])
+  if catalog.is_online(args.algo) and (args.reward or args.eval_data):
+    data_files.append('options/held_out_prompts.gin')
   if data_files:
     parse([*files, *data_files])
   recipe = config.recipe()

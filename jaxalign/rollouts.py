@@ -21,6 +21,7 @@ from jaxalign import metrics
 from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign import types
+from jaxalign import verdicts
 from jaxalign.data import dataset as dataset_lib
 from jaxalign.data import loader as loader_lib
 from jaxalign.data import packing as packing_lib
@@ -209,8 +210,8 @@ class Sampler:
 
   def _roll(self, panel: functions.Panel, iteration: int, params: types.PyTree) -> episodes.Rollout:
     """Samples, scores and compares."""
-    chosen, samples = self._drawn(iteration), self.options.samples
-    prompts = [self._prompts[i].sequences[0].ids[: self._prompts[i].prompt_tokens].tolist() for i in chosen]
+    asked = [verdicts.of_record(self._prompts, self._records, index) for index in self._drawn(iteration)]
+    prompts, samples = [one.ids for one in asked], self.options.samples
     drawn = sampling.sample(
         self._model,
         params,
@@ -222,7 +223,7 @@ class Sampler:
         seed=int(np.random.SeedSequence([self._seed, iteration]).generate_state(1)[0]),
         stop_ids=(self._tokenizer.eos_id,),
     )
-    rewards_GK, said = self._rewards(panel, chosen, drawn)
+    rewards_GK, said = self._rewards(panel, asked, drawn)
     rollout = episodes.Rollout(
         prompts,
         [one.ids for one in drawn],
@@ -242,19 +243,13 @@ class Sampler:
     found = self.options.advantage_fn(np.nan_to_num(rewards_GK).astype(np.float32), valid_GK)
     return np.asarray(found * valid_GK, np.float32)
 
-  def _rewards(self, panel: functions.Panel, chosen, drawn) -> tuple[np.ndarray, dict[str, float]]:
+  def _rewards(
+      self, panel: functions.Panel, asked: Sequence[verdicts.Prompt], drawn: Sequence[sampling.Sampled]
+  ) -> tuple[np.ndarray, dict[str, float]]:
     """Of every response, and what each reward says on the whole."""
-    samples, options = self.options.samples, self.options
-    records = [self._records[source].at(place) for source, place in map(self._prompts.place, chosen)]
-    each = lambda values: [value for value in values for _ in range(samples)]
-    names = sorted({name for record in records for name in record} - {'prompt'})
-    responses = functions.Responses(
-        prompts=each(record.get('prompt', record.get('messages')) for record in records),
-        responses=[self._tokenizer.decode(one.ids, continuation=True) for one in drawn],
-        fields={name: each(record.get(name) for record in records) for name in names},
-        where=each(self._prompts.where(i) for i in chosen),
-        ids=[one.ids for one in drawn],
-    )
+    samples, options, decode = self.options.samples, self.options, self._tokenizer.decode
+    texts, ids = [decode(one.ids, continuation=True) for one in drawn], [one.ids for one in drawn]
+    responses = verdicts.responses(asked, [decode(one.ids) for one in asked], texts, ids)
     values = panel(responses)
     weights = [functions.parse(spec).weight for spec in options.rewards]
     total = functions.combine(list(values.values()), weights, options.combine)

@@ -45,6 +45,11 @@ class Streams:
   report: dict[str, int]
 
   @property
+  def asked(self) -> dataset.Joined | None:
+    """What prompts are taken from for samples: the held-out data."""
+    return self.held.dataset if self.held is not None else None
+
+  @property
   def cached(self) -> bool:
     """Whether batches need what `with_reference` gives them."""
     return self.needs.reference and not self.live
@@ -75,7 +80,7 @@ class Streams:
 
 
 class Online:
-  """The same for a run that trains on what it samples; nothing is held out but prompts (`evaluate.Samples`).
+  """The same for a run that trains on what it samples; of what is held out it reads prompts alone.
 
   A data state is (rollout, updates by it).
 
@@ -84,14 +89,17 @@ class Online:
     live: whether the step computes what the loss reads of the reference; nothing is cached, as responses are new.
     held: None.
     cached: False.
+    asked: prompts that are held out; None where there are none.
     report: counts of prompts by name.
   """
 
   held = None
   cached = False
 
-  def __init__(self, sampler: rollouts.Sampler, needs: tracing.Needs, report: dict[str, int]):
-    self.needs, self.live, self.report = needs, needs.reference, report
+  def __init__(
+      self, sampler: rollouts.Sampler, needs: tracing.Needs, asked: dataset.Joined | None, report: dict[str, int]
+  ):
+    self.needs, self.live, self.asked, self.report = needs, needs.reference, asked, report
     self._sampler = sampler
 
   def said(self, place: tuple[int, int]) -> dict[str, float]:
@@ -119,7 +127,7 @@ def open_prompts(
     tokenizer: tokenizers.Tokenizer,
     model: transformer.Transformer,
 ) -> Online:
-  """Opens the prompts in `--data` for rollouts of `model`.
+  """Opens the prompts in `--data` for rollouts of `model`, and those in `--eval_data`.
 
   Raises:
     UsageError: the loss reads what a rollout does not give, or a rollout does not fit a step.
@@ -127,6 +135,7 @@ def open_prompts(
   options = recipe.rollouts
   assert options is not None
   datasets = recipe_lib.open_data(job, recipe, tokenizer, job.data)
+  held_sets = recipe_lib.open_data(job, recipe, tokenizer, job.eval_data) if job.eval_data else []
   mixture = sources.parse_mixture(job.data)
   needs = tracing.trace(
       recipe.loss_fn,
@@ -148,7 +157,7 @@ def open_prompts(
       seed=job.seed,
       folder=job.workdir / 'rollouts',
   )
-  return Online(sampler, needs, _report(datasets, []))
+  return Online(sampler, needs, dataset.Joined(held_sets) if held_sets else None, _report(datasets, held_sets))
 
 
 def open_streams(

@@ -28,7 +28,7 @@ ROWS = (
     ('divergence', 'logps'),
     ('forward',),
     ('objectives', 'reference', 'sampling'),
-    ('episodes', 'step'),
+    ('episodes', 'step', 'verdicts'),
     ('rollouts',),
     ('checkpoint',),
     ('loop', 'recipe'),

@@ -1,0 +1,109 @@
+"""Verdicts on responses: what rewards make of them and the columns of their records, and how often one of k is right."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import math
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxalign.data import dataset
+from jaxalign.data import sources
+from jaxalign.rewards import functions
+
+
+class Prompt(NamedTuple):
+  """What is responded to.
+
+  Attributes:
+    ids: its tokens.
+    record: what it was made of, for the columns that rewards read; empty for a prompt of no record.
+    where: the record in words.
+  """
+
+  ids: list[int]
+  record: Mapping[str, Any]
+  where: str
+
+
+def of_record(groups: dataset.Joined, records: Sequence[sources.Source], index: int) -> Prompt:
+  """A prompt of tokenised data, `records` being the sources of which `groups` were made."""
+  group, (source, place) = groups[index], groups.place(index)
+  ids = group.sequences[0].ids[: max(1, group.prompt_tokens)].tolist()
+  return Prompt(ids, records[source].at(place), groups.where(index))
+
+
+def responses(
+    prompts: Sequence[Prompt], said: Sequence[str], texts: Sequence[str], ids: Sequence[Sequence[int]]
+) -> functions.Responses:
+  """What rewards are called with: as many responses to each prompt, one prompt behind the other.
+
+  Args:
+    prompts: G of them.
+    said: text of each prompt, for those that are of no record.
+    texts: of the responses, G K of them.
+    ids: of the responses.
+  """
+  samples = len(texts) // len(prompts)
+  each = lambda values: [value for value in values for _ in range(samples)]
+  names = sorted({name for prompt in prompts for name in prompt.record} - {'prompt'})
+  of = lambda prompt, text: prompt.record.get('prompt', prompt.record.get('messages', text))
+  return functions.Responses(
+      prompts=each(map(of, prompts, said)),
+      responses=texts,
+      fields={name: each(prompt.record.get(name) for prompt in prompts) for name in names},
+      where=each(prompt.where for prompt in prompts),
+      ids=ids,
+  )
+
+
+def measured(
+    rewards: Sequence[functions.Reward], how: str, ks: Sequence[int], responses: functions.Responses, groups: int
+) -> dict[str, float]:
+  """What rewards say of as many responses to each of `groups` prompts.
+
+  Args:
+    rewards: at least one.
+    how: see `functions.combine`; the sum in place of 'normalised', whose mean is 0 whatever is judged.
+    ks: of which `pass_at` is wanted.
+    responses: what is judged.
+    groups: number of prompts.
+
+  Returns:
+    `reward`, `reward_std`, and `pass@K` for each k that enough responses were judged for; nothing where all rewards
+    abstain throughout.
+  """
+  with functions.Panel(rewards) as panel:
+    found = panel(responses)
+  how = 'sum' if how == 'normalised' else how
+  total_N = functions.combine(list(found.values()), [reward.weight for reward in rewards], how)
+  known = total_N[~np.isnan(total_N)]
+  if not known.size:
+    return {}
+  table_GK = total_N.reshape(groups, -1)
+  right = {f'pass@{k}': pass_at(k, table_GK) for k in ks}
+  values = {'reward': float(known.mean()), 'reward_std': float(known.std()), **right}
+  return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def pass_at(k: int, rewards_GK: np.ndarray) -> float:
+  """The chance that of k responses to a prompt at least one is right, that is has a reward above 0; mean over prompts.
+
+    1 - C(n - c, k) / C(n, k)
+
+  with c right ones of n, which is unbiased where k <= n. A response on which rewards abstain (NaN) is left out of n;
+  prompts with fewer than k are left out, and NaN is returned where there is no other.
+
+  References:
+    Chen et al., 2021, https://arxiv.org/abs/2107.03374, Eq. 1.
+  """
+  known_GK = ~np.isnan(rewards_GK)
+  n_G1 = known_GK.sum(axis=1, keepdims=True)
+  right_G1 = (known_GK & (np.nan_to_num(rewards_GK) > 0)).sum(axis=1, keepdims=True)
+  enough_G = n_G1[:, 0] >= k
+  if not enough_G.any():
+    return float('nan')
+  drawn_1k = np.arange(k)[None, :]
+  wrong_Gk = np.maximum(n_G1 - right_G1 - drawn_1k, 0) / np.maximum(n_G1 - drawn_1k, 1)
+  return float(1 - wrong_Gk.prod(axis=1)[enough_G].mean())
