@@ -1,4 +1,4 @@
-"""Verdicts on responses: what rewards make of them and the columns of their records, and how often one of k is right."""
+"""Verdicts on responses: what rewards make of them and the columns of their records, and how often 1 of k is right."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
