@@ -52,6 +52,7 @@ class Rollout:
     for n, ids in enumerate(self.responses):
       prompt, reward = self.prompts[n // samples], float(self.rewards_GK.reshape(-1)[n])
       line: dict[str, Any] = {
+          'group': n // samples,
           'prompt': tokenizer.decode(prompt),
           'response': tokenizer.decode(ids, continuation=True),
           'reward': None if math.isnan(reward) else reward,

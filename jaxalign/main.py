@@ -134,8 +134,9 @@ def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
   parse(files)
   # Which data there are by default is bound in gin, so it is known only now.
   data = args.data or config.query('recipe.Recipe.data')
-  data_files = _own_files('data', [spec for spec, _ in sources.parse_mixture(data)])
-  if catalog.is_online(args.algo) and (args.reward or args.eval_data):
+  online = catalog.is_online(args.algo)
+  data_files = _own_files('data', [spec for spec, _ in sources.parse_mixture(data)], ['', '_online'][: 1 + online])
+  if online and (args.reward or args.eval_data):
     data_files.append('options/held_out_prompts.gin')
   if data_files:
     parse([*files, *data_files])
@@ -146,10 +147,11 @@ def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
   return recipe
 
 
-def _own_files(folder: str, specs: Sequence[str]) -> list[str]:
-  """The package's gin file for a named model or data set; none for what is the user's, or for several at once."""
+def _own_files(folder: str, specs: Sequence[str], ends: Sequence[str] = ('',)) -> list[str]:
+  """The package's gin files for a named model or data set; none for what is the user's, or for several at once."""
   names = {re.split(r'[:\[]', spec.removeprefix('builtin:'))[0] for spec in specs if not pathlib.Path(spec).exists()}
-  return [f'{folder}/{name}.gin' for name in names if len(names) == 1 and catalog.exists(f'{folder}/{name}.gin')]
+  found = [f'{folder}/{name}{end}.gin' for name in names for end in ends if len(names) == 1]
+  return list(filter(catalog.exists, found))
 
 
 def _check_model(args: flags.FlagValues, recipe: recipe_lib.Recipe, is_named: bool) -> None:
