@@ -1,8 +1,6 @@
 """Evaluation: sums over held-out data, samples from fixed prompts, and the mode that does both from a checkpoint."""
 
 from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
@@ -11,7 +9,6 @@ import math
 import pathlib
 from typing import Any
 from typing import NamedTuple
-from typing import TypeVar
 
 import jax
 import numpy as np
@@ -19,7 +16,7 @@ import numpy as np
 from jaxalign import checkpoint
 from jaxalign import episodes
 from jaxalign import forward
-from jaxalign import masked
+from jaxalign import held_out
 from jaxalign import metrics
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
@@ -37,8 +34,6 @@ from jaxalign.models import lora
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
 from jaxalign.rewards import rules
-
-_T = TypeVar('_T')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,41 +81,6 @@ class Sampled(NamedTuple):
 
   metrics: dict[str, float]
   shown: list[tuple[str, str]]
-
-
-def held_out(
-    eval_step: Callable[[types.PyTree, types.Batch], Mapping[str, masked.Sum]],
-    params: types.PyTree,
-    batches: Iterable[types.Batch],
-) -> dict[str, float]:
-  """Means over held-out batches of every metric of the objective, from sums: memory does not grow with the data.
-
-  Returns:
-    'eval/NAME' for each metric, `eval/n` (groups, or target tokens), and for accuracies their binomial standard error.
-  """
-  host: dict[str, Any] = {}
-  for sums in _one_behind(eval_step(params, batch) for batch in batches):
-    for name, pair in jax.device_get(sums).items():
-      # In double precision: weights are counts, which float32 rounds from 2^24 on.
-      new = jax.tree.map(np.float64, pair)
-      host[name] = jax.tree.map(np.add, host[name], new) if name in host else new
-  values = {f'eval/{name}': float(pair.mean()) for name, pair in host.items()}
-  values['eval/n'] = float(host['loss'].weight)
-  for name in ('rewards/accuracies', 'accuracy', 'length_only/accuracies'):
-    if name in host:
-      p = min(1.0, max(0.0, values[f'eval/{name}']))
-      values[f'eval/{name}_stderr'] = math.sqrt(p * (1 - p) / max(host[name].weight, 1.0))
-  return values
-
-
-def _one_behind(items: Iterable[_T]) -> Iterator[_T]:
-  """The same items, each when the next has been asked for, so that fetching one does not hold up the device."""
-  waiting: list[_T] = []
-  for item in items:
-    waiting.append(item)
-    if len(waiting) > 1:
-      yield waiting.pop(0)
-  yield from waiting
 
 
 # (prompts, responses) -> the summed log-probability of each response under a reference, in nats
@@ -279,7 +239,7 @@ class Evaluator:
       return {}
     ref = ref if jax.tree.leaves(ref) else self._ref
     run = lambda params, batch: self._step(params, self._frozen, batch, loss_state, ref)
-    return held_out(run, params, self._streams.held_batches())
+    return held_out.means(run, params, self._streams.held_batches())
 
   def _ref_logps(self, ref: types.PyTree) -> RefLogps:
     """Under the reference of the step, `ref` where it follows the policy."""

@@ -25,7 +25,7 @@ ROWS = (
     ('masked',),
     ('losses', 'sharding'),
     ('advantages', 'data', 'metrics', 'models', 'optim', 'rewards', 'tracing', 'vocab'),
-    ('divergence', 'logps'),
+    ('collapse', 'divergence', 'held_out', 'logps'),
     ('forward',),
     ('objectives', 'reference', 'sampling'),
     ('episodes', 'step', 'verdicts'),

@@ -6,9 +6,9 @@
   python tools/rollouts.py runs/grpo --rollout=12 --tokens | less
 
 Without --rollout a line each: mean reward and its deviation, mean length in tokens, the share of responses that were
-cut at the limit, and distinct token pairs over all pairs. With it the groups of one rollout: of each prompt the best and
-the worst response, with reward, advantage and length; --sort shows all of them, the highest first. --tokens adds the
-log-probability of each token by the sampler and, where a rollout is used for several updates, by the program that
+cut at the limit, and distinct token pairs over all pairs. With it the groups of one rollout: of each prompt the best
+and the worst response, with reward, advantage and length; --sort shows all of them, the highest first. --tokens adds
+the log-probability of each token by the sampler and, where a rollout is used for several updates, by the program that
 trains, in nats, and the difference of the two.
 """
 
