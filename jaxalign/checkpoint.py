@@ -6,6 +6,7 @@ checkpoints/tokenizer/        the tokenizer's files
 checkpoints/base/             the parameters the run began with, where its loss has a reference or they are frozen
 checkpoints/start/            the adapters it began with, where those were not new
 checkpoints/STEP/params       trained parameters: adapters alone, where the base is frozen
+checkpoints/STEP/critic       those of a critic that shares none with the policy
 checkpoints/STEP/train        optimizer state, step, key, counters
 checkpoints/STEP/data         epoch and step of the consumed batches
 checkpoints/STEP/loss         state of a loss that has one
@@ -24,6 +25,7 @@ from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
+from jaxalign import forward
 from jaxalign import reference
 from jaxalign import sharding
 from jaxalign import step as step_lib
@@ -123,11 +125,12 @@ class Store:
       RunError: the checkpoint is of another model.
     """
     arrays = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
-    check_shapes(self._directory / str(step) / 'params', abstract.params)
+    check_shapes(self._directory / str(step) / 'params', forward.divided(abstract.params)[0])
     found = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore(), **arrays))
     loss_state = found['loss']['state'] if 'loss' in arrays else abstract.loss_state
     followed = found['reference'] if 'reference' in arrays else ()
-    state = step_lib.TrainState(params=found['params'], loss_state=loss_state, reference=followed, **found['train'])
+    params = found['params'] | ({forward.CRITIC: found['critic']} if 'critic' in arrays else {})
+    state = step_lib.TrainState(params=params, loss_state=loss_state, reference=followed, **found['train'])
     return state, found['data']
 
   def close(self) -> None:
@@ -141,7 +144,8 @@ def _items(state: step_lib.TrainState) -> dict[str, types.PyTree]:
   rest = {name: value for name, value in vars(state).items() if name not in ('params', 'loss_state', 'reference')}
   loss = {'loss': {'state': state.loss_state}} if jax.tree.leaves(state.loss_state) else {}
   followed = {'reference': state.reference} if jax.tree.leaves(state.reference) else {}
-  return {'params': state.params, 'train': rest} | loss | followed
+  params, critic = forward.divided(state.params)
+  return {'params': params, 'train': rest} | ({} if critic is None else {'critic': critic}) | loss | followed
 
 
 def check_shapes(path: pathlib.Path, abstract: types.PyTree) -> None:

@@ -18,9 +18,6 @@ from jaxalign.data import loader as loader_lib
 from jaxalign.data import tokenizers
 from jaxalign.rewards import rules
 
-# What tokens of a response carry; the last where they are trained on more than once.
-LABELS = ('advantages', 'sampler_logps', 'old_logps')
-
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
@@ -32,9 +29,10 @@ class Rollout:
     sampler_logps: log-probability of each of these ids when it was sampled, in nats.
     finished: whether each response ended by itself.
     rewards_GK: float64, NaN where every reward abstained.
-    advantages_GK: float32, 0 there.
+    labels: of responses by name, float32 `[G, K]`, see `credit`.
+    token_labels: of tokens by name, float32, an array for each response.
+    counted: whether each response is trained on.
     said: mean and deviation of each reward, by name.
-    old_logps: log-probabilities of the same ids by the program that trains, where it is used more than once.
   """
 
   prompts: list[list[int]]
@@ -42,8 +40,9 @@ class Rollout:
   sampler_logps: list[list[float]]
   finished: list[bool]
   rewards_GK: np.ndarray
-  advantages_GK: np.ndarray
-  old_logps: list[list[float]] | None = None
+  labels: Mapping[str, np.ndarray]
+  token_labels: Mapping[str, list[np.ndarray]]
+  counted: list[bool]
   said: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   def to_text(self, tokenizer: tokenizers.Tokenizer) -> str:
@@ -51,43 +50,47 @@ class Rollout:
     samples, lines = self.rewards_GK.shape[1], []
     for n, ids in enumerate(self.responses):
       prompt, reward = self.prompts[n // samples], float(self.rewards_GK.reshape(-1)[n])
+      advantages = self.token_labels.get('advantages')
       line: dict[str, Any] = {
           'group': n // samples,
           'prompt': tokenizer.decode(prompt),
           'response': tokenizer.decode(ids, continuation=True),
           'reward': None if math.isnan(reward) else reward,
-          'advantage': float(self.advantages_GK.reshape(-1)[n]),
+          'advantage': None if advantages is None else float(np.mean(advantages[n])),
           'finished': self.finished[n],
+          'counted': self.counted[n],
           'prompt_ids': prompt,
           'ids': ids,
           'sampler_logps': self.sampler_logps[n],
+          'labels': {name: float(x_GK.reshape(-1)[n]) for name, x_GK in self.labels.items()},
+          'token_labels': {name: each[n].tolist() for name, each in self.token_labels.items()},
       }
-      if self.old_logps is not None:
-        line['old_logps'] = self.old_logps[n]
       lines.append(json.dumps(line) + '\n')
     return ''.join(lines)
 
   def groups(self) -> 'Groups':
     """What is trained on."""
-    samples, groups = self.rewards_GK.shape[1], []
+    samples, sequences = self.rewards_GK.shape[1], []
     for n, response in enumerate(self.responses):
-      advantage = self.advantages_GK.reshape(-1)[n]
-      labels = {'advantages': np.full(len(response), advantage, np.float32)}
-      labels['sampler_logps'] = np.array(self.sampler_logps[n], np.float32)
-      if self.old_logps is not None:
-        labels['old_logps'] = np.array(self.old_logps[n], np.float32)
-      groups.append(sequence(self.prompts[n // samples], response, labels))
-    several = (tuple(groups[i : i + samples]) for i in range(0, len(groups), samples))
-    return Groups([examples.Group(each, {}) for each in several])
+      own = {name: each[n] for name, each in self.token_labels.items()}
+      own['sampler_logps'] = np.array(self.sampler_logps[n], np.float32)
+      sequences.append(sequence(self.prompts[n // samples], response, own, counted=self.counted[n]))
+    groups = []
+    for g in range(len(self.prompts)):
+      labels = {name: x_GK[g].tolist() for name, x_GK in self.labels.items()}
+      groups.append(examples.Group(tuple(sequences[g * samples : (g + 1) * samples]), labels))
+    return Groups(groups)
 
   def metrics(self) -> dict[str, float]:
     """What it says of the policy that it was sampled from, by name."""
     lengths, rewards = [len(ids) for ids in self.responses], np.ma.masked_invalid(self.rewards_GK)
+    kl = {'objective/kl': float(self.labels['kl'].mean())} if 'kl' in self.labels else {}
     return {
         'reward': float(rewards.mean()),
         'reward_std': float(rewards.std()),
         'frac_reward_zero_std': float((rewards.max(axis=1) == rewards.min(axis=1)).mean()),
         **self.said,
+        **kl,
         'completions/mean_length': float(np.mean(lengths)),
         'completions/max_length': float(max(lengths)),
         'completions/clipped_ratio': 1 - float(np.mean(self.finished)),
@@ -99,25 +102,26 @@ def of_text(text: str, samples: int) -> Rollout:
   """Undoes `Rollout.to_text`, of which `samples` responses belong to each prompt."""
   lines = [json.loads(line) for line in text.splitlines()]
   of: Mapping[str, list[Any]] = {name: [line[name] for line in lines] for name in lines[0]}
-  rewards = [math.nan if reward is None else reward for reward in of['reward']]
+  table = lambda values, dtype: np.array(values, dtype).reshape(-1, samples)
+  each = lambda name, which: [line[which][name] for line in lines]
   return Rollout(
       of['prompt_ids'][::samples],
       of['ids'],
       of['sampler_logps'],
       of['finished'],
-      np.array(rewards, np.float64).reshape(-1, samples),
-      np.array(of['advantage'], np.float32).reshape(-1, samples),
-      of.get('old_logps'),
+      table([math.nan if reward is None else reward for reward in of['reward']], np.float64),
+      {name: table(each(name, 'labels'), np.float32) for name in lines[0]['labels']},
+      {name: [np.array(one, np.float32) for one in each(name, 'token_labels')] for name in lines[0]['token_labels']},
+      of['counted'],
   )
 
 
 class Groups:
   """Groups of sampled responses, all with as many, as a `data.dataset.Dataset` has them, for `data.loader.Loader`."""
 
-  label_names: tuple[str, ...] = ()
-
   def __init__(self, groups: Sequence[examples.Group]):
     self._groups = list(groups)
+    self.label_names = tuple(self._groups[0].labels)
     self.group_size = len(self._groups[0].sequences)
     self.token_label_names = tuple(self._groups[0].sequences[0].labels)
     self.lengths_NK = np.array([[len(one.ids) - 1 for one in group.sequences] for group in self._groups], np.int32)
@@ -138,30 +142,35 @@ class Groups:
     return index
 
 
-def sequence(prompt: list[int], response: list[int], labels: Mapping[str, np.ndarray]) -> examples.Sequence:
-  """A prompt and what was sampled behind it, whose tokens carry labels."""
+def sequence(
+    prompt: list[int], response: list[int], labels: Mapping[str, np.ndarray], *, counted: bool = True
+) -> examples.Sequence:
+  """A prompt and what was sampled behind it, whose tokens carry labels, and are learned from where it is counted."""
   ids = np.array(prompt + response, np.int32)
-  return examples.Sequence(ids, np.arange(len(ids)) >= len(prompt), labels)
+  labels = labels if counted else {name: x[:0] for name, x in labels.items()}
+  return examples.Sequence(ids, (np.arange(len(ids)) >= len(prompt)) & counted, labels)
 
 
-def logps_of(
-    params: types.PyTree,
-    groups: Groups,
-    run: Callable[[types.PyTree, types.Batch], types.Array],
-    packing: loader_lib.Packing,
-    mesh: jax.sharding.Mesh,
-) -> Iterator[tuple[int, int, np.ndarray]]:
-  """Which group, which of its responses, and the log-probabilities of that one's tokens, in nats.
+# (parameters, batch) -> [A, B, T] by name
+Run = Callable[[Any, types.Batch], Mapping[str, types.Array]]
+
+
+def annotated(
+    models: Any, groups: Groups, run: Run, packing: loader_lib.Packing, mesh: jax.sharding.Mesh
+) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
+  """Which group, which of its responses, and what models make of that one's tokens, by name.
 
   Args:
-    params: of the model.
+    models: their parameters.
     groups: the responses.
-    run: see `forward.ref_logps`, jitted.
+    run: jitted, as `forward.annotations`.
     packing: in which rows they are read.
     mesh: where.
   """
   loader = loader_lib.Loader([groups], [1.0], packing=packing, mesh=mesh, seed=0)  # type: ignore[list-item]
   for placements, batch in loader.ordered(range(len(groups))):
-    logps = np.asarray(run(params, batch))
+    found = {name: np.asarray(x_ABT) for name, x_ABT in run(models, batch).items()}
     for place in loader.places(placements):
-      yield place.record, place.slot, logps[place.micro, place.row, place.targets]
+      yield place.record, place.slot, {
+          name: x_ABT[place.micro, place.row, place.targets] for name, x_ABT in found.items()
+      }

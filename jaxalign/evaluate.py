@@ -4,7 +4,6 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
-import functools
 import math
 import pathlib
 from typing import Any
@@ -127,18 +126,17 @@ def sample(
       seed=seed,
       stop_ids=(tokenizer.eos_id,),
   )
-  texts, ids = [tokenizer.decode(one.ids, continuation=True) for one in drawn], [one.ids for one in drawn]
+  ids = [one.ids for one in drawn]
   values = {'distinct_2': rules.distinct(2, ids), 'mean_length': float(np.mean([len(one) for one in ids]))}
-  said = [tokenizer.decode(one.ids) for one in prompts]
+  responses = verdicts.responses(prompts, tokenizer, ids)
   if rewards:
-    values |= verdicts.measured(
-        rewards, how, samples.pass_at, verdicts.responses(prompts, said, texts, ids), len(prompts)
-    )
+    values |= verdicts.measured(rewards, how, samples.pass_at, responses, len(prompts))
   if ref_logps is not None and samples.temperature == 1:
     own = np.array([np.sum(one.logps, dtype=np.float64) for one in drawn])
     gaps = own - ref_logps(repeated, ids)
     values |= {'kl': float(gaps.mean()), 'kl_stderr': float(gaps.std() / math.sqrt(len(gaps)))}
-  return Sampled(values, list(zip(said, texts[:: samples.per_prompt]))[: samples.shown])
+  said = [tokenizer.decode(one.ids) for one in prompts]
+  return Sampled(values, list(zip(said, responses.responses[:: samples.per_prompt]))[: samples.shown])
 
 
 def prompts_of(
@@ -219,7 +217,7 @@ class Evaluator:
     self._step = jax.jit(evaluate_step, out_shardings=sharding.named(job.mesh))
     self._ref = live and live.moving
     ref_model = live.model if live is not None else model
-    run = counter.counted(functools.partial(forward.ref_logps, model=ref_model))
+    run = counter.counted(lambda params, batch: {'logps': forward.ref_logps(params, batch, model=ref_model)})
     self._has_ref, self._ref_run = live is not None, jax.jit(run, out_shardings=sharding.named(job.mesh))
     self._packing, self._mesh = dataclasses.replace(recipe.packing, groups_per_step=None), job.mesh
     self._model, self._tokenizer, self._streams, self._seed = model, tokenizer, streams, job.seed
@@ -249,8 +247,8 @@ class Evaluator:
       sequences = (episodes.sequence(*pair, {}) for pair in zip(prompts, responses, strict=True))
       groups = episodes.Groups([examples.Group((one,), {}) for one in sequences])
       found = np.zeros(len(responses))
-      for group, _, logps in episodes.logps_of(params, groups, self._ref_run, self._packing, self._mesh):
-        found[group] = logps.sum(dtype=np.float64)
+      for group, _, of in episodes.annotated(params, groups, self._ref_run, self._packing, self._mesh):
+        found[group] = of['logps'].sum(dtype=np.float64)
       return found
 
     return summed
@@ -261,7 +259,8 @@ class Evaluator:
     if self._samples is not None and self._prompts:
       args = self._samples, self._prompts, self._seed, self._rewards, self._how
       ref_logps = self._ref_logps(ref) if self._has_ref else None
-      sampled = sample(self._model, lora.join(params, self._frozen), self._tokenizer, *args, ref_logps)
+      whole = lora.join(forward.divided(params)[0], self._frozen)
+      sampled = sample(self._model, whole, self._tokenizer, *args, ref_logps)
     return Whole(self.held_out(params, loss_state, ref), sampled)
 
 
@@ -294,7 +293,7 @@ def evaluate(
       streams = streams_lib.open_prompts(job, recipe, loaded.tokenizer, loaded.model)
     else:
       streams = streams_lib.open_streams(job, recipe, loaded.tokenizer, train=False)
-    ref = checkpoint.load_reference(directory, loaded, job.mesh) if streams.needs.reference else None
+    ref = checkpoint.load_reference(directory, loaded, job.mesh) if streams.reference else None
     if ref is not None and isinstance(streams, streams_lib.Streams) and streams.cached:
       streams = streams_lib.with_reference(streams, job, recipe, ref, steps=0, counter=counter)
     loss_state = checkpoint.load_loss_state(directory, streams.needs.state, job.mesh)

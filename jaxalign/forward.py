@@ -16,6 +16,7 @@ from jaxalign.models import transformer
 # (params, frozen, batch, key, ref) -> arrays [B, T, ...] by name
 StatsFn = Callable[..., dict[str, jax.Array]]
 
+CRITIC = 'critic'  # among the trained parameters: those of a critic that shares none with the policy
 _AMONG = 5  # tokens that a rival is drawn from
 
 
@@ -54,6 +55,52 @@ def scores(params, batch: types.Batch, *, model: transformer.Transformer, key=No
   return transformer.scores(params, hidden_states(params, batch, model=model, key=key))
 
 
+def divided(params: types.PyTree) -> tuple[types.PyTree, types.PyTree | None]:
+  """What is trained of the policy, and of a critic that has parameters of its own, None where there is none."""
+  if CRITIC not in params:
+    return params, None
+  return {name: value for name, value in params.items() if name != CRITIC}, params[CRITIC]
+
+
+def annotations(
+    params: types.PyTree,
+    critic: types.PyTree | None,
+    ref: types.PyTree | None,
+    batch: types.Batch,
+    *,
+    model: transformer.Transformer,
+    critic_model: transformer.Transformer | None,
+    ref_model: transformer.Transformer | None,
+) -> dict[str, jax.Array]:
+  """What the training program makes of a whole step's targets, `[A, B, T]` by name, a micro-batch at a time.
+
+  Args:
+    params: of the policy.
+    critic: of a critic with parameters of its own.
+    ref: of the reference.
+    batch: what was sampled.
+    model: of the policy; a head that it has gives values.
+    critic_model: of `critic`, None where there is none.
+    ref_model: of `ref`, None where none is wanted.
+
+  Returns:
+    `logps`, `ref_logps` where there is a reference, and `values` where there is a critic.
+  """
+
+  def one(micro):
+    hidden_BTD = hidden_states(params, micro, model=model)
+    found = _of_targets(hidden_BTD, params, micro, micro.targets_BT, model)
+    if ref_model is not None:
+      found['ref_logps'] = target_stats(ref, micro, model=ref_model)['logps']
+    if critic_model is not None:
+      found['values'] = scores(critic, micro, model=critic_model)[..., 0]
+    elif model.config.score_outputs:
+      found['values'] = transformer.scores(params, hidden_BTD)[..., 0]
+    return found
+
+  return jax.lax.map(one, batch)
+
+
 def scores_fn(model: transformer.Transformer) -> StatsFn:
   """Builds the first half of an objective on scores: `scores`, see above."""
 
@@ -70,6 +117,7 @@ def targets_fn(
     dense: tuple[str, ...],
     ref_model: transformer.Transformer | None,
     rivals: int | None = None,
+    critic_model: transformer.Transformer | None = None,
 ) -> StatsFn:
   """Builds the first half of an objective on log-probabilities.
 
@@ -79,6 +127,7 @@ def targets_fn(
     dense: further statistics of the policy, see `logps.token_stats`.
     ref_model: of a live reference, whose own parameters are then given as `ref`; None where there is none.
     rivals: how many of the likeliest tokens a rival is drawn from; None for the 5 of the papers on CRINGE.
+    critic_model: of a critic whose parameters are its own, see `divided`; None where the policy's head gives values.
 
   Returns:
     (params, frozen, batch, key, ref) -> `logps` and each of `dense`; where the loss reads them `scores` of the head,
@@ -94,12 +143,17 @@ def targets_fn(
   if reads('policy.rival_logps_BT') and not 1 <= among < model.config.vocab_size:
     raise types.UsageError(f'rivals = {among}: the model has {model.config.vocab_size} tokens, of which one is right')
 
+  def of_critic(critic, frozen, batch):
+    assert critic_model is not None
+    return scores(lora.join(critic, frozen), batch, model=critic_model)
+
   def stats(params, frozen, batch, key, ref=None):
+    params, critic = divided(params)
     policy = lora.join(params, frozen)
     hidden_BTD = hidden_states(policy, batch, model=model, key=key)
     found = _of_targets(hidden_BTD, policy, batch, batch.targets_BT, model, dense)
-    if reads('policy.values_GK'):
-      found['scores'] = transformer.scores(policy, hidden_BTD)
+    if reads('policy.values_GK') or reads('policy.scores_BTO'):
+      found['scores'] = transformer.scores(policy, hidden_BTD) if critic is None else of_critic(critic, frozen, batch)
     if reads('policy.rival_logps_BT'):
       rivals_BT = _rivals(hidden_BTD, policy, batch, model, key, among)
       found['rival_logps'] = _of_targets(hidden_BTD, policy, batch, rivals_BT, model)['logps']

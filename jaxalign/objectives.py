@@ -77,6 +77,7 @@ def policy_gradient(
     loss_fn: tracing.LossFn,
     needs: tracing.Needs,
     ref_model: transformer.Transformer | None = None,
+    critic_model: transformer.Transformer | None = None,
     aggregate: str = 'token',
     max_tokens: int | None = None,
     dense=('entropy',),
@@ -90,7 +91,7 @@ def policy_gradient(
 
   A response of which no token counts (it was cut off, and masked) counts as one whose loss is 0, as in TRL. Metrics are
   means over tokens. Where the batch has no `old_logps`, those of the policy itself serve, for a rollout's only update:
-  the ratio is then exactly 1.
+  the ratio is then exactly 1. A loss that reads `scores_BTO` has values of `critic_model`, or of the policy's own head.
 
   Raises:
     UsageError: there is no such `aggregate`, or `max_tokens` is not what it asks for.
@@ -103,14 +104,14 @@ def policy_gradient(
         f'objectives.policy_gradient.max_tokens = {max_tokens} with aggregate = {aggregate!r}: {wanted}'
     )
 
-  tracing.check('policy_gradient', needs, of_tokens=True)
+  tracing.check('policy_gradient', needs, of_tokens=True, heads=frozenset({'policy.scores_BTO'}))
 
   def loss(stats, batch, loss_state):
     labels = {'old_logps': jax.lax.stop_gradient(stats['logps'])} | _labels(batch)
     out = loss_fn(_policy(stats, batch), _reference(stats, batch), labels, state=loss_state)
     return _per_token(out, stats, batch, _AGGREGATES[aggregate](out.per_item, batch, max_tokens))
 
-  stats = forward.targets_fn(model, needs, _dense(dense, needs), ref_model)
+  stats = forward.targets_fn(model, needs, _dense(dense, needs), ref_model, critic_model=critic_model)
   return Objective(stats, loss, needs.whole_step)
 
 
@@ -162,7 +163,8 @@ def preference(
 
 def _dense(dense, needs: tracing.Needs) -> tuple[str, ...]:
   """What is asked of every distribution: that for metrics, and what is computed only for a loss that reads it."""
-  return (*dense, *(['sharpness'] if 'policy.sharpness_GK' in needs.fields else []))
+  read = {'policy.sharpness_GK': 'sharpness', 'policy.entropy_BT': 'entropy'}
+  return tuple({*dense, *(name for field, name in read.items() if field in needs.fields)})
 
 
 def reward(*, model: transformer.Transformer, loss_fn: tracing.LossFn, needs: tracing.Needs) -> Objective:
@@ -235,6 +237,8 @@ def _policy(stats, batch: types.Batch) -> types.Stats:
       valid_G=masked.valid_groups(batch),
       sharpness_GK=masked.totals(stats['sharpness'], batch) if 'sharpness' in stats else None,
       values_GK=_values(stats['scores'], batch) if 'scores' in stats else None,
+      scores_BTO=stats.get('scores'),
+      entropy_BT=stats.get('entropy'),
       rival_logps_BT=stats.get('rival_logps'),
   )
 

@@ -2,16 +2,12 @@
 
 from collections.abc import Callable
 import dataclasses
-import functools
 import importlib.resources
 import inspect
 import pathlib
 from typing import Any
-from typing import NamedTuple
 
-from absl import logging
 import jax
-import jax.numpy as jnp
 
 from jaxalign import checkpoint
 from jaxalign import objectives
@@ -29,7 +25,6 @@ from jaxalign.models import architecture
 from jaxalign.models import hf
 from jaxalign.models import hf_import
 from jaxalign.models import lora as lora_lib
-from jaxalign.models import peft
 from jaxalign.models import transformer
 
 DEFAULT_MODEL = 'builtin:stories260K'
@@ -55,6 +50,9 @@ class Recipe:
     model: configuration of a randomly initialised model; None where `--model` is a directory.
     score_outputs: numbers that a head of the model makes of each token it reads, 0 for no such head.
     score_bias: whether that head has a bias, as Hugging Face's classifiers of tokens have.
+    critic: where a critic with parameters of its own starts from, for a loss of sampled tokens that reads values:
+      'policy' for the weights of `--model` (with `lora`, adapters of its own on the same base) and a zero head, or else
+      the checkpoint of a reward model. Empty for none: the policy has a head then (`score_outputs` = 1), or no values.
     reference: 'cached' (log-probabilities computed once per response, kept on disk) or 'live' (a second copy of the
       parameters, a forward pass per step), as it always is where the loss reads more of it.
     sync: how a reference follows the policy; None for one that stays as the policy was at first.
@@ -78,6 +76,7 @@ class Recipe:
   model: architecture.Config | None = None
   score_outputs: int = 0
   score_bias: bool = False
+  critic: str = ''
   reference: str = 'cached'
   sync: reference_lib.Sync | None = None
   dtype: str = 'float32'
@@ -91,6 +90,11 @@ class Recipe:
       raise types.UsageError(
           'recipe.Recipe.combine_fn: it is of the examples that recipe.Recipe.scored_fn makes; bind that'
       )
+    if self.critic and self.score_outputs:
+      problem = 'the policy has a head for values already (recipe.Recipe.score_outputs); leave one out'
+      raise types.UsageError(f'recipe.Recipe.critic = {self.critic!r}: {problem}')
+    if self.critic and self.rollouts is None:
+      raise types.UsageError(f'recipe.Recipe.critic = {self.critic!r}: only a run that samples trains a critic')
     if self.reference not in ('cached', 'live'):
       raise types.UsageError(f"recipe.Recipe.reference = {self.reference!r}: it is 'cached' or 'live'")
 
@@ -189,113 +193,6 @@ def load_tokenizer(spec: str) -> tokenizers.Tokenizer:
   return tokenizers.load(checkpoint.find(path)[0] / 'tokenizer' if checkpoint.is_checkpoint(path) else path)
 
 
-class Params(NamedTuple):
-  """Parameters of a model, sharded: what is trained, float32, and what is frozen, `{}` for nothing."""
-
-  trained: types.PyTree
-  frozen: types.PyTree
-
-
-def open_model(
-    job: Job, recipe: Recipe, tokenizer: tokenizers.Tokenizer
-) -> tuple[transformer.Transformer, Callable[[], Params]]:
-  """Builds the model, and what then imports, restores, or draws from the seed its parameters.
-
-  A head that scores starts at zero where the source has none, so that every score is 0. Adapters of the source are
-  merged into its parameters.
-
-  Raises:
-    UsageError: the tokenizer has more ids than the model's vocabulary, or the source another head that scores.
-    RunError: a file of the model is missing or corrupt.
-  """
-  config, read = _source(job, recipe)
-  _check_vocabulary(config, tokenizer, job)
-  _check_scores(config, recipe, job)
-  adapter = _open_adapter(job, recipe, config)
-  model = transformer.build(
-      dataclasses.replace(config, score_outputs=recipe.score_outputs, score_bias=recipe.score_bias),
-      job.mesh,
-      dtype=recipe.dtype,
-      remat=recipe.remat,
-      attention=recipe.attention,
-      lora=adapter.lora if adapter is not None else recipe.lora,
-      length=recipe.packing.row_length,
-  )
-
-  def params() -> Params:
-    found = _divide(model, read(model), jax.random.key(job.seed), job.mesh)
-    if adapter is None:
-      return found
-    return found._replace(trained=found.trained | peft.read_params(adapter, model, job.mesh))
-
-  return model, params
-
-
-def _source(job: Job, recipe: Recipe) -> tuple[architecture.Config, Callable[[transformer.Transformer], types.PyTree]]:
-  """The configuration of `--model`, and what gives its parameters in the precision that a model keeps them in."""
-  shrunk = lambda params, model: lora_lib.shrunk(params, model.lora, model.base_dtype)
-  if recipe.model is not None:
-    draw = lambda model: transformer.init_params(model, jax.random.key(job.seed), job.mesh)
-    return recipe.model, lambda model: shrunk(draw(model), model)
-  path = model_directory(job.model)
-  if not checkpoint.is_checkpoint(path):
-    config = hf.read_config(path)
-    kept = lambda model: functools.partial(lora_lib.kept, lora=model.lora)
-    return config, lambda model: hf_import.read_params(path, config, job.mesh, model.base_dtype, kept(model))
-  run = checkpoint.read_json(checkpoint.find(path)[0] / 'run.json')
-  config = architecture.Config.from_json(run['model'])
-  if run.get('writes'):
-    config = dataclasses.replace(config, score_outputs=0, score_bias=False)
-  load = lambda: checkpoint.merged(checkpoint.writer(checkpoint.load(path, job.mesh)))
-  return config, lambda model: shrunk(load(), model)
-
-
-def _open_adapter(job: Job, recipe: Recipe, config: architecture.Config) -> peft.Adapter | None:
-  if recipe.lora is None or not recipe.lora.adapter:
-    return None
-  family = (origin(job, recipe) or {}).get('model_type', 'llama')
-  return peft.read(pathlib.Path(recipe.lora.adapter), config, family, recipe.lora)
-
-
-def _divide(model: transformer.Transformer, params: types.PyTree, key: jax.Array, mesh: jax.sharding.Mesh) -> Params:
-  """What is trained and what is frozen of `params`, with first adapters and a zero head where they lack them."""
-  head = {name: params[name] for name in lora_lib.HEAD if name in params and model.config.score_outputs}
-  params = {name: value for name, value in params.items() if name not in lora_lib.HEAD}
-  if model.lora is not None:
-    frozen = lora_lib.split(params)[1]
-    trained = transformer.init_adapters(model, key, frozen, mesh) | head
-    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-    share = 100 * count(trained) / (count(trained) + count(frozen))
-    megabytes = sum(x.nbytes for x in jax.tree.leaves(frozen)) / 1e6
-    logging.info(
-        'LoRA: %d parameters are trained, %.2f %% of all; the others take %.1f MB', count(trained), share, megabytes
-    )
-    return Params(trained, frozen)
-  if model.config.score_outputs and not head:
-    like = {name: x for name, x in transformer.abstract_params(model, mesh).items() if name in lora_lib.HEAD}
-    where = jax.tree.map(lambda x: x.sharding, like)
-    head = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), out_shardings=where)()
-  return Params(params | head, {})
-
-
-def _check_vocabulary(config: architecture.Config, tokenizer: tokenizers.Tokenizer, job: Job) -> None:
-  if tokenizer.vocab_size > config.vocab_size:
-    raise types.UsageError(
-        f'{job.tokenizer or job.model}: the tokenizer has {tokenizer.vocab_size} ids, the model {job.model} a'
-        f' vocabulary of {config.vocab_size}; choose the tokenizer that the model was trained with'
-    )
-
-
-def _check_scores(config: architecture.Config, recipe: Recipe, job: Job) -> None:
-  found, wanted = ((x.score_outputs, x.score_bias) for x in (config, recipe))
-  if found[0] and wanted[0] and found != wanted:
-    said = ['{} outputs {} bias'.format(n, 'with a' if bias else 'without') for n, bias in (found, wanted)]
-    raise types.UsageError(
-        f'{job.model}: its head that scores has {said[0]}, --algo={job.algo} trains one of {said[1]}'
-        ' (recipe.Recipe.score_outputs, score_bias)'
-    )
-
-
 def open_data(job: Job, recipe: Recipe, tokenizer: tokenizers.Tokenizer, specs: str) -> list[dataset.Dataset]:
   """Tokenises the sources of a mixture, or finds them in the cache."""
   row_length = recipe.packing.row_length
@@ -335,8 +232,16 @@ def bind(
     model: transformer.Transformer,
     needs: tracing.Needs,
     ref_model: transformer.Transformer | None = None,
+    critic_model: transformer.Transformer | None = None,
 ) -> objectives.Objective:
-  """The recipe's objective for `model`, as the step takes it; `ref_model` is of a live reference.
+  """The recipe's objective for `model`, as the step takes it.
+
+  Args:
+    recipe: the algorithm.
+    model: of the policy.
+    needs: of the loss.
+    ref_model: of a live reference, None where there is none.
+    critic_model: of a critic with parameters of its own, None where there is none.
 
   Raises:
     UsageError: the loss reads a reference, but the objective takes no `ref_model`; or the objective refuses more.
@@ -345,5 +250,6 @@ def bind(
     fields = ', '.join(sorted(name for name in needs.fields if name.startswith('ref.')))
     problem = 'but the objective is of scores, which have no reference; bind objectives.preference or supervised'
     raise types.UsageError(f'the loss reads {fields}, {problem}')
-  live = {'ref_model': ref_model} if ref_model is not None else {}
-  return recipe.objective(model=model, loss_fn=recipe.loss_fn, needs=needs, **live)
+  others = {'ref_model': ref_model if needs.reference else None, 'critic_model': critic_model}
+  given = {name: other for name, other in others.items() if other is not None}
+  return recipe.objective(model=model, loss_fn=recipe.loss_fn, needs=needs, **given)

@@ -1,27 +1,25 @@
-"""Rollouts: responses sampled from the policy as it is, their rewards, and the batches that it is trained on.
+"""Rollouts: responses sampled from the policy as it is, their rewards, and what each is trained on.
 
-A rollout takes the next prompts, samples several responses to each, has them scored, and makes of every response a
-sequence whose tokens carry an advantage. They are packed as other data are. The ids that were sampled are trained on as
-they are; text is only for those who score.
+The ids that were sampled are trained on as they are; text is only for those who score.
 """
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
 import functools
-import pathlib
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from jaxalign import credit as credit_lib
 from jaxalign import episodes
 from jaxalign import forward
-from jaxalign import metrics
+from jaxalign import judging
 from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign import types
-from jaxalign import verdicts
 from jaxalign.data import dataset as dataset_lib
 from jaxalign.data import loader as loader_lib
 from jaxalign.data import packing as packing_lib
@@ -29,8 +27,6 @@ from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
-
-_MAX_RESPONSES = 32  # of a row; static, as lengths differ from rollout to rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,25 +39,33 @@ class Options:
     max_new_tokens: length at which a response is cut.
     rewards: what scores responses, each as `--reward` names it, see `rewards.functions.parse`.
     combine: of several rewards, see `rewards.functions.combine`.
-    advantage_fn: from `advantages`: rewards `[G, K]` and which of them there are to advantages `[G, K]`.
+    advantage_fn: from `advantages`, or any function that `credit` can call: what it reads its parameters name.
     temperature: of sampling.
     top_k: see `sampling.sample`.
     top_p: see `sampling.sample`.
     epochs: passes over a rollout.
     minibatches: optimizer steps of a pass.
+    ref_samples: responses of the reference to each prompt, for an `advantage_fn` that reads `ref_rewards_GN`.
+    refill: how often prompts whose responses all have the same reward are replaced by others, sampled anew; prompts
+      that are replaced stay where that is not enough. DAPO's dynamic sampling (Yu et al., 2025, arXiv:2503.14476).
+    mask_truncated: whether a response that was cut at `max_new_tokens` is not trained on; its reward still counts in
+      its group. DAPO's overlong filtering, TRL's `mask_truncated_completions`.
   """
 
   prompts: int
   samples: int
   max_new_tokens: int
   rewards: tuple[str, ...]
-  advantage_fn: Callable[..., types.Array]
+  advantage_fn: Callable[..., Any]
   combine: str = 'sum'
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
   epochs: int = 1
   minibatches: int = 1
+  ref_samples: int = 0
+  refill: int = 0
+  mask_truncated: bool = False
 
   def __post_init__(self):
     if not self.rewards:
@@ -70,6 +74,9 @@ class Options:
     for name in ('prompts', 'samples', 'max_new_tokens', 'epochs', 'minibatches'):
       if getattr(self, name) < 1:
         raise types.UsageError(f'rollouts.Options.{name} = {getattr(self, name)}: it must be at least 1')
+    for name in ('ref_samples', 'refill'):
+      if getattr(self, name) < 0:
+        raise types.UsageError(f'rollouts.Options.{name} = {getattr(self, name)}: it must be at least 0')
     if self.temperature <= 0:
       raise types.UsageError(
           f'rollouts.Options.temperature = {self.temperature}: it must be above 0, or nothing varies'
@@ -78,6 +85,14 @@ class Options:
       raise types.UsageError(
           f'rollouts.Options.minibatches = {self.minibatches}: it must divide the {self.prompts} prompts of a rollout'
       )
+    if ('ref_rewards_GN' in self.credit.reads) != (self.ref_samples > 0):
+      problem = f'rollouts.Options.advantage_fn reads {"none" if self.ref_samples else "responses"} of the reference'
+      raise types.UsageError(f'rollouts.Options.ref_samples = {self.ref_samples}: {problem}')
+
+  @functools.cached_property
+  def credit(self) -> credit_lib.Credit:
+    """What makes labels of what was sampled."""
+    return credit_lib.Credit(self.advantage_fn)
 
   @property
   def updates(self) -> int:
@@ -85,8 +100,31 @@ class Options:
     return self.epochs * self.minibatches
 
 
-class Sampler:
-  """Makes the rollouts of a run, and batches of them."""
+class Models(NamedTuple):
+  """Those that a rollout is made with.
+
+  Attributes:
+    policy: without dropout; a head that it has gives values.
+    critic: gives values where it has parameters of its own; None where there is none.
+    ref: the reference; None where none is wanted.
+  """
+
+  policy: transformer.Transformer
+  critic: transformer.Transformer | None
+  ref: transformer.Transformer | None
+
+
+class Params(NamedTuple):
+  """The parameters of `Models` at one moment, None for those that are not there, and the state of the loss."""
+
+  policy: types.PyTree
+  critic: types.PyTree | None = None
+  ref: types.PyTree | None = None
+  loss_state: types.PyTree = ()
+
+
+class Maker:
+  """Makes the rollouts of a run."""
 
   def __init__(
       self,
@@ -96,190 +134,166 @@ class Sampler:
       *,
       weights: Sequence[float],
       packing: loader_lib.Packing,
-      model: transformer.Transformer,
+      models: Models,
       tokenizer: tokenizers.Tokenizer,
       mesh: jax.sharding.Mesh,
       seed: int,
-      folder: pathlib.Path,
   ):
-    """Checks that a rollout fits a step.
+    """Keeps what all rollouts share.
 
     Args:
       options: what a rollout is.
-      prompts: tokenised, see `examples.prompt`.
+      prompts: tokenised, see `prompts.alone`.
       records: the sources that they came from, for the fields that rewards read.
       weights: shares of the sources.
-      packing: the shape of a step.
-      model: of the policy, without dropout.
-      tokenizer: of the model.
-      mesh: where it lies.
+      packing: of the rows in which models read responses again.
+      models: of the run.
+      tokenizer: of the policy.
+      mesh: where they lie.
       seed: of the order of prompts and of sampling.
-      folder: where rollouts are kept.
     """
-    self.options, self._prompts, self._records = options, prompts, records
-    groups = options.prompts // options.minibatches
-    self._packing = dataclasses.replace(
-        packing, groups_per_step=groups, max_responses=packing.max_responses or max(_MAX_RESPONSES, options.samples)
+    self._options, self._prompts, self._weights = options, prompts, list(weights)
+    self._packing, self._models, self._tokenizer, self._mesh, self._seed = packing, models, tokenizer, mesh, seed
+    self._judge = judging.Judge(options.rewards, options.combine, prompts, records, tokenizer)
+    self._wanted = options.credit.reads & credit_lib.OF_PROGRAM | ({'logps_BT'} if options.updates > 1 else set())
+    ref_model = models.ref if 'log_ratio_BT' in self._wanted else None
+    run = lambda params, batch: forward.annotations(
+        params.policy,
+        params.critic,
+        params.ref,
+        batch,
+        model=models.policy,
+        critic_model=models.critic if 'values_BT' in self._wanted else None,
+        ref_model=ref_model,
     )
-    self._model, self._tokenizer, self._mesh, self._seed, self._folder = model, tokenizer, mesh, seed, folder
-    self._weights = list(weights)
-    self.said: dict[tuple[int, int], dict[str, float]] = {}  # metrics of the newest rollouts by data state
-    run = functools.partial(forward.ref_logps, model=model)
-    self._logps = jax.jit(run, out_shardings=sharding.named(mesh))
-    self._check_fit(groups)
+    self._run = jax.jit(run, out_shardings=sharding.named(mesh))
 
-  def _check_fit(self, groups: int) -> None:
-    """Raises where the longest rollout that there can be does not fit a step."""
-    longest, options = int(self._prompts.lengths_NK.max()) + 1 + self.options.max_new_tokens, self.options
-    if longest > self._model.config.max_length:
-      raise types.UsageError(
-          f'a prompt of {longest - options.max_new_tokens} tokens and rollouts.Options.max_new_tokens ='
-          f' {options.max_new_tokens} exceed the context of the model, {self._model.config.max_length}'
-      )
-    lengths = np.full((groups, options.samples), longest - 1)
-    pack = self._packing
-    try:
-      steps = packing_lib.pack(
-          lengths,
-          np.arange(groups),
-          rows=pack.rows,
-          row_length=pack.row_length,
-          max_responses=pack.max_responses or 1,
-          micro_batches=pack.micro_batches,
-      ).num_steps
-    except packing_lib.DoesNotFit:
-      steps = 0
-    if steps != 1:
-      raise types.UsageError(
-          f'{groups} prompts with {options.samples} responses of up to {longest} tokens do not fit a step of'
-          f' {pack.micro_batches} x {pack.rows} rows of {pack.row_length} tokens: raise loader.Packing.micro_batches or'
-          ' rows, or lower rollouts.Options.prompts'
-      )
+  def make(self, panel: functions.Panel, iteration: int, params: Params) -> episodes.Rollout:
+    """The rollout of this number: samples, scores, replaces what tells nothing, and gives credit."""
+    samples = self._options.samples
+    draw = lambda chosen, name: self._judged(panel, chosen, params.policy, self._models.policy, name, samples)
+    chosen = self._drawn(iteration, 0)
+    judged = draw(chosen, (iteration,))
+    said: dict[str, float] = {}
+    for turn in range(1, self._options.refill + 1):
+      dull = np.flatnonzero(self._judge.dull(judged, samples))
+      said['rollouts/refilled'] = said.get('rollouts/refilled', 0.0) + len(dull)
+      if not dull.size:
+        break
+      others = self._drawn(iteration, turn)  # As many at every turn, so that no other program is compiled.
+      fresh = draw(others, (iteration, turn))
+      good = np.flatnonzero(~self._judge.dull(fresh, samples))
+      for old, new in zip(dull, good):
+        chosen[old] = others[new]
+        judged.replace(int(old), fresh, int(new), samples)
+    return self._credited(panel, iteration, params, chosen, judged, said)
 
-  def epochs(self, iteration: int) -> float:
-    """Passes over the prompts that so many rollouts make."""
-    return iteration * self.options.prompts / len(self._prompts)
-
-  def batches(
-      self, iteration: int, update: int, params: Callable[[], types.PyTree]
-  ) -> Iterator[tuple[tuple[int, int], types.Batch]]:
-    """Batches from an update of a rollout on, without end.
-
-    Args:
-      iteration: which rollout.
-      update: which use of it is the first; the rollout is then read from where it was kept.
-      params: gives the policy's parameters, when a rollout begins.
-
-    Yields:
-      (iteration, update) to resume from once the batch has been consumed, and the batch.
-    """
-    with functions.Panel([functions.parse(spec) for spec in self.options.rewards]) as panel:
-      yield from self._batches(panel, iteration, update, params)
-
-  def _batches(self, panel: functions.Panel, iteration: int, update: int, params):
-    while True:
-      rollout = self._read(iteration) if update else self._roll(panel, iteration, params())
-      loader = self._loader(rollout)
-      number = 0
-      for epoch in range(self.options.epochs):
-        order = np.argsort(np.random.default_rng([self._seed, iteration, epoch]).random(len(rollout.prompts)))
-        steps = loader.ordered(order.tolist())
-        if len(steps) != self.options.minibatches:
-          raise types.RunError(f'rollout {iteration} does not fit a step: raise loader.Packing.rows')
-        for _, batch in steps:
-          number += 1
-          if number > update:
-            place = (iteration, number) if number < self.options.updates else (iteration + 1, 0)
-            self.said = {**dict(list(self.said.items())[-3:]), place: rollout.metrics()}
-            yield place, batch
-      iteration, update = iteration + 1, 0
-
-  def _loader(self, rollout: episodes.Rollout) -> loader_lib.Loader:
-    groups = rollout.groups()
-    return loader_lib.Loader([groups], [1.0], packing=self._packing, mesh=self._mesh, seed=0)  # type: ignore[list-item]
-
-  def _drawn(self, iteration: int) -> list[int]:
-    """Which prompts a rollout takes: the next ones of epochs that follow one another."""
-    found: list[int] = []
-    start = iteration * self.options.prompts
-    while len(found) < self.options.prompts:
-      epoch, first = divmod(start + len(found), len(self._prompts))
-      order = packing_lib.order(self._prompts.sizes, self._weights, self._seed, epoch)
-      found += order[first : first + self.options.prompts - len(found)].tolist()
-    return found
-
-  def _roll(self, panel: functions.Panel, iteration: int, params: types.PyTree) -> episodes.Rollout:
-    """Samples, scores and compares."""
-    asked = [verdicts.of_record(self._prompts, self._records, index) for index in self._drawn(iteration)]
-    prompts, samples = [one.ids for one in asked], self.options.samples
-    drawn = sampling.sample(
-        self._model,
-        params,
-        [ids for ids in prompts for _ in range(samples)],
-        max_new_tokens=self.options.max_new_tokens,
-        temperature=self.options.temperature,
-        top_k=self.options.top_k,
-        top_p=self.options.top_p,
-        seed=int(np.random.SeedSequence([self._seed, iteration]).generate_state(1)[0]),
-        stop_ids=(self._tokenizer.eos_id,),
-    )
-    rewards_GK, said = self._rewards(panel, asked, drawn)
+  def _credited(
+      self, panel, iteration: int, params: Params, chosen: list[int], judged: judging.Judged, said: dict[str, float]
+  ) -> episodes.Rollout:
+    """What the responses are trained on."""
+    options, samples, drawn = self._options, self._options.samples, judged.drawn
+    total = self._judge.known(judged, self._prompts.where(chosen[0]))
     rollout = episodes.Rollout(
-        prompts,
+        [self._ids(i) for i in chosen],
         [one.ids for one in drawn],
         [one.logps for one in drawn],
         [one.finished for one in drawn],
-        rewards_GK,
-        self._advantages(rewards_GK),
-        said=said,
+        total.reshape(-1, samples),
+        {},
+        {},
+        [one.finished or not options.mask_truncated for one in drawn],
+        self._judge.said(judged.values_RN) | said,
     )
-    if self.options.updates > 1:
-      rollout = dataclasses.replace(rollout, old_logps=self._trainers(rollout, params))
-    self._keep(iteration, rollout)
-    return rollout
+    fields = self._fields(rollout, judged.values_RN) | {'loss_state': params.loss_state}
+    if self._wanted:
+      fields |= self._annotations(rollout, params)
+    for name, count, model, of in self._others(params):
+      judged = self._judged(panel, chosen, of, model, (iteration, name), count, 0.0 if name == 'greedy_G' else None)
+      rewards_N = np.nan_to_num(self._judge.total(judged.values_RN)).astype(np.float32)
+      fields[name] = rewards_N if name == 'greedy_G' else rewards_N.reshape(-1, count)
+    made = options.credit.labels(fields)
+    if options.updates > 1:
+      made['old_logps'] = fields['logps_BT']
+    return self._labelled(rollout, made)
 
-  def _advantages(self, rewards_GK: np.ndarray) -> np.ndarray:
-    valid_GK = (~np.isnan(rewards_GK)).astype(np.float32)
-    found = self.options.advantage_fn(np.nan_to_num(rewards_GK).astype(np.float32), valid_GK)
-    return np.asarray(found * valid_GK, np.float32)
+  def _others(self, params: Params):
+    """What else is sampled for a field: its name, responses to each prompt, model and parameters."""
+    if 'greedy_G' in self._options.credit.reads:
+      yield 'greedy_G', 1, self._models.policy, params.policy
+    if 'ref_rewards_GN' in self._options.credit.reads:
+      yield 'ref_rewards_GN', self._options.ref_samples, self._models.ref, params.ref
 
-  def _rewards(
-      self, panel: functions.Panel, asked: Sequence[verdicts.Prompt], drawn: Sequence[sampling.Sampled]
-  ) -> tuple[np.ndarray, dict[str, float]]:
-    """Of every response, and what each reward says on the whole."""
-    samples, options, decode = self.options.samples, self.options, self._tokenizer.decode
-    texts, ids = [decode(one.ids, continuation=True) for one in drawn], [one.ids for one in drawn]
-    responses = verdicts.responses(asked, [decode(one.ids) for one in asked], texts, ids)
-    values = panel(responses)
-    weights = [functions.parse(spec).weight for spec in options.rewards]
-    total = functions.combine(list(values.values()), weights, options.combine)
-    if np.all(np.isnan(total)):
-      raise types.RunError(f'every reward abstains on all {len(total)} responses (from {responses.where[0]} on)')
-    said: dict[str, float] = {}
-    for name, found in values.items():
-      known = found[~np.isnan(found)]
-      if known.size:
-        said |= {f'rewards/{name}/mean': float(known.mean()), f'rewards/{name}/std': float(known.std())}
-    return total.reshape(-1, samples), said
+  def _fields(self, rollout: episodes.Rollout, values_RN: np.ndarray) -> dict[str, Any]:
+    """What `credit` may read of responses without a model."""
+    samples, lengths = self._options.samples, [len(ids) for ids in rollout.responses]
+    known = lambda x: np.nan_to_num(x).astype(np.float32)
+    return {
+        'rewards_GK': known(rollout.rewards_GK),
+        'valid_GK': (~np.isnan(rollout.rewards_GK)).astype(np.float32),
+        'rewards_RGK': known(values_RN).reshape(len(values_RN), -1, samples),
+        'weights_R': self._judge.weights_R,
+        'tokens_GK': np.array(lengths, np.float32).reshape(-1, samples),
+        'finished_GK': np.array(rollout.finished, np.float32).reshape(-1, samples),
+        'rows': credit_lib.rows(lengths, samples, self._options.max_new_tokens),
+    }
 
-  def _trainers(self, rollout: episodes.Rollout, params: types.PyTree) -> list[list[float]]:
-    """Log-probabilities of the sampled ids by the program that trains."""
-    found: list[list[float]] = [[] for _ in rollout.responses]
-    for group, slot, logps in episodes.logps_of(params, rollout.groups(), self._logps, self._packing, self._mesh):
-      found[group * self.options.samples + slot] = logps.tolist()
+  def _annotations(self, rollout: episodes.Rollout, params: Params) -> dict[str, np.ndarray]:
+    """What the training program makes of the responses."""
+    all_counted = dataclasses.replace(rollout, counted=[True] * len(rollout.responses))
+    each: list[dict[str, np.ndarray]] = [{} for _ in rollout.responses]
+    for group, slot, found in episodes.annotated(params, all_counted.groups(), self._run, self._packing, self._mesh):
+      each[group * self._options.samples + slot] = found
+    tables = {name: credit_lib.table([one[name] for one in each], self._options.max_new_tokens) for name in each[0]}
+    named = {'logps_BT': tables['logps']}
+    if 'values' in tables:
+      named['values_BT'] = tables['values']
+    if 'ref_logps' in tables:
+      named['log_ratio_BT'] = tables['logps'] - tables['ref_logps']
+    return named
+
+  def _labelled(self, rollout: episodes.Rollout, made: dict[str, np.ndarray]) -> episodes.Rollout:
+    """The rollout with labels of responses and of tokens."""
+    of_responses, of_tokens, most = {}, {}, self._options.max_new_tokens
+    for name, x in made.items():
+      if x.shape == rollout.rewards_GK.shape and name != 'advantages':
+        of_responses[name] = x
+      else:
+        rows_BT = np.repeat(x.reshape(-1, 1), most, axis=1) if x.shape == rollout.rewards_GK.shape else x
+        of_tokens[name] = [rows_BT[n, : len(ids)] for n, ids in enumerate(rollout.responses)]
+    return dataclasses.replace(rollout, labels=of_responses, token_labels=of_tokens)
+
+  def _drawn(self, iteration: int, turn: int) -> list[int]:
+    """Which prompts a rollout takes: the next ones of epochs that follow one another; others at each further turn."""
+    found: list[int] = []
+    start = iteration * self._options.prompts
+    while len(found) < self._options.prompts:
+      epoch, first = divmod(start + len(found), len(self._prompts))
+      order = packing_lib.order(self._prompts.sizes, self._weights, self._seed + turn, epoch)
+      found += order[first : first + self._options.prompts - len(found)].tolist()
     return found
 
-  def _path(self, iteration: int) -> pathlib.Path:
-    return self._folder / f'{iteration:06d}.jsonl'
+  def _ids(self, index: int) -> list[int]:
+    return self._prompts[index].sequences[0].ids[: self._prompts[index].prompt_tokens].tolist()
 
-  def _keep(self, iteration: int, rollout: episodes.Rollout) -> None:
-    if jax.process_index() == 0:
-      self._folder.mkdir(parents=True, exist_ok=True)
-      metrics.write_text(self._path(iteration), rollout.to_text(self._tokenizer))
+  def _judged(self, panel, chosen, params, model, name, count: int, temperature: float | None = None) -> judging.Judged:
+    """Samples `count` responses to each prompt and has them scored; `name` makes the random numbers its own."""
+    options = self._options
+    drawn = sampling.sample(
+        model,
+        params,
+        [ids for ids in map(self._ids, chosen) for _ in range(count)],
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature if temperature is None else temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=_seed(self._seed, name),
+        stop_ids=(self._tokenizer.eos_id,),
+    )
+    return self._judge(panel, chosen, drawn)
 
-  def _read(self, iteration: int) -> episodes.Rollout:
-    path = self._path(iteration)
-    try:
-      return episodes.of_text(path.read_text(encoding='utf-8'), self.options.samples)
-    except OSError as err:
-      raise types.RunError(f'{path}: the rollout that the run was at cannot be read ({err.strerror})') from err
+
+def _seed(seed: int, name: tuple[int | str, ...]) -> int:
+  """A seed for each thing that is sampled: an iteration, or an iteration and what is sampled beside its rollout."""
+  numbers = [int.from_bytes(part.encode()[:4], 'little') if isinstance(part, str) else part for part in (seed, *name)]
+  return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -4,13 +4,15 @@ from collections.abc import Callable
 from collections.abc import Iterator
 import dataclasses
 import functools
+from typing import Any
 
 from absl import logging
 import jax
 import numpy as np
 
-from jaxalign import episodes
+from jaxalign import credit
 from jaxalign import forward
+from jaxalign import iterations
 from jaxalign import metrics
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
@@ -50,6 +52,11 @@ class Streams:
     return self.held.dataset if self.held is not None else None
 
   @property
+  def reference(self) -> bool:
+    """Whether the run has a reference."""
+    return self.needs.reference
+
+  @property
   def cached(self) -> bool:
     """Whether batches need what `with_reference` gives them."""
     return self.needs.reference and not self.live
@@ -86,7 +93,8 @@ class Online:
 
   Attributes:
     needs: what the loss reads.
-    live: whether the step computes what the loss reads of the reference; nothing is cached, as responses are new.
+    reference: whether loss or advantages read a reference.
+    live: the same: nothing is cached, as responses are new.
     held: None.
     cached: False.
     asked: prompts that are held out; None where there are none.
@@ -97,24 +105,30 @@ class Online:
   cached = False
 
   def __init__(
-      self, sampler: rollouts.Sampler, needs: tracing.Needs, asked: dataset.Joined | None, report: dict[str, int]
+      self,
+      made: iterations.Iterations,
+      needs: tracing.Needs,
+      reference: bool,
+      asked: dataset.Joined | None,
+      report: dict[str, int],
+      share: float,
   ):
-    self.needs, self.live, self.asked, self.report = needs, needs.reference, asked, report
-    self._sampler = sampler
+    self.needs, self.reference, self.live, self.report = needs, reference, reference, report
+    self._iterations, self._share, self.asked = made, share, asked
 
   def said(self, place: tuple[int, int]) -> dict[str, float]:
     """The report, and what was sampled for the step that led to a data state."""
-    return self.report | self._sampler.said.get(place, {})
+    return self.report | self._iterations.said.get(place, {})
 
   def epochs(self, place: tuple[int, int]) -> float:
     """Epochs of prompts that a data state stands for."""
-    return self._sampler.epochs(place[0])
+    return place[0] * self._share
 
   def training_batches(
       self, place: tuple[int, int], params: Callable[[], types.PyTree]
   ) -> Iterator[tuple[tuple[int, int], types.Batch]]:
     """Batches of the rollouts of `params()`, from a data state on."""
-    return self._sampler.batches(*place, params)
+    return self._iterations.batches(*place, params)
 
   def held_batches(self) -> Iterator[types.Batch]:
     """None."""
@@ -126,38 +140,59 @@ def open_prompts(
     recipe: recipe_lib.Recipe,
     tokenizer: tokenizers.Tokenizer,
     model: transformer.Transformer,
+    critic: transformer.Transformer | None = None,
 ) -> Online:
   """Opens the prompts in `--data` for rollouts of `model`, and those in `--eval_data`.
 
+  Args:
+    job: names the data.
+    recipe: the algorithm.
+    tokenizer: of the model.
+    model: of the policy.
+    critic: gives values where it has parameters of its own.
+
   Raises:
-    UsageError: the loss reads what a rollout does not give, or a rollout does not fit a step.
+    UsageError: loss or advantages read what a rollout does not give, or a rollout does not fit a step.
   """
   options = recipe.rollouts
   assert options is not None
   datasets = recipe_lib.open_data(job, recipe, tokenizer, job.data)
   held_sets = recipe_lib.open_data(job, recipe, tokenizer, job.eval_data) if job.eval_data else []
-  mixture = sources.parse_mixture(job.data)
+  mixture, prompts = sources.parse_mixture(job.data), dataset.Joined(datasets)
+  outputs = recipe.score_outputs or int(bool(recipe.critic))
+  of_responses, of_tokens = options.credit.names(options.samples, len(options.rewards))
   needs = tracing.trace(
       recipe.loss_fn,
       group_size=options.samples,
-      labels=(),
-      token_labels=episodes.LABELS,
-      outputs=recipe.score_outputs,
+      labels=of_responses,
+      token_labels=(*of_tokens, 'sampler_logps', 'old_logps'),
+      outputs=outputs,
   )
+  if 'values_BT' in options.credit.reads and not outputs:
+    problem = 'reads values_BT of a critic: bind recipe.Recipe.critic, or recipe.Recipe.score_outputs = 1 for a head'
+    raise types.UsageError(f'rollouts.Options.advantage_fn {problem}')
   logging.info('the loss reads %s', ', '.join(sorted(needs.fields)))
-  sampler = rollouts.Sampler(
+  logging.info('advantages read %s', ', '.join(sorted(options.credit.reads)))
+  packing = iterations.packing_of(options, recipe.packing)
+  iterations.check_fit(options, prompts, packing, model.config.max_length)
+  ref = options.credit.reads & credit.OF_REFERENCE
+  shared: dict[str, Any] = {'tokenizer': tokenizer, 'mesh': job.mesh, 'seed': job.seed, 'packing': packing}
+  maker = rollouts.Maker(
       options,
-      dataset.Joined(datasets),
+      prompts,
       [sources.open_source(spec, job.data_dir) for spec, _ in mixture],
       weights=[weight for _, weight in mixture],
-      packing=recipe.packing,
-      model=transformer.without_dropout(model),
-      tokenizer=tokenizer,
-      mesh=job.mesh,
-      seed=job.seed,
-      folder=job.workdir / 'rollouts',
+      models=rollouts.Models(
+          transformer.without_dropout(model),
+          critic and transformer.without_dropout(critic),
+          reference.model_of(model, follows=recipe.sync is not None) if ref else None,
+      ),
+      **shared,
   )
-  return Online(sampler, needs, dataset.Joined(held_sets) if held_sets else None, _report(datasets, held_sets))
+  made = iterations.Iterations(options, maker, folder=job.workdir / 'rollouts', **shared)
+  has_reference = needs.reference or bool(ref)
+  asked = dataset.Joined(held_sets) if held_sets else None
+  return Online(made, needs, has_reference, asked, _report(datasets, held_sets), options.prompts / len(prompts))
 
 
 def open_streams(

@@ -128,8 +128,10 @@ def trace(
     raise types.UsageError(f'the loss reads {missing[-1]}') from err
   except IndexError as err:
     raise types.UsageError(f'the loss reads more responses to a prompt than the {group_size} of the data') from err
-  if 'policy.values_GK' in found and not outputs:
-    raise types.UsageError('the loss reads policy.values_GK of a head: bind recipe.Recipe.score_outputs = 1')
+  headless = sorted(found & {'policy.values_GK', 'policy.scores_BTO'}) if not outputs else []
+  if headless:
+    problem = 'bind recipe.Recipe.score_outputs = 1, or a recipe.Recipe.critic for a loss of sampled tokens'
+    raise types.UsageError(f'the loss reads {headless[0]} of a head: {problem}')
   state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out.state)
   return Needs(frozenset(found), state, len(out.per_item.shape) == 2)
 
@@ -163,7 +165,14 @@ def _checked_indices() -> Iterator[None]:
     jax.config.update('jax_check_static_indices', before)
 
 
-def check(name: str, needs: Needs, *, of_tokens: bool, given: frozenset[str] | None = None) -> None:
+def check(
+    name: str,
+    needs: Needs,
+    *,
+    of_tokens: bool,
+    given: frozenset[str] | None = None,
+    heads: frozenset[str] = frozenset(),
+) -> None:
   """Raises UsageError where a loss is of another kind than the objective.
 
   Args:
@@ -171,6 +180,7 @@ def check(name: str, needs: Needs, *, of_tokens: bool, given: frozenset[str] | N
     needs: of the loss.
     of_tokens: whether the objective sums values of tokens, or of groups.
     given: what it gives of the policy; None for all but what heads make.
+    heads: what it gives of those too.
   """
   kinds = {
       'supervised': 'tokens of demonstrations',
@@ -180,7 +190,7 @@ def check(name: str, needs: Needs, *, of_tokens: bool, given: frozenset[str] | N
       'process': 'scores of steps',
   }
   read = {field for field in needs.fields if field.startswith('policy.')}
-  wrong = sorted(read & _OF_HEADS if given is None else read - given)
+  wrong = sorted(read & _OF_HEADS - heads if given is None else read - given)
   if not wrong and needs.of_tokens in (None, of_tokens):
     return
   problem = f'it reads {wrong[0]}' if wrong else f'it gives a value per {"token" if needs.of_tokens else "group"}'

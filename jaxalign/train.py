@@ -1,10 +1,11 @@
-"""The offline loop: supervised fine-tuning, reward models and preference losses, all by one step."""
+"""The loop of every algorithm, on data or on what the policy samples, by one step."""
 
 from collections.abc import Callable
 import dataclasses
 import functools
 import json
 from typing import Any
+from typing import NamedTuple
 
 from absl import logging
 import jax
@@ -12,12 +13,15 @@ import jax
 from jaxalign import checkpoint
 from jaxalign import collapse
 from jaxalign import evaluate
+from jaxalign import forward
 from jaxalign import loop
 from jaxalign import metrics
 from jaxalign import objectives
+from jaxalign import opening
 from jaxalign import optim
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
+from jaxalign import rollouts
 from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import streams as streams_lib
@@ -56,13 +60,13 @@ def train(
   with jax.set_mesh(job.mesh):
     tokenizer = recipe_lib.open_tokenizer(job)
     counter, follows = metrics.Compilations(), recipe.sync is not None
-    model, objective, streams, (trained, frozen) = _open(job, recipe, tokenizer, options.steps, counter)
+    model, objective, streams, (trained, frozen), critic = _open(job, recipe, tokenizer, options.steps, counter)
     store = checkpoint.Store(job.workdir / 'checkpoints', checkpoints)
     ref = reference.Reference.of(model, trained, frozen)
-    base = _keep_base(job, store, ref) if streams.needs.reference or frozen else ''
+    base = _keep_base(job, store, ref) if streams.reference or frozen else ''
     opt = optimizer(options.steps)
     live = reference.Reference.of(model, trained, frozen, follows=follows).kept(follows) if streams.live else None
-    state, data_state = _start(job, store, trained, opt, streams.needs.state, follows)
+    state, data_state = _start(job, store, trained | critic, opt, streams.needs.state, follows)
     evaluator = evaluate.Evaluator(job, recipe, model, tokenizer, streams, samples, counter, frozen, live)
     before = _before(job, evaluator, state)
     step = step_lib.make_step(objective, opt, recipe.sync)
@@ -83,8 +87,8 @@ def train(
     if job.debug:
       _show_shapes(state)
     place = data_state['epoch'], data_state['step']
-    newest = _Newest(tools.step_fn, state)
-    batches = streams.training_batches(place, lambda: lora.join(newest.state.params, frozen))
+    newest = _Newest(tools.step_fn, state, frozen, live)
+    batches = streams.training_batches(place, newest.params)
     state = loop.run(state, batches, options, dataclasses.replace(tools, step_fn=newest))
     after = evaluator.whole(state.params, state.loss_state, state.reference)
     store.close()
@@ -95,31 +99,55 @@ def train(
 class _Newest:
   """A step that remembers the state which it returned last, for who needs the policy between two steps."""
 
-  def __init__(self, step_fn: Callable, state: step_lib.TrainState):
-    self._step_fn, self.state = step_fn, state
+  def __init__(
+      self, step_fn: Callable, state: step_lib.TrainState, frozen: types.PyTree, live: reference.Reference | None
+  ):
+    self._step_fn, self._state, self._frozen, self._live = step_fn, state, frozen, live
 
   def __call__(self, state: step_lib.TrainState, batch: types.Batch):
-    self.state, measured = self._step_fn(state, batch)
-    return self.state, measured
+    self._state, measured = self._step_fn(state, batch)
+    return self._state, measured
+
+  def params(self) -> rollouts.Params:
+    """Those of all models, as the next step begins with them."""
+    policy, critic = forward.divided(self._state.params)
+    whole = lambda trained: lora.join(trained, self._frozen)
+    ref = None
+    if self._live is not None:
+      followed = jax.tree.leaves(self._state.reference)
+      ref = lora.join(self._state.reference if followed else self._live.moving, self._live.fixed)
+    return rollouts.Params(whole(policy), None if critic is None else whole(critic), ref, self._state.loss_state)
+
+
+class _Opened(NamedTuple):
+  """What a run begins with; `critic` is `{}` or the parameters of one, under their name."""
+
+  model: transformer.Transformer
+  objective: objectives.Objective
+  streams: Any
+  params: opening.Params
+  critic: dict[str, types.PyTree]
 
 
 def _open(
     job, recipe: recipe_lib.Recipe, tokenizer: tokenizers.Tokenizer, steps: int, counter: metrics.Compilations
-) -> tuple[transformer.Transformer, objectives.Objective, Any, recipe_lib.Params]:
+) -> _Opened:
   """Model, objective, data and parameters; what does not go together is refused before a weight is read."""
-  model, params = recipe_lib.open_model(job, recipe, tokenizer)
+  model, params = opening.open_model(job, recipe, tokenizer)
+  critic_model, critic_params = opening.open_critic(job, recipe, tokenizer)
   streams: streams_lib.Streams | streams_lib.Online
   if recipe.rollouts is not None:
-    streams = streams_lib.open_prompts(job, recipe, tokenizer, model)
+    streams = streams_lib.open_prompts(job, recipe, tokenizer, model, critic_model)
   else:
     streams = streams_lib.open_streams(job, recipe, tokenizer, train=True)
   ref_model = reference.model_of(model, follows=recipe.sync is not None) if streams.live else None
-  objective = recipe_lib.bind(recipe, model, streams.needs, ref_model)
+  objective = recipe_lib.bind(recipe, model, streams.needs, ref_model, critic_model)
   first = params()
   if isinstance(streams, streams_lib.Streams) and streams.cached:
     ref = reference.Reference.of(model, *first)
     streams = streams_lib.with_reference(streams, job, recipe, ref, steps=steps, counter=counter)
-  return model, objective, streams, first
+  critic = {} if critic_model is None else {forward.CRITIC: critic_params(first.frozen)}
+  return _Opened(model, objective, streams, first, critic)
 
 
 def _keep_base(job, store: checkpoint.Store, ref: reference.Reference) -> str:

@@ -90,6 +90,7 @@ class Stats:
     entropy_GK: of a live reference only: sum over the response of the entropy of its next-token distributions, in
       shares of log V, so that a uniform one has 1.
     rival_logps_BT: of the policy: log-probability of another token than the target, drawn from its likeliest.
+    entropy_BT: of the policy: entropy of the next-token distribution at each target, in nats. It carries a gradient.
     values_GK: of the policy: the one output of its head that scores, where it has read the prompt.
     sharpness_GK: of the policy: sum over the response of log sum_v p_v^2 of each target, without gradient.
     rows: of the policy: where the responses' tokens are, for losses that weigh tokens (`masked.totals`).
@@ -109,6 +110,7 @@ class Stats:
   kl_BT: Array = None
   entropy_GK: Array = None
   rival_logps_BT: Array = None
+  entropy_BT: Array = None
   values_GK: Array = None
   sharpness_GK: Array = None
   rows: Any = None

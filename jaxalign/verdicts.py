@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxalign.data import dataset
 from jaxalign.data import sources
+from jaxalign.data import tokenizers
 from jaxalign.rewards import functions
 
 
@@ -35,23 +36,21 @@ def of_record(groups: dataset.Joined, records: Sequence[sources.Source], index: 
 
 
 def responses(
-    prompts: Sequence[Prompt], said: Sequence[str], texts: Sequence[str], ids: Sequence[Sequence[int]]
+    prompts: Sequence[Prompt], tokenizer: tokenizers.Tokenizer, ids: Sequence[Sequence[int]]
 ) -> functions.Responses:
   """What rewards are called with: as many responses to each prompt, one prompt behind the other.
 
   Args:
-    prompts: G of them.
-    said: text of each prompt, for those that are of no record.
-    texts: of the responses, G K of them.
-    ids: of the responses.
+    prompts: G of them; one of no record is read as text.
+    tokenizer: of the model.
+    ids: of the responses, G K of them.
   """
-  samples = len(texts) // len(prompts)
-  each = lambda values: [value for value in values for _ in range(samples)]
+  each = lambda values: [value for value in values for _ in range(len(ids) // len(prompts))]
   names = sorted({name for prompt in prompts for name in prompt.record} - {'prompt'})
-  of = lambda prompt, text: prompt.record.get('prompt', prompt.record.get('messages', text))
+  said = lambda prompt: prompt.record.get('prompt', prompt.record.get('messages'))
   return functions.Responses(
-      prompts=each(map(of, prompts, said)),
-      responses=texts,
+      prompts=each(tokenizer.decode(one.ids) if said(one) is None else said(one) for one in prompts),
+      responses=[tokenizer.decode(one, continuation=True) for one in ids],
       fields={name: each(prompt.record.get(name) for prompt in prompts) for name in names},
       where=each(prompt.where for prompt in prompts),
       ids=ids,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxalign import objectives
+from jaxalign import opening
 from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
 from jaxalign import tracing
@@ -69,7 +70,7 @@ def pairs(tmp_path):
 
 
 def open_model(job, recipe):
-  model, params = recipe_lib.open_model(job, recipe, recipe_lib.open_tokenizer(job))
+  model, params = opening.open_model(job, recipe, recipe_lib.open_tokenizer(job))
   return model, *params()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxalign import advantages
+from jaxalign import iterations
 from jaxalign import main
 from jaxalign import recipe as recipe_lib
 from jaxalign import rollouts
@@ -60,24 +61,21 @@ def prompts(loaded, tmp_path_factory):
 @pytest.fixture
 def make(loaded, prompts, tmp_path):
   def made(options=OPTIONS, packing=PACKING, folder=tmp_path / 'rollouts'):
-    return rollouts.Sampler(
-        options,
-        *prompts,
-        weights=[1.0],
-        packing=packing,
-        model=loaded.model,
-        tokenizer=loaded.tokenizer,
-        mesh=MESH,
-        seed=0,
-        folder=folder,
-    )
+    packing = iterations.packing_of(options, packing)
+    iterations.check_fit(options, prompts[0], packing, loaded.model.config.max_length)
+    shared = {'tokenizer': loaded.tokenizer, 'mesh': MESH, 'seed': 0, 'packing': packing}
+    models = rollouts.Models(loaded.model, None, loaded.model)
+    maker = rollouts.Maker(options, *prompts, weights=[1.0], models=models, **shared)
+    return iterations.Iterations(options, maker, folder=folder, **shared)
 
   return made
 
 
 def taken(sampler, loaded, count, place=(0, 0)):
   with jax.set_mesh(MESH):
-    return list(itertools.islice(sampler.batches(*place, lambda: loaded.params), count))
+    return list(
+        itertools.islice(sampler.batches(*place, lambda: rollouts.Params(loaded.params, None, loaded.params)), count)
+    )
 
 
 def kept(tmp_path, iteration):
@@ -120,7 +118,8 @@ class TestSampler:
     sampler = make(dataclasses.replace(OPTIONS, epochs=2, minibatches=2))
     found = taken(sampler, loaded, 4)
     assert [place for place, _ in found] == [(0, 1), (0, 2), (0, 3), (1, 0)]
-    old, new = ([line[name] for line in kept(tmp_path, 0)] for name in ('old_logps', 'sampler_logps'))
+    old = [line['token_labels']['old_logps'] for line in kept(tmp_path, 0)]
+    new = [line['sampler_logps'] for line in kept(tmp_path, 0)]
     for one, other in zip(old, new, strict=True):
       np.testing.assert_allclose(one, other, atol=1e-4)
     groups = [int(np.sum(np.unique(jax.device_get(batch.group_BS)) >= 0)) for _, batch in found]

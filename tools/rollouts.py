@@ -31,16 +31,17 @@ _FIELDS = {
     'prompt': str,
     'response': str,
     'reward': float | int | None,
-    'advantage': float | int,
+    'advantage': float | int | None,
     'finished': bool,
     'prompt_ids': list,
     'ids': list,
+    'token_labels': dict,
     'sampler_logps': list,
 }
 _KEYS = {
     'reward': lambda line: -math.inf if line['reward'] is None else line['reward'],
     'length': lambda line: len(line['ids']),
-    'advantage': lambda line: line['advantage'],
+    'advantage': lambda line: -math.inf if line['advantage'] is None else line['advantage'],
 }
 _SHORT = 200  # characters of a text on one line
 
@@ -118,7 +119,8 @@ def detail(shown: Sequence[Sequence[Line]], sort: str, tokens: bool, tokenizer) 
     for name, line in told:
       reward = 'abstained' if line['reward'] is None else f'{line["reward"]:.4f}'
       end = '' if line['finished'] else ', cut'
-      said = f'reward {reward}, advantage {line["advantage"]:+.4f}, {len(line["ids"])} tokens{end}'
+      advantage = '' if line['advantage'] is None else f', advantage {line["advantage"]:+.4f}'
+      said = f'reward {reward}{advantage}, {len(line["ids"])} tokens{end}'
       yield f'  {name}{said}: {_short(line["response"])}'
       if tokens:
         yield from table(line, tokenizer)
@@ -127,7 +129,7 @@ def detail(shown: Sequence[Sequence[Line]], sort: str, tokens: bool, tokenizer) 
 
 def table(line: Line, tokenizer: tokenizers.Tokenizer | None) -> Iterator[str]:
   """Tokens of a response with their log-probabilities."""
-  sampler, trainer = line['sampler_logps'], line.get('old_logps')
+  sampler, trainer = line['sampler_logps'], line['token_labels'].get('old_logps')
   yield '         id    sampler' + ('    trainer difference' if trainer else '') + '  token'
   for number, token in enumerate(line['ids']):
     values = [sampler[number], *([trainer[number], sampler[number] - trainer[number]] if trainer else [])]

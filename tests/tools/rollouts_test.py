@@ -28,8 +28,12 @@ def workdir(tmp_path):
         [[-1.5] * len(one) for one in ids],
         [False, True, True, False, True, True],
         rewards_GK + number,
-        np.array([[-1, 1, 0], [0, -2, 2]], np.float32),
-        [[-1.25] * len(one) for one in ids] if number else None,
+        {},
+        {
+            'advantages': [np.full(len(one), x) for one, x in zip(ids, (-1, 1, 0, 0, -2, 2))],
+            **({'old_logps': [np.full(len(one), -1.25) for one in ids]} if number else {}),
+        },
+        [True] * 6,
     )
     (tmp_path / 'rollouts' / f'{number:06d}.jsonl').write_text(rollout.to_text(tokenizer))
   shutil.copytree(recipe.asset('stories260K'), tmp_path / 'checkpoints' / 'tokenizer')

@@ -1,0 +1,110 @@
+"""What sampled responses are trained on: labels, by a function of what is known of them.
+
+What such a function reads is what its parameters are named, of those below, and nothing else is computed. It returns
+advantages, `advantages.Estimates`, or labels by name: `[G, K]`, of responses, or `[B, T]`, of tokens. Advantages of
+responses become those of all of their tokens.
+
+  rewards_GK      all rewards of a response as one number, 0 where every one abstained
+  valid_GK        1 where not every one abstained
+  rewards_RGK     each of the R rewards, 0 where it abstained
+  weights_R       theirs
+  tokens_GK       lengths
+  finished_GK     1 where the response ended by itself
+  greedy_G        the reward of the response that temperature 0 gives to the prompt
+  ref_rewards_GN  rewards of `rollouts.Options.ref_samples` responses of the reference
+  logps_BT        log-probabilities under the policy that wrote them, by the program that trains
+  log_ratio_BT    the same less those under the reference
+  values_BT       what the critic gives where it has read what comes before a token
+  rows            which response tokens belong to: here a row is one response, T tokens long
+  loss_state      of the loss
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import advantages as advantages_lib
+from jaxalign import masked
+from jaxalign import types
+
+FIELDS = frozenset(
+    'rewards_GK valid_GK rewards_RGK weights_R tokens_GK finished_GK greedy_G ref_rewards_GN logps_BT log_ratio_BT'
+    ' values_BT rows loss_state'.split()
+)
+OF_REFERENCE = frozenset({'log_ratio_BT', 'ref_rewards_GN'})
+OF_PROGRAM = frozenset({'logps_BT', 'log_ratio_BT', 'values_BT'})  # what the training program makes of tokens
+
+
+class Credit:
+  """A function that makes labels, and what it was found to read.
+
+  Attributes:
+    reads: names of fields.
+  """
+
+  def __init__(self, fn: Callable[..., Any]):
+    self._fn = fn
+    self.reads = FIELDS & set(inspect.signature(fn).parameters)
+    self._made = jax.jit(self._make)
+
+  def _make(self, fields: Mapping[str, Any]) -> dict[str, types.Array]:
+    found = self._fn(**{name: fields[name] for name in self.reads})
+    if isinstance(found, advantages_lib.Estimates):
+      found = found._asdict()
+    made = dict(found) if isinstance(found, Mapping) else {'advantages': found}
+    if 'values_BT' in self.reads:
+      made['values'] = fields['values_BT']
+    if 'log_ratio_BT' in self.reads:
+      made['kl'] = masked.totals(fields['log_ratio_BT'], fields['rows'])
+    counts = lambda x: fields['valid_GK'] if x.shape == fields['valid_GK'].shape else fields['rows'].mask_BT
+    return {name: jnp.where(counts(x) > 0, x, 0.0) for name, x in made.items()}
+
+  def labels(self, fields: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """By name float32 `[G, K]` or `[B, T]`, 0 where nothing counts.
+
+    With values of a critic they are a label too, and with a log-ratio to the reference its sum over a response, `kl`.
+
+    Args:
+      fields: `rows`, `valid_GK` and those that are read, by name.
+    """
+    wanted = self.reads | {'rows', 'valid_GK'}
+    return {name: np.asarray(x) for name, x in self._made({name: fields[name] for name in wanted}).items()}
+
+  def names(self, samples: int, rewards: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the labels that it makes of responses, and of tokens.
+
+    Args:
+      samples: K.
+      rewards: R.
+    """
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)
+    fields: dict[str, Any] = {name: shape(2, samples) for name in FIELDS if name.endswith('_GK')}
+    fields |= {name: shape(2 * samples, 3) for name in FIELDS if name.endswith('_BT')}
+    fields |= {'greedy_G': shape(2), 'ref_rewards_GN': shape(2, 2), 'rewards_RGK': shape(rewards, 2, samples)}
+    fields |= {'weights_R': shape(rewards), 'rows': rows([1] * 2 * samples, samples, 3), 'loss_state': ()}
+    made = jax.eval_shape(self._make, fields)
+    of_tokens = tuple(sorted(name for name, x in made.items() if name == 'advantages' or x.shape != (2, samples)))
+    return tuple(sorted(made.keys() - set(of_tokens))), of_tokens
+
+
+def rows(lengths: Sequence[int], samples: int, width: int) -> types.Rows:
+  """Responses a row each, so many tokens long, `samples` of a group one behind the other."""
+  count = len(lengths)
+  mask_BT = (np.arange(width) < np.array(lengths)[:, None]).astype(np.float32)
+  responses_BT = np.where(mask_BT > 0, 0, -1).astype(np.int32)
+  index_B1 = np.arange(count, dtype=np.int32)[:, None]
+  return types.Rows(mask_BT, responses_BT, index_B1 // samples, index_B1 % samples, count // samples, samples)
+
+
+def table(values: Sequence[np.ndarray], width: int) -> np.ndarray:
+  """Numbers of the tokens of each response, as rows `[B, T]` have them."""
+  found = np.zeros((len(values), width), np.float32)
+  for row, one in enumerate(values):
+    found[row, : len(one)] = one
+  return found

@@ -1,0 +1,92 @@
+"""What rewards make of sampled responses, with the fields of the records that their prompts came from."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxalign import sampling
+from jaxalign import types
+from jaxalign import verdicts
+from jaxalign.data import dataset as dataset_lib
+from jaxalign.data import sources
+from jaxalign.data import tokenizers
+from jaxalign.rewards import functions
+
+
+class Judged(NamedTuple):
+  """Responses to prompts, one prompt's behind another's, and what each reward makes of them.
+
+  Attributes:
+    drawn: N responses.
+    values_RN: float64 of each reward, NaN where it abstains.
+  """
+
+  drawn: list[sampling.Sampled]
+  values_RN: np.ndarray
+
+  def replace(self, group: int, other: 'Judged', its: int, samples: int) -> None:
+    """Puts another one's responses to its prompt `its` in place of those to the prompt `group`."""
+    own, new = (slice(at * samples, (at + 1) * samples) for at in (group, its))
+    self.drawn[own] = other.drawn[new]
+    self.values_RN[:, own] = other.values_RN[:, new]
+
+
+class Judge:
+  """The rewards of a run.
+
+  Attributes:
+    weights_R: of each, in their sum.
+  """
+
+  def __init__(
+      self,
+      specs: Sequence[str],
+      combine: str,
+      prompts: dataset_lib.Joined,
+      records: Sequence[sources.Source],
+      tokenizer: tokenizers.Tokenizer,
+  ):
+    """Parses them.
+
+    Args:
+      specs: as for `--reward`.
+      combine: see `functions.combine`.
+      prompts: tokenised.
+      records: the sources that they came from, for the fields that rewards read.
+      tokenizer: of the policy.
+    """
+    rewards = [functions.parse(spec) for spec in specs]
+    self._names, self.weights_R = [one.name for one in rewards], np.array([one.weight for one in rewards], np.float32)
+    self._combine, self._prompts, self._records, self._tokenizer = combine, prompts, records, tokenizer
+
+  def __call__(self, panel: functions.Panel, chosen: Sequence[int], drawn: list[sampling.Sampled]) -> Judged:
+    """What the rewards make of responses to the prompts of these numbers, as many to each."""
+    asked = [verdicts.of_record(self._prompts, self._records, index) for index in chosen]
+    values = panel(verdicts.responses(asked, self._tokenizer, [one.ids for one in drawn]))
+    return Judged(drawn, np.stack([values[name] for name in self._names]))
+
+  def total(self, values_RN: np.ndarray) -> np.ndarray:
+    """All rewards of a response as one number, `[N]`, NaN where every one abstained."""
+    return functions.combine(list(values_RN), self.weights_R.tolist(), self._combine)
+
+  def known(self, judged: Judged, where: str) -> np.ndarray:
+    """The same; RunError where every reward abstained on all responses, the first of which is to `where`."""
+    total = self.total(judged.values_RN)
+    if np.all(np.isnan(total)):
+      raise types.RunError(f'every reward abstains on all {len(total)} responses (from {where} on)')
+    return total
+
+  def dull(self, judged: Judged, samples: int) -> np.ndarray:
+    """Whether all responses to a prompt have the same reward, so that none is better than another: `[G]`."""
+    total_GK = np.ma.masked_invalid(self.total(judged.values_RN).reshape(-1, samples))
+    return np.ma.filled(total_GK.max(axis=1) == total_GK.min(axis=1), True)
+
+  def said(self, values_RN: np.ndarray) -> dict[str, float]:
+    """Mean and deviation of each reward where it does not abstain, by name."""
+    found: dict[str, float] = {}
+    for name, values_N in zip(self._names, values_RN, strict=True):
+      known = values_N[~np.isnan(values_N)]
+      if known.size:
+        found |= {f'rewards/{name}/mean': float(known.mean()), f'rewards/{name}/std': float(known.std())}
+    return found
