@@ -13,9 +13,11 @@ import jax
 import numpy as np
 
 from jaxalign import checkpoint
+from jaxalign import environments
 from jaxalign import episodes
 from jaxalign import forward
 from jaxalign import held_out
+from jaxalign import judging
 from jaxalign import metrics
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
@@ -27,6 +29,7 @@ from jaxalign import types
 from jaxalign import verdicts
 from jaxalign.data import dataset as dataset_lib
 from jaxalign.data import examples
+from jaxalign.data import prompts as prompts_lib
 from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.models import lora
@@ -83,7 +86,7 @@ class Sampled(NamedTuple):
 
 
 # (prompts, responses) -> the summed log-probability of each response under a reference, in nats
-RefLogps = Callable[[list[list[int]], list[list[int]]], np.ndarray]
+RefLogps = Callable[[list[list[int]], Sequence[judging.Drawn]], np.ndarray]
 
 
 def sample(
@@ -96,6 +99,7 @@ def sample(
     rewards: Sequence[functions.Reward] = (),
     how: str = 'sum',
     ref_logps: RefLogps | None = None,
+    world: environments.Environment | None = None,
 ) -> Sampled:
   """Samples `per_prompt` responses to each prompt and judges them.
 
@@ -109,6 +113,7 @@ def sample(
     rewards: who judges.
     how: several are combined, see `functions.combine`.
     ref_logps: for the divergence from a reference.
+    world: what answers the policy, for as many turns as it has.
 
   Returns:
     metrics: `reward`, `reward_std` and `pass@K` where rewards do not abstain throughout, `distinct_2` (distinct token
@@ -116,24 +121,30 @@ def sample(
       1 `kl`, the mean over the responses of log policy - log reference in nats, which estimates KL(policy ||
       reference), with its standard error; and the first response to the first `shown` prompts.
   """
-  repeated = [one.ids for one in prompts for _ in range(samples.per_prompt)]
-  drawn = sampling.sample(
+  repeated = [one for one in prompts for _ in range(samples.per_prompt)]
+  stop_ids = prompts_lib.stop_ids(tokenizer, prompts[0].is_chat, world.template if world is not None else None)
+  draw = lambda behind, turn: sampling.sample(
       model,
       params,
-      repeated,
+      behind,
       max_new_tokens=samples.max_new_tokens,
       temperature=samples.temperature,
-      seed=seed,
-      stop_ids=(tokenizer.eos_id,),
+      seed=seed + turn,
+      stop_ids=stop_ids,
   )
+  drawn: Sequence[judging.Drawn]
+  if world is None:
+    drawn, given = draw([one.ids for one in repeated], 0), None
+  else:
+    drawn = played = world.play(repeated, tokenizer, draw)
+    given = np.array([one.reward for one in played])
   ids = [one.ids for one in drawn]
-  values = {'distinct_2': rules.distinct(2, ids), 'mean_length': float(np.mean([len(one) for one in ids]))}
+  values = {'distinct_2': rules.distinct(2, ids), 'mean_length': float(np.mean([len(one.logps) for one in drawn]))}
   responses = verdicts.responses(prompts, tokenizer, ids)
-  if rewards:
-    values |= verdicts.measured(rewards, how, samples.pass_at, responses, len(prompts))
+  values |= verdicts.measured(rewards, how, samples.pass_at, responses, len(prompts), given)
   if ref_logps is not None and samples.temperature == 1:
     own = np.array([np.sum(one.logps, dtype=np.float64) for one in drawn])
-    gaps = own - ref_logps(repeated, ids)
+    gaps = own - ref_logps([one.ids for one in repeated], drawn)
     values |= {'kl': float(gaps.mean()), 'kl_stderr': float(gaps.std() / math.sqrt(len(gaps)))}
   said = [tokenizer.decode(one.ids) for one in prompts]
   return Sampled(values, list(zip(said, responses.responses[:: samples.per_prompt]))[: samples.shown])
@@ -144,7 +155,7 @@ def prompts_of(
     tokenizer: tokenizers.Tokenizer,
     groups: dataset_lib.Joined | None,
     records: Sequence[sources.Source],
-    context: int,
+    room: int,
 ) -> list[verdicts.Prompt]:
   """The prompts that are sampled, none where there is nothing to take them from.
 
@@ -153,7 +164,7 @@ def prompts_of(
     tokenizer: turns texts into ids.
     groups: the held-out data, tokenised.
     records: the sources of which they were made.
-    context: tokens of the longest sequence that the model is meant for.
+    room: tokens of the longest prompt.
   """
   suffix = examples.to_ids(tokenizer, samples.suffix, continuation=True, special=False)
   if samples.prompts is not None:
@@ -167,8 +178,7 @@ def prompts_of(
     if len(found) == samples.count:
       break
     one = verdicts.of_record(groups, records, index)
-    room = context - len(one.ids + suffix) - samples.max_new_tokens
-    if room >= 0 and tokenizer.decode(one.ids).startswith(samples.prefix):
+    if len(one.ids + suffix) <= room and tokenizer.decode(one.ids).startswith(samples.prefix):
       found.append(one._replace(ids=one.ids + suffix))
   return found
 
@@ -224,11 +234,14 @@ class Evaluator:
     self._samples, self._frozen = samples, frozen
     self._prompts: list[verdicts.Prompt] = []
     self._rewards: list[functions.Reward] = []
-    self._how = recipe.rollouts.combine if recipe.rollouts is not None else 'sum'
+    self._how, self._world = 'sum', None
+    if recipe.rollouts is not None:
+      self._how, self._world = recipe.rollouts.combine, recipe.rollouts.world
     if samples is not None:
       specs = sources.parse_all(job.eval_data) if streams.asked is not None else []
       records = [sources.open_source(spec, job.data_dir) for spec in specs]
-      self._prompts = prompts_of(samples, tokenizer, streams.asked, records, model.config.max_length)
+      longest = samples.max_new_tokens if self._world is None else self._world.longest(samples.max_new_tokens)
+      self._prompts = prompts_of(samples, tokenizer, streams.asked, records, model.config.max_length - longest)
       self._rewards = _rewards(samples, recipe)
 
   def held_out(self, params: types.PyTree, loss_state: types.PyTree, ref: types.PyTree = ()) -> dict[str, float]:
@@ -244,7 +257,9 @@ class Evaluator:
     params = lora.join(ref if jax.tree.leaves(ref) else self._ref, self._frozen)
 
     def summed(prompts, responses):
-      sequences = (episodes.sequence(*pair, {}) for pair in zip(prompts, responses, strict=True))
+      sampled = environments.sampled_of
+      pairs = zip(prompts, responses, strict=True)
+      sequences = (episodes.sequence(prompt, one.ids, {}, sampled=sampled(one)) for prompt, one in pairs)
       groups = episodes.Groups([examples.Group((one,), {}) for one in sequences])
       found = np.zeros(len(responses))
       for group, _, of in episodes.annotated(params, groups, self._ref_run, self._packing, self._mesh):
@@ -260,7 +275,7 @@ class Evaluator:
       args = self._samples, self._prompts, self._seed, self._rewards, self._how
       ref_logps = self._ref_logps(ref) if self._has_ref else None
       whole = lora.join(forward.divided(params)[0], self._frozen)
-      sampled = sample(self._model, whole, self._tokenizer, *args, ref_logps)
+      sampled = sample(self._model, whole, self._tokenizer, *args, ref_logps, self._world)
     return Whole(self.held_out(params, loss_state, ref), sampled)
 
 

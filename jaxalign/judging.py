@@ -5,13 +5,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxalign import environments
 from jaxalign import sampling
 from jaxalign import types
 from jaxalign import verdicts
-from jaxalign.data import dataset as dataset_lib
-from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.rewards import functions
+
+Drawn = sampling.Sampled | environments.Episode
 
 
 class Judged(NamedTuple):
@@ -22,7 +23,7 @@ class Judged(NamedTuple):
     values_RN: float64 of each reward, NaN where it abstains.
   """
 
-  drawn: list[sampling.Sampled]
+  drawn: list[Drawn]
   values_RN: np.ndarray
 
   def replace(self, group: int, other: 'Judged', its: int, samples: int) -> None:
@@ -43,28 +44,29 @@ class Judge:
       self,
       specs: Sequence[str],
       combine: str,
-      prompts: dataset_lib.Joined,
-      records: Sequence[sources.Source],
       tokenizer: tokenizers.Tokenizer,
+      world: environments.Environment | None = None,
   ):
     """Parses them.
 
     Args:
       specs: as for `--reward`.
       combine: see `functions.combine`.
-      prompts: tokenised.
-      records: the sources that they came from, for the fields that rewards read.
       tokenizer: of the policy.
+      world: whose rewards come first, with weight 1.
     """
     rewards = [functions.parse(spec) for spec in specs]
-    self._names, self.weights_R = [one.name for one in rewards], np.array([one.weight for one in rewards], np.float32)
-    self._combine, self._prompts, self._records, self._tokenizer = combine, prompts, records, tokenizer
+    self._of_panel, own = [one.name for one in rewards], [] if world is None else [world.name]
+    self._names = own + self._of_panel
+    self.weights_R = np.array([1.0] * len(own) + [one.weight for one in rewards], np.float32)
+    self._combine, self._tokenizer = combine, tokenizer
 
-  def __call__(self, panel: functions.Panel, chosen: Sequence[int], drawn: list[sampling.Sampled]) -> Judged:
-    """What the rewards make of responses to the prompts of these numbers, as many to each."""
-    asked = [verdicts.of_record(self._prompts, self._records, index) for index in chosen]
+  def __call__(self, panel: functions.Panel, asked: Sequence[verdicts.Prompt], drawn: Sequence[Drawn]) -> Judged:
+    """What the rewards make of responses to these prompts, as many to each."""
     values = panel(verdicts.responses(asked, self._tokenizer, [one.ids for one in drawn]))
-    return Judged(drawn, np.stack([values[name] for name in self._names]))
+    played = [np.array([one.reward for one in drawn if isinstance(one, environments.Episode)])]
+    rows = (played if played[0].size else []) + [values[name] for name in self._of_panel]
+    return Judged(list(drawn), np.stack(rows))
 
   def total(self, values_RN: np.ndarray) -> np.ndarray:
     """All rewards of a response as one number, `[N]`, NaN where every one abstained."""
@@ -82,10 +84,11 @@ class Judge:
     total_GK = np.ma.masked_invalid(self.total(judged.values_RN).reshape(-1, samples))
     return np.ma.filled(total_GK.max(axis=1) == total_GK.min(axis=1), True)
 
-  def said(self, values_RN: np.ndarray) -> dict[str, float]:
-    """Mean and deviation of each reward where it does not abstain, by name."""
-    found: dict[str, float] = {}
-    for name, values_N in zip(self._names, values_RN, strict=True):
+  def said(self, judged: Judged) -> dict[str, float]:
+    """Mean and deviation of each reward where it does not abstain, by name, and what is to be said of episodes."""
+    played = [one for one in judged.drawn if isinstance(one, environments.Episode)]
+    found = environments.said(played) if played else {}
+    for name, values_N in zip(self._names, judged.values_RN, strict=True):
       known = values_N[~np.isnan(values_N)]
       if known.size:
         found |= {f'rewards/{name}/mean': float(known.mean()), f'rewards/{name}/std': float(known.std())}

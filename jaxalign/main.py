@@ -136,13 +136,14 @@ def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
   data = args.data or config.query('recipe.Recipe.data')
   online = catalog.is_online(args.algo)
   data_files = _own_files('data', [spec for spec, _ in sources.parse_mixture(data)], ['', '_online'][: 1 + online])
-  if online and (args.reward or args.eval_data):
+  if online and (args.reward or args.environment or args.eval_data):
     data_files.append('options/held_out_prompts.gin')
   if data_files:
     parse([*files, *data_files])
   recipe = config.recipe()
-  if recipe.rollouts is None and args.reward:
-    raise types.UsageError(f'--reward={args.reward[0]}: --algo={args.algo} samples nothing that could be judged')
+  for flag, value in ('reward', args.reward[:1]), ('environment', [args.environment][: bool(args.environment)]):
+    if recipe.rollouts is None and value:
+      raise types.UsageError(f'--{flag}={value[0]}: --algo={args.algo} samples nothing that could be judged')
   _check_model(args, recipe, is_named=bool(files))
   return recipe
 

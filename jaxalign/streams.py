@@ -160,7 +160,7 @@ def open_prompts(
   held_sets = recipe_lib.open_data(job, recipe, tokenizer, job.eval_data) if job.eval_data else []
   mixture, prompts = sources.parse_mixture(job.data), dataset.Joined(datasets)
   outputs = recipe.score_outputs or int(bool(recipe.critic))
-  of_responses, of_tokens = options.credit.names(options.samples, len(options.rewards))
+  of_responses, of_tokens = options.credit.names(options.samples, len(options.rewards) + bool(options.environment))
   needs = tracing.trace(
       recipe.loss_fn,
       group_size=options.samples,

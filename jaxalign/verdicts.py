@@ -27,6 +27,12 @@ class Prompt(NamedTuple):
   record: Mapping[str, Any]
   where: str
 
+  @property
+  def is_chat(self) -> bool:
+    """Whether it is of messages."""
+    said = self.record.get('prompt', self.record.get('messages'))
+    return said is not None and not isinstance(said, str)
+
 
 def of_record(groups: dataset.Joined, records: Sequence[sources.Source], index: int) -> Prompt:
   """A prompt of tokenised data, `records` being the sources of which `groups` were made."""
@@ -58,25 +64,36 @@ def responses(
 
 
 def measured(
-    rewards: Sequence[functions.Reward], how: str, ks: Sequence[int], responses: functions.Responses, groups: int
+    rewards: Sequence[functions.Reward],
+    how: str,
+    ks: Sequence[int],
+    responses: functions.Responses,
+    groups: int,
+    given: np.ndarray | None = None,
 ) -> dict[str, float]:
   """What rewards say of as many responses to each of `groups` prompts.
 
   Args:
-    rewards: at least one.
+    rewards: who judges.
     how: see `functions.combine`; the sum in place of 'normalised', whose mean is 0 whatever is judged.
     ks: of which `pass_at` is wanted.
     responses: what is judged.
     groups: number of prompts.
+    given: rewards `[N]` of an environment, which come first, with weight 1.
 
   Returns:
     `reward`, `reward_std`, and `pass@K` for each k that enough responses were judged for; nothing where all rewards
     abstain throughout.
   """
   with functions.Panel(rewards) as panel:
-    found = panel(responses)
+    found = list(panel(responses).values())
+  weights = [reward.weight for reward in rewards]
+  if given is not None:
+    found, weights = [given, *found], [1.0, *weights]
+  if not found:
+    return {}
   how = 'sum' if how == 'normalised' else how
-  total_N = functions.combine(list(found.values()), [reward.weight for reward in rewards], how)
+  total_N = functions.combine(found, weights, how)
   known = total_N[~np.isnan(total_N)]
   if not known.size:
     return {}

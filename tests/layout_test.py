@@ -29,6 +29,7 @@ ROWS = (
     ('forward',),
     ('objectives', 'reference', 'sampling'),
     ('credit', 'episodes', 'step', 'verdicts'),
+    ('environments',),
     ('judging',),
     ('rollouts',),
     ('iterations',),

@@ -78,7 +78,7 @@ class Reward:
   target: tuple[str, str, Mapping[str, Any]] | None = None
 
 
-def parse(spec: str) -> Reward:
+def parse(spec: str, *, flag: str = 'reward') -> Reward:
   """The reward that `--reward` names: `my_rewards:score`, `my_rewards:score:0.5`, `path/to/file.py:score(goal=3):0.5`.
 
   In parentheses stand Python literals for keywords of the function, and `processes` and `timeout` (in seconds, and then
@@ -87,7 +87,7 @@ def parse(spec: str) -> Reward:
   Raises:
     UsageError: the spec is not of this form, or there is no such function, or it has no such option.
   """
-  fail = lambda problem: types.UsageError(f'--reward={spec}: {problem}')
+  fail = lambda problem: types.UsageError(f'--{flag}={spec}: {problem}')
   match = _SPEC.fullmatch(spec)
   if match is None:
     raise fail(_FORM)
