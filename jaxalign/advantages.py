@@ -1,24 +1,23 @@
-"""How much better a response, or a token, did than expected: pure functions of rewards.
+"""How much better a response did than expected: pure functions of rewards, `returns` having those of tokens.
 
-Of groups: rewards `[G, K]` of K responses to each of G prompts, float32. `valid_GK` is 1 where there is such a
-response with a reward: one that is missing, or whose reward function abstained, is left out of every baseline and has
-the advantage 0, whatever stands in its place (not a NaN in rewards that count: check those where they are made).
-A response without another one to compare with has the advantage 0 too. Where all rewards that are compared are equal,
-advantages are exactly 0. `masked.to_tokens` spreads them over tokens.
-
-Of tokens: `[B, T]` in packed rows, where nothing ever crosses from one response to another.
+Rewards are `[G, K]` of K responses to each of G prompts, float32. `valid_GK` is 1 where there is such a response with a
+reward: one that is missing, or whose reward function abstained, is left out of every baseline and has the advantage 0,
+whatever stands in its place (not a NaN in rewards that count: check those where they are made). A response without
+another one to compare with has the advantage 0 too. Where all rewards that are compared are equal, advantages are
+exactly 0. `masked.to_tokens` spreads them over tokens.
 
 Whitening and all that looks at the whole batch gives other numbers for other batches: call it on all of a rollout.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from jaxalign import masked
 from jaxalign import types
-from jaxalign.losses import policy_parts
+
+# (rewards_GK, valid_GK) -> [G, K]
+Advantage = Callable[[types.Array, types.Array], types.Array]
 
 
 def mean_centred(rewards_GK, valid_GK) -> types.Array:
@@ -126,80 +125,26 @@ def optimal_values(rewards_GK, valid_GK, *, beta: float) -> types.Array:
   return jnp.where(count_G > 0, beta * (sum_G - jnp.log(jnp.maximum(count_G, 1.0))), 0.0)
 
 
-class Estimates(NamedTuple):
-  """Advantages of tokens, `[B, T]`, and the returns that a critic is to learn: advantages plus values."""
-
-  advantages: types.Array
-  returns: types.Array
+def scores(rewards_GK) -> dict[str, types.Array]:
+  """Rewards as they are, for `losses.rewarded.rebel`."""
+  return {'score': rewards_GK}
 
 
-def gae(rewards_BT, values_BT, rows: types.Batch | types.Rows, *, discount: float, lam: float) -> Estimates:
-  """Generalised advantage estimation within each response.
+def soft_optimal(rewards_GK, ref_rewards_GN, *, beta: float) -> dict[str, types.Array]:
+  """Rewards, and V* of what the reference writes to the same prompt, for `losses.rewarded.a_star_po`."""
+  value_G = optimal_values(ref_rewards_GN, jnp.ones_like(ref_rewards_GN), beta=beta)
+  return {'score': rewards_GK, 'optimal_value': jnp.broadcast_to(value_G[:, None], rewards_GK.shape)}
 
-    delta_t = r_t + discount V_(t+1) - V_t,    A_t = delta_t + discount lam A_(t+1)
 
-  The next token is the response's next one that counts: prompts, padding and what a tool wrote in between are stepped
-  over, without discount. After its last one V and A are 0. A reward counts where the mask does.
+def lagrangian(rewards_RGK, valid_GK, loss_state, *, advantage_fn: Advantage = mean_centred) -> dict[str, types.Array]:
+  """Another's advantages of (r - lambda c) / (1 + lambda), r being the first reward and c, a cost, the second.
 
-  Args:
-    rewards_BT: of each token.
-    values_BT: V, a critic's output where it has read what comes before the token.
-    rows: where the responses are.
-    discount: gamma; 1 is usual.
-    lam: 0.95 in TRL, 1 in OpenRLHF, where A_t + V_t is the discounted sum of the rewards that follow.
-
-  References:
-    Schulman et al., 2015, https://arxiv.org/abs/1506.02438, Eq. 16.
+  lambda is of `losses.actor_critic.constrained`, and 1 at first.
+  Dai et al., 2023 (Safe RLHF), https://arxiv.org/abs/2310.12773, Eq. 10 and its appendix on PPO-Lag.
   """
-
-  def back(carry, now):
-    next_advantage_B, next_value_B, next_response_B = carry
-    reward_B, value_B, response_B, mask_B = now
-    same_B = (response_B == next_response_B).astype(jnp.float32)
-    delta_B = reward_B + discount * same_B * next_value_B - value_B
-    advantage_B = delta_B + discount * lam * same_B * next_advantage_B
-    here = (advantage_B, value_B, response_B)
-    carry = jax.tree.map(lambda new, old: jnp.where(mask_B > 0, new, old), here, carry)
-    return carry, jnp.where(mask_B > 0, advantage_B, 0.0)
-
-  zeros_B = jnp.zeros_like(rewards_BT[:, 0])
-  start = (zeros_B, zeros_B, jnp.full(zeros_B.shape, -1, jnp.int32))
-  tokens = tuple(jnp.swapaxes(x_BT, 0, 1) for x_BT in (rewards_BT, values_BT, rows.responses_BT, rows.mask_BT))
-  advantages_BT = jnp.swapaxes(jax.lax.scan(back, start, tokens, reverse=True)[1], 0, 1)
-  return Estimates(advantages_BT, jnp.where(rows.mask_BT > 0, advantages_BT + values_BT, 0.0))
-
-
-def returns_to_go(rewards_BT, rows: types.Batch | types.Rows, *, discount: float = 1.0) -> types.Array:
-  """The discounted sum of a token's reward and all that follow in its response, `[B, T]`: `gae` without a critic."""
-  return gae(rewards_BT, jnp.zeros_like(rewards_BT), rows, discount=discount, lam=1.0).advantages
-
-
-def shaped_rewards(
-    rewards_GK,
-    log_ratio_BT,
-    rows: types.Batch | types.Rows,
-    *,
-    beta: float,
-    kl: policy_parts.Estimator = policy_parts.k1,
-) -> types.Array:
-  """Rewards of tokens, `[B, T]`: of a response at its last token that counts, of staying near the reference at each.
-
-    r_t = -beta kl(log pi_t - log ref_t) + [t is last] r
-
-  Args:
-    rewards_GK: of each response.
-    log_ratio_BT: log pi_t - log ref_t of the policy that wrote the tokens.
-    rows: where the responses are.
-    beta: pull towards the reference, >= 0; 0.05 in TRL, 0.02 in the paper.
-    kl: estimate of the divergence; the gradient of a reward by `k1` is right on average, by no other one.
-
-  References:
-    Ouyang et al., 2022, https://arxiv.org/abs/2203.02155, Eq. 2.
-  """
-  length_BT = masked.to_tokens(masked.totals(jnp.ones_like(log_ratio_BT), rows), rows)
-  last_BT = masked.order(rows) == length_BT - 1
-  own_BT = jnp.where(last_BT, masked.to_tokens(rewards_GK, rows), 0.0)
-  return jnp.where(rows.mask_BT > 0, own_BT - beta * kl(log_ratio_BT), 0.0)
+  multiplier = jnp.exp(loss_state['log_lambda']) if 'log_lambda' in loss_state else 1.0
+  reward_GK, cost_GK = rewards_RGK[0], rewards_RGK[1]
+  return {'advantages': advantage_fn((reward_GK - multiplier * cost_GK) / (1 + multiplier), valid_GK), 'cost': cost_GK}
 
 
 def _centred(x, valid, axis: int | None, weight=None):

@@ -8,7 +8,8 @@ from jaxalign import types
 
 ROOT = pathlib.Path(__file__).parent / 'gin_configs'
 # Where in tests/losses the losses of a module are tested, if not in methods_test.py.
-_TESTED_IN = {'supervised': 'supervised', 'reward': 'reward', 'pointwise': 'reward', 'policy': 'policy'}
+_TESTED_IN = {name: name for name in ('supervised', 'reward', 'policy', 'rewarded', 'actor_critic')}
+_TESTED_IN['pointwise'] = 'reward'
 
 
 def algorithms(root: pathlib.Path = ROOT) -> dict[str, str]:
@@ -23,7 +24,14 @@ def algorithms(root: pathlib.Path = ROOT) -> dict[str, str]:
 
 def is_online(name: str) -> bool:
   """Whether an algorithm trains on what it samples."""
-  return "'families/online.gin'" in (ROOT / f'{name}.gin').read_text(encoding='utf-8')
+  return "'families/online.gin'" in _text(name)
+
+
+def _text(name: str) -> str:
+  """What the file of an algorithm holds, and behind it that of the algorithm that it starts from, if any."""
+  own = (ROOT / f'{name}.gin').read_text(encoding='utf-8')
+  base = re.search(r"^include '(\w+)\.gin'", own, re.MULTILINE)
+  return own if base is None or base[1] == 'base' else own + _text(base[1])
 
 
 def check_algorithm(name: str) -> None:
@@ -49,7 +57,7 @@ def table() -> str:
   for name, text in algorithms().items():
     link = re.search(r'https?://\S+', text)
     what = re.sub(r'[\s,]*https?://\S+', '', text)
-    content = (ROOT / f'{name}.gin').read_text(encoding='utf-8')
+    content = _text(name)
     module, function = re.findall(r'loss_fn = @(\w+)\.(\w+)', content)[0]
     surveys = re.search(r'^#   Surveys: (.*)$', content, re.MULTILINE)
     test = f'{_TESTED_IN.get(module, "methods")}_test.py'

@@ -290,10 +290,16 @@ def load_reference(directory: str | pathlib.Path, loaded: Loaded, mesh: jax.shar
     moving = _restored(followed, halves(abstract)[0])
     return reference.Reference.of(loaded.model, moving, halves(loaded.params)[1], follows=True)
   if loaded.model.lora is None:
-    return reference.Reference.of(loaded.model, _restored(folder / 'base', abstract), {})
+    return load_base(folder, loaded.model, mesh)
   start = lora_lib.split(abstract)[0]
   trained = _restored(folder / 'start', start) if loaded.model.lora.adapter else {}
   return reference.Reference.of(loaded.model, trained, lora_lib.split(loaded.params)[1])
+
+
+def load_base(folder: pathlib.Path, model: transformer.Transformer, mesh: jax.sharding.Mesh) -> reference.Reference:
+  """Restores what a run without adapters began with from its folder of checkpoints."""
+  abstract = transformer.abstract_params(model, mesh)
+  return reference.Reference.of(model, _restored(folder / 'base', abstract), {})
 
 
 def load_loss_state(directory: str | pathlib.Path, first: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:

@@ -1,7 +1,7 @@
 """What sampled responses are trained on: labels, by a function of what is known of them.
 
 What such a function reads is what its parameters are named, of those below, and nothing else is computed. It returns
-advantages, `advantages.Estimates`, or labels by name: `[G, K]`, of responses, or `[B, T]`, of tokens. Advantages of
+advantages, `returns.Estimates`, or labels by name: `[G, K]`, of responses, or `[B, T]`, of tokens. Advantages of
 responses become those of all of their tokens.
 
   rewards_GK      all rewards of a response as one number, 0 where every one abstained
@@ -29,8 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import advantages as advantages_lib
 from jaxalign import masked
+from jaxalign import returns
+from jaxalign import tracing
 from jaxalign import types
 
 FIELDS = frozenset(
@@ -55,18 +56,21 @@ class Credit:
 
   def _make(self, fields: Mapping[str, Any]) -> dict[str, types.Array]:
     found = self._fn(**{name: fields[name] for name in self.reads})
-    if isinstance(found, advantages_lib.Estimates):
+    if isinstance(found, returns.Estimates):
       found = found._asdict()
     made = dict(found) if isinstance(found, Mapping) else {'advantages': found}
     if 'values_BT' in self.reads:
       made['values'] = fields['values_BT']
     if 'log_ratio_BT' in self.reads:
       made['kl'] = masked.totals(fields['log_ratio_BT'], fields['rows'])
-    counts = lambda x: fields['valid_GK'] if x.shape == fields['valid_GK'].shape else fields['rows'].mask_BT
-    return {name: jnp.where(counts(x) > 0, x, 0.0) for name, x in made.items()}
+    valid_GK, rows = fields['valid_GK'], fields['rows']
+    counts = lambda x: valid_GK if x.shape == valid_GK.shape else rows.mask_BT * masked.to_tokens(valid_GK, rows)
+    if 'advantages' in made:
+      made['advantages'] = jnp.where(counts(made['advantages']) > 0, made['advantages'], 0.0)
+    return made
 
   def labels(self, fields: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """By name float32 `[G, K]` or `[B, T]`, 0 where nothing counts.
+    """By name float32 `[G, K]` or `[B, T]`; advantages are 0 where there is no reward.
 
     With values of a critic they are a label too, and with a log-ratio to the reference its sum over a response, `kl`.
 
@@ -82,13 +86,22 @@ class Credit:
     Args:
       samples: K.
       rewards: R.
+
+    Raises:
+      UsageError: it reads more rewards than there are.
     """
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)
     fields: dict[str, Any] = {name: shape(2, samples) for name in FIELDS if name.endswith('_GK')}
     fields |= {name: shape(2 * samples, 3) for name in FIELDS if name.endswith('_BT')}
     fields |= {'greedy_G': shape(2), 'ref_rewards_GN': shape(2, 2), 'rewards_RGK': shape(rewards, 2, samples)}
     fields |= {'weights_R': shape(rewards), 'rows': rows([1] * 2 * samples, samples, 3), 'loss_state': ()}
-    made = jax.eval_shape(self._make, fields)
+    try:
+      with tracing.checked_indices():
+        made = jax.eval_shape(self._make, fields)
+    except IndexError as err:
+      raise types.UsageError(
+          f'rollouts.Options.advantage_fn reads more rewards than the {rewards} that there are; give another --reward'
+      ) from err
     of_tokens = tuple(sorted(name for name, x in made.items() if name == 'advantages' or x.shape != (2, samples)))
     return tuple(sorted(made.keys() - set(of_tokens))), of_tokens
 

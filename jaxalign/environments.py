@@ -80,7 +80,7 @@ class Environment:
     for name, value in ('turns', turns), ('observation_tokens', observation_tokens):
       if value < 1:
         raise types.UsageError(f'rollouts.Options.{name} = {value}: it must be at least 1')
-    self.name, self.turns, self.observation_tokens = found.name, turns, observation_tokens
+    self.name, self.title, self.turns, self.observation_tokens = found.name, found.title, turns, observation_tokens
     self._fn, self.template = found.fn, template
 
   def longest(self, max_new_tokens: int) -> int:

@@ -220,15 +220,31 @@ class Evaluator:
       counter: metrics.Compilations,
       frozen: types.PyTree,
       live: reference.Reference | None,
+      kept: Callable[[], reference.Reference] | None = None,
   ):
+    """Compiles nothing yet.
+
+    Args:
+      job: names prompts' seed and mesh.
+      recipe: the algorithm.
+      model: of the policy.
+      tokenizer: of the model.
+      streams: held-out data.
+      samples: what is sampled, None for nothing.
+      counter: counts compilations.
+      frozen: parameters that are not trained.
+      live: a reference that the loss or advantages read as it is.
+      kept: reads what the run began with, where no reference is live, to say how far the policy has moved.
+    """
     model = transformer.without_dropout(model)
     objective = recipe_lib.bind(recipe, model, streams.needs, live and live.model)
     evaluate_step = counter.counted(step_lib.make_eval_step(objective))
     self._step = jax.jit(evaluate_step, out_shardings=sharding.named(job.mesh))
     self._ref = live and live.moving
-    ref_model = live.model if live is not None else model
+    ref_model = live.model if live is not None else reference.model_of(model)
     run = counter.counted(lambda params, batch: {'logps': forward.ref_logps(params, batch, model=ref_model)})
-    self._has_ref, self._ref_run = live is not None, jax.jit(run, out_shardings=sharding.named(job.mesh))
+    self._live, self._ref_run = live, jax.jit(run, out_shardings=sharding.named(job.mesh))
+    self._kept = kept
     self._packing, self._mesh = dataclasses.replace(recipe.packing, groups_per_step=None), job.mesh
     self._model, self._tokenizer, self._streams, self._seed = model, tokenizer, streams, job.seed
     self._samples, self._frozen = samples, frozen
@@ -252,9 +268,12 @@ class Evaluator:
     run = lambda params, batch: self._step(params, self._frozen, batch, loss_state, ref)
     return held_out.means(run, params, self._streams.held_batches())
 
-  def _ref_logps(self, ref: types.PyTree) -> RefLogps:
-    """Under the reference of the step, `ref` where it follows the policy."""
-    params = lora.join(ref if jax.tree.leaves(ref) else self._ref, self._frozen)
+  def _ref_logps(self, ref: types.PyTree) -> RefLogps | None:
+    """Under the reference of the step, `ref` where it follows the policy, or else under what was kept."""
+    if self._live is None and self._kept is None:
+      return None
+    own = self._kept().params if self._live is None and self._kept is not None else None
+    params = lora.join(ref if jax.tree.leaves(ref) else self._ref, self._frozen) if own is None else own
 
     def summed(prompts, responses):
       sampled = environments.sampled_of
@@ -268,13 +287,15 @@ class Evaluator:
 
     return summed
 
-  def whole(self, params: types.PyTree, loss_state: types.PyTree, ref: types.PyTree = ()) -> Whole:
-    """Held-out metrics and samples."""
+  def whole(
+      self, params: types.PyTree, loss_state: types.PyTree, ref: types.PyTree = (), *, compared: bool = True
+  ) -> Whole:
+    """Held-out metrics and samples, with their divergence from a reference where they are `compared` with it."""
     sampled = Sampled({}, [])
     if self._samples is not None and self._prompts:
       args = self._samples, self._prompts, self._seed, self._rewards, self._how
-      ref_logps = self._ref_logps(ref) if self._has_ref else None
       whole = lora.join(forward.divided(params)[0], self._frozen)
+      ref_logps = self._ref_logps(ref) if compared else None
       sampled = sample(self._model, whole, self._tokenizer, *args, ref_logps, self._world)
     return Whole(self.held_out(params, loss_state, ref), sampled)
 
@@ -308,11 +329,12 @@ def evaluate(
       streams = streams_lib.open_prompts(job, recipe, loaded.tokenizer, loaded.model)
     else:
       streams = streams_lib.open_streams(job, recipe, loaded.tokenizer, train=False)
-    ref = checkpoint.load_reference(directory, loaded, job.mesh) if streams.reference else None
+    known = streams.reference or recipe.rollouts is not None
+    ref = checkpoint.load_reference(directory, loaded, job.mesh) if known else None
     if ref is not None and isinstance(streams, streams_lib.Streams) and streams.cached:
       streams = streams_lib.with_reference(streams, job, recipe, ref, steps=0, counter=counter)
     loss_state = checkpoint.load_loss_state(directory, streams.needs.state, job.mesh)
-    live = ref.alone() if ref is not None and streams.live else None
+    live = ref.alone() if ref is not None and (streams.live or recipe.rollouts is not None) else None
     evaluator = Evaluator(job, recipe, loaded.model, loaded.tokenizer, streams, samples, counter, {}, live)
     found = evaluator.whole(loaded.params, loss_state)
   return found.held_out | {f'eval/{name}': value for name, value in found.sampled.metrics.items()}

@@ -56,9 +56,11 @@ class Judge:
       world: whose rewards come first, with weight 1.
     """
     rewards = [functions.parse(spec) for spec in specs]
-    self._of_panel, own = [one.name for one in rewards], [] if world is None else [world.name]
-    self._names = own + self._of_panel
+    self._of_panel, own = [one.name for one in rewards], [] if world is None else [world.title]
     self.weights_R = np.array([1.0] * len(own) + [one.weight for one in rewards], np.float32)
+    titles = own + [one.title for one in rewards]
+    # A function that is given twice, with other options, is told apart by its place.
+    self._titles = [f'{t}_{i}' if titles.count(t) > 1 else t for i, t in enumerate(titles)]
     self._combine, self._tokenizer = combine, tokenizer
 
   def __call__(self, panel: functions.Panel, asked: Sequence[verdicts.Prompt], drawn: Sequence[Drawn]) -> Judged:
@@ -88,7 +90,7 @@ class Judge:
     """Mean and deviation of each reward where it does not abstain, by name, and what is to be said of episodes."""
     played = [one for one in judged.drawn if isinstance(one, environments.Episode)]
     found = environments.said(played) if played else {}
-    for name, values_N in zip(self._names, judged.values_RN, strict=True):
+    for name, values_N in zip(self._titles, judged.values_RN, strict=True):
       known = values_N[~np.isnan(values_N)]
       if known.size:
         found |= {f'rewards/{name}/mean': float(known.mean()), f'rewards/{name}/std': float(known.std())}

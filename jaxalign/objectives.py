@@ -107,8 +107,7 @@ def policy_gradient(
   tracing.check('policy_gradient', needs, of_tokens=True, heads=frozenset({'policy.scores_BTO'}))
 
   def loss(stats, batch, loss_state):
-    labels = {'old_logps': jax.lax.stop_gradient(stats['logps'])} | _labels(batch)
-    out = loss_fn(_policy(stats, batch), _reference(stats, batch), labels, state=loss_state)
+    out = loss_fn(_policy(stats, batch), _reference(stats, batch), _sampled(stats, batch), state=loss_state)
     return _per_token(out, stats, batch, _AGGREGATES[aggregate](out.per_item, batch, max_tokens))
 
   stats = forward.targets_fn(model, needs, _dense(dense, needs), ref_model, critic_model=critic_model)
@@ -151,7 +150,7 @@ def preference(
 
   def loss(stats, batch, loss_state):
     policy, ref = _policy(stats, batch), _reference(stats, batch)
-    out = loss_fn(policy, ref, _labels(batch), state=loss_state)
+    out = loss_fn(policy, ref, _sampled(stats, batch), state=loss_state)
     metrics = _group_metrics(out, batch) | _token_metrics(stats, batch)
     if 'mean_logit' in stats and _is_of_pairs(out, batch):
       metrics |= _per_side(masked.per_response(stats['mean_logit'], batch), policy.tokens_GK, batch, 'logits')
@@ -226,6 +225,11 @@ def _one_output(scores_BTO) -> jax.Array:
 
 def _labels(batch: types.Batch) -> dict[str, jax.Array]:
   return {name: masked.to_table(x_BS, batch) for name, x_BS in batch.labels_BS.items()} | dict(batch.labels_BT)
+
+
+def _sampled(stats, batch: types.Batch) -> dict[str, jax.Array]:
+  """Labels, `old_logps` among them: the policy's own where the batch has none, being used for one update alone."""
+  return {'old_logps': jax.lax.stop_gradient(stats['logps'])} | _labels(batch)
 
 
 def _policy(stats, batch: types.Batch) -> types.Stats:

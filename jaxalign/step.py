@@ -102,7 +102,10 @@ def abstract_state(
 
 
 def make_step(
-    objective: objectives.Objective, optimizer: optim.Optimizer, sync: reference_lib.Sync | None = None
+    objective: objectives.Objective,
+    optimizer: optim.Optimizer,
+    sync: reference_lib.Sync | None = None,
+    max_kl: float | None = None,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
   """Builds `step(state, frozen, batch, ref=None) -> state, metrics` for any objective.
 
@@ -111,7 +114,9 @@ def make_step(
 
   The batch is a stack of A micro-batches. Their loss sums, weights and gradients are added, and one division by the
   total weight follows, so the result does not depend on A or on the number of devices. Where the loss or the gradient's
-  norm is not finite, parameters, optimizer and loss state stay as they were and the step is counted as skipped.
+  norm is not finite, parameters, optimizer and loss state stay as they were and the step is counted as skipped. They
+  stay too where the policy is more than `max_kl` nats a token from the one that was sampled from, by the metric
+  `policy/approxkl_avg`: further updates by that rollout, which find it there, change nothing.
   """
   gradients = _of_whole_step(objective) if objective.whole_step else _of_micro_batches(objective)
 
@@ -127,7 +132,8 @@ def make_step(
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
     new = optax.apply_updates(state.params, updates), opt_state, loss_state
     old = state.params, state.opt_state, state.loss_state
-    params, opt_state, loss_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    near = jnp.ones((), bool) if max_kl is None else _mean_of(metrics, 'policy/approxkl_avg') <= max_kl
+    params, opt_state, loss_state = jax.tree.map(lambda n, o: jnp.where(finite & near, n, o), new, old)
     skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
     in_row = (state.skipped_in_row + 1) * skipped
     followed = () if sync is None else ref
@@ -140,9 +146,17 @@ def make_step(
         'skipped_steps': new_state.skipped,
         'skipped_in_row': in_row,
     }
+    if max_kl is not None:
+      gauges['stopped'] = 1.0 - near
     return new_state, StepMetrics(dict(metrics), gauges)
 
   return step
+
+
+def _mean_of(metrics, name: str) -> jax.Array:
+  if name not in metrics:
+    raise types.UsageError(f'rollouts.Options.max_kl: the loss has no metric {name}; choose one with a ratio')
+  return metrics[name].mean()
 
 
 def _of_micro_batches(objective: objectives.Objective) -> Callable:

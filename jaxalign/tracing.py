@@ -120,7 +120,7 @@ def trace(
     return loss_fn(*recorders, state=())
 
   try:
-    with _checked_indices():
+    with checked_indices():
       out = jax.eval_shape(run, of_policy, of_ref, given)
   except (KeyError, AttributeError) as err:
     if not missing:  # It is of the loss itself. What gin makes of an error does not tell the name.
@@ -155,7 +155,7 @@ def check_read(needs: Needs, labels: tuple[str, ...], group_size: int) -> None:
 
 
 @contextlib.contextmanager
-def _checked_indices() -> Iterator[None]:
+def checked_indices() -> Iterator[None]:
   """An index beyond an axis is an error, and not the last place there."""
   before = jax.config.jax_check_static_indices  # type: ignore[attr-defined]
   jax.config.update('jax_check_static_indices', True)

@@ -63,13 +63,19 @@ def train(
     model, objective, streams, (trained, frozen), critic = _open(job, recipe, tokenizer, options.steps, counter)
     store = checkpoint.Store(job.workdir / 'checkpoints', checkpoints)
     ref = reference.Reference.of(model, trained, frozen)
-    base = _keep_base(job, store, ref) if streams.reference or frozen else ''
+    base = _keep_base(job, store, ref) if streams.reference or frozen or recipe.rollouts is not None else ''
     opt = optimizer(options.steps)
-    live = reference.Reference.of(model, trained, frozen, follows=follows).kept(follows) if streams.live else None
+    # Of frozen parameters there is no copy to be made.
+    has_live = streams.live or (bool(frozen) and recipe.rollouts is not None)
+    live = reference.Reference.of(model, trained, frozen, follows=follows).kept(follows) if has_live else None
     state, data_state = _start(job, store, trained | critic, opt, streams.needs.state, follows)
-    evaluator = evaluate.Evaluator(job, recipe, model, tokenizer, streams, samples, counter, frozen, live)
+    kept = functools.partial(checkpoint.load_base, job.workdir / 'checkpoints', model, job.mesh)
+    evaluator = evaluate.Evaluator(
+        job, recipe, model, tokenizer, streams, samples, counter, frozen, live, kept if recipe.rollouts else None
+    )
     before = _before(job, evaluator, state)
-    step = step_lib.make_step(objective, opt, recipe.sync)
+    max_kl = None if recipe.rollouts is None else recipe.rollouts.max_kl
+    step = step_lib.make_step(objective, opt, recipe.sync, max_kl)
     tools = loop.Tools(
         step_fn=_jit_step(job, counter.counted(step), state, frozen, live and live.moving),
         evaluate=lambda now: evaluator.held_out(now.params, now.loss_state, now.reference),
@@ -199,7 +205,7 @@ def _before(job, evaluator: evaluate.Evaluator, state: step_lib.TrainState) -> e
   path = job.workdir / 'before.json'
   if path.exists() and int(state.step):
     return evaluate.Whole.from_json(json.loads(path.read_text(encoding='utf-8')))
-  found = evaluator.whole(state.params, state.loss_state, state.reference)
+  found = evaluator.whole(state.params, state.loss_state, state.reference, compared=False)
   if jax.process_index() == 0:
     metrics.write_text(path, json.dumps(found.to_json()))
   return found

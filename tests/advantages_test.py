@@ -2,15 +2,11 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxalign import advantages
-from jaxalign import masked
-from jaxalign.losses import policy_parts
-from tests import packed
 
 _of = functools.partial
 RNG = np.random.default_rng(0)
@@ -147,115 +143,6 @@ class TestOptimalValues:
     np.testing.assert_allclose(value(1e-3), 1 + 1e-3 * np.log(2 / 3), rtol=1e-6)
 
 
-LENGTHS = [[5, 1, 3], [2, 4, 6]]
-PLACES = [(g, k) for g in range(2) for k in range(3)]
-
-
-def _batch(per_row):
-  """Six responses, so many to a row; of those with more than two tokens the second is a tool's and does not count."""
-  sequence = lambda g, k: (g, k, [1, 2, 3], [4] * LENGTHS[g][k])
-  rows = [[sequence(*x) for x in PLACES[i : i + per_row]] for i in range(0, 6, per_row)]
-  batch = packed.micro_batch([*rows, []], groups=3, size=3, length=24)
-  for b, row in enumerate(rows):
-    for rank, (_, k, _, response) in enumerate(row):
-      if len(response) > 2:
-        at = np.flatnonzero(batch.responses_BT[b] == rank)[1]
-        batch.mask_BT[b, at] = 0.0
-        batch.responses_BT[b, at] = -1 if k else rank  # whether it is the response's or nobody's
-  return batch
-
-
-def _spread(batch, numbers):
-  """Numbers of tokens, by group and slot, where they stand; something else where nothing counts."""
-  out = np.full(batch.mask_BT.shape, 77.0, np.float32)
-  for b, s in np.argwhere(batch.group_BS >= 0):
-    where = np.flatnonzero((batch.responses_BT[b] == s) & (batch.mask_BT[b] > 0))
-    out[b, where] = numbers[batch.group_BS[b, s], batch.slot_BS[b, s]][: len(where)]
-  return out
-
-
-def _gold(numbers, values, discount, lam):
-  """Advantages by the definition: the sum over all later tokens of (discount lam)^l delta."""
-  out = {}
-  for (g, k), r in numbers.items():
-    n = LENGTHS[g][k] - (LENGTHS[g][k] > 2)
-    r, v = r[:n].astype(np.float64), np.append(values[g, k][:n].astype(np.float64), 0.0)
-    delta = r + discount * v[1:] - v[:-1]
-    out[g, k] = np.array([sum((discount * lam) ** (j - t) * delta[j] for j in range(t, n)) for t in range(n)])
-  return out
-
-
-REWARDS_T = {place: RNG.normal(size=6).astype(np.float32) for place in PLACES}
-VALUES_T = {place: RNG.normal(size=6).astype(np.float32) for place in PLACES}
-
-
-def _read(batch, x_BT):
-  """What a response's tokens that count have, by group and slot."""
-  return {
-      (int(batch.group_BS[b, s]), int(batch.slot_BS[b, s])): np.asarray(x_BT)[b][
-          (batch.responses_BT[b] == s) & (batch.mask_BT[b] > 0)
-      ]
-      for b, s in np.argwhere(batch.group_BS >= 0)
-  }
-
-
-@pytest.mark.parametrize('per_row', [1, 3])
-class TestGae:
-
-  def test_is_the_definition_within_each_response(self, per_row):
-    batch = _batch(per_row)
-    rewards_BT, values_BT = (jnp.asarray(_spread(batch, x)) for x in (REWARDS_T, VALUES_T))
-    found = advantages.gae(rewards_BT, values_BT, batch, discount=0.9, lam=0.8)
-    wanted = _gold(REWARDS_T, VALUES_T, 0.9, 0.8)
-    for place, x in _read(batch, found.advantages).items():
-      np.testing.assert_allclose(x, wanted[place], rtol=1e-5, atol=1e-6)
-    for place, x in _read(batch, found.returns).items():
-      np.testing.assert_allclose(x, wanted[place] + VALUES_T[place][: len(x)], rtol=1e-5, atol=2e-6)
-    assert not np.any(np.where(batch.mask_BT > 0, 0, found.advantages)) and found.advantages.shape[1] == 24
-    assert not np.any(np.where(batch.mask_BT > 0, 0, found.returns))
-
-  def test_of_lambda_1_returns_what_follows_whatever_the_critic(self, per_row):
-    batch = _batch(per_row)
-    rewards_BT = jnp.asarray(_spread(batch, REWARDS_T))
-    found = advantages.gae(rewards_BT, jnp.asarray(_spread(batch, VALUES_T)), batch, discount=0.9, lam=1.0).returns
-    np.testing.assert_allclose(found, advantages.returns_to_go(rewards_BT, batch, discount=0.9), rtol=1e-4, atol=1e-5)
-
-
-class TestReturnsToGo:
-
-  @pytest.mark.parametrize('discount', [1.0, 0.7])
-  def test_are_discounted_sums_of_what_follows(self, discount):
-    batch = _batch(2)
-    found = advantages.returns_to_go(jnp.asarray(_spread(batch, REWARDS_T)), batch, discount=discount)
-    wanted = _gold(REWARDS_T, {place: np.zeros(6) for place in PLACES}, discount, 1.0)
-    for place, x in _read(batch, found).items():
-      np.testing.assert_allclose(x, wanted[place], rtol=1e-5, atol=1e-6)
-
-
-class TestShapedRewards:
-
-  @pytest.mark.parametrize('kl,formula', [(policy_parts.k1, lambda x: x), (policy_parts.k2, lambda x: x**2 / 2)])
-  def test_pay_at_the_last_token_and_charge_at_each(self, kl, formula):
-    batch = _batch(3)
-    scores = np.zeros((3, 3), np.float32)
-    scores[:2] = RNG.normal(size=(2, 3))
-    found = advantages.shaped_rewards(
-        jnp.asarray(scores), jnp.asarray(_spread(batch, REWARDS_T)), batch, beta=0.3, kl=kl
-    )
-    for place, x in _read(batch, found).items():
-      wanted = -0.3 * formula(REWARDS_T[place][: len(x)].astype(np.float64))
-      wanted[-1] += scores[place]
-      np.testing.assert_allclose(x, wanted, rtol=1e-5, atol=1e-6)
-    assert not np.any(np.where(batch.mask_BT > 0, 0, found))
-
-  def test_add_up_to_the_response_s_own_less_the_divergence(self):
-    batch = _batch(2)
-    scores = jnp.asarray(RNG.normal(size=(3, 3)).astype(np.float32)) * masked.valid(batch)
-    ratio_BT = jnp.asarray(_spread(batch, REWARDS_T))
-    found = masked.totals(advantages.shaped_rewards(scores, ratio_BT, batch, beta=0.3), batch)
-    np.testing.assert_allclose(found, scores - 0.3 * masked.totals(ratio_BT, batch), rtol=1e-5, atol=1e-6)
-
-
 class TestBandit:
   """One prompt, three answers, two or three samples: the expected gradient over every draw."""
 
@@ -287,12 +174,22 @@ class TestBandit:
     np.testing.assert_allclose(found, true, atol=1e-6)
 
 
-def test_compile_under_jit():
-  batch = jax.tree.map(jnp.asarray, _batch(3))
-  scores, ratio_BT = jnp.asarray(REWARDS[:3, :3]), jnp.asarray(_spread(_batch(3), REWARDS_T))
+class TestSoftOptimal:
 
-  def whole(scores, batch):
-    shaped_BT = advantages.shaped_rewards(scores, ratio_BT, batch, beta=0.1)
-    return advantages.whitened(advantages.returns_to_go(shaped_BT, batch), batch.mask_BT)
+  def test_gives_the_prompt_s_value_under_the_reference(self):
+    of_ref = RNG.normal(size=(7, 5)).astype(np.float32)
+    found = advantages.soft_optimal(REWARDS, of_ref, beta=0.5)
+    value = 0.5 * np.log(np.exp(of_ref.astype(np.float64) / 0.5).mean(axis=1))
+    np.testing.assert_allclose(found['optimal_value'], np.repeat(value[:, None], 4, axis=1), rtol=1e-5)
+    np.testing.assert_array_equal(found['score'], advantages.scores(REWARDS)['score'])
 
-  np.testing.assert_allclose(jax.jit(whole)(scores, batch), whole(scores, batch), rtol=1e-4, atol=1e-5)
+
+class TestLagrangian:
+
+  def test_weighs_cost_by_the_multiplier_of_the_loss(self):
+    cost = RNG.uniform(size=(7, 4)).astype(np.float32)
+    both, plain = np.stack([REWARDS, cost]), lambda r, valid: r
+    for state, weight in (((), 1.0), ({'log_lambda': jnp.float32(1.5)}, np.exp(1.5))):
+      found = advantages.lagrangian(both, VALID, state, advantage_fn=plain)
+      np.testing.assert_allclose(found['advantages'], (REWARDS - weight * cost) / (1 + weight), rtol=1e-5, atol=1e-6)
+      np.testing.assert_array_equal(found['cost'], cost)

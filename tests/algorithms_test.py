@@ -76,7 +76,8 @@ def test_trains_from_the_loss_that_its_file_promises(algo, cache, tmp_path, caps
     (tmp_path / 'own.jsonl').write_text(8 * (json.dumps(pair) + '\n'))
     more = [f'--data=jsonl:{tmp_path / "own.jsonl"}']
   if catalog.is_online(algo):
-    more = ['--reward=tests.runs:vowels', *(f'--gin=rollouts.Options.{one}' for one in FEW)]
+    rewards = ('tests.runs:vowels', *(['jaxalign.rewards.lengths:repetition:-1'] if 'lagrangian' in algo else []))
+    more = [*(f'--reward={one}' for one in rewards), *(f'--gin=rollouts.Options.{one}' for one in FEW)]
   assert main.main([*flags(algo, cache, tmp_path / 'w'), *more]) == 0, capsys.readouterr().err
   lines = runs.logged(tmp_path / 'w')
   assert list(lines) == [1, 2, 3]

@@ -14,7 +14,6 @@ from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign import verdicts
-from jaxalign.data import prompts as prompts_lib
 from jaxalign.data import tokenizers
 from jaxalign.models import architecture
 from jaxalign.models import transformer
@@ -139,22 +138,6 @@ class TestPlay:
       environment(spec)
 
 
-class TestAnswer:
-
-  def test_goes_on_with_the_turn_that_the_template_writes(self, tokenizer):
-    template = (
-        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}"
-        "{{ eos_token if m['role'] == 'assistant' else '\n' }}{% endfor %}"
-        '{% if add_generation_prompt %}[assistant] {% endif %}'
-    )
-    written = tokenizer.encode('</s>[user] higher\n[assistant] ', continuation=True, special=True)
-    assert written[0] == tokenizer.eos_id
-    answer = lambda response: prompts_lib.answer(tokenizer, 'higher', response, True, template)
-    assert answer([400]) == written
-    assert answer([400, tokenizer.eos_id]) == written[1:]
-    assert prompts_lib.answer(tokenizer, 'higher', [400], False) == tokenizer.encode('higher', continuation=True)
-
-
 class TestRuns:
 
   def test_learn_from_episodes_and_are_resumed_bit_for_bit(self, tmp_path):
@@ -200,7 +183,7 @@ class TestRuns:
       np.testing.assert_allclose(line['token_labels']['old_logps'], line['sampler_logps'], atol=1e-4)
     first = runs.logged(tmp_path / 'straight')[1]
     assert first['episodes/turns'] == pytest.approx((1 + 2 + 3 + 1) / 4)
-    assert first[f'rewards/{HERE}:scripted/mean'] == pytest.approx((1 + 3 + 6 + 1) / 4)
+    assert first['rewards/scripted/mean'] == pytest.approx((1 + 3 + 6 + 1) / 4)
     summary = json.loads((tmp_path / 'straight' / 'summary.json').read_text())
     assert summary['eval/reward_before'] == pytest.approx((1 + 3 + 6 + 1) / 4, abs=0.5)
     assert summary['eval/pass@1_after'] == 1.0

@@ -25,7 +25,7 @@ ROWS = (
     ('masked',),
     ('losses', 'sharding'),
     ('advantages', 'data', 'metrics', 'models', 'optim', 'rewards', 'tracing', 'vocab'),
-    ('collapse', 'divergence', 'held_out', 'logps'),
+    ('collapse', 'divergence', 'held_out', 'logps', 'returns'),
     ('forward',),
     ('objectives', 'reference', 'sampling'),
     ('credit', 'episodes', 'step', 'verdicts'),

@@ -1,6 +1,7 @@
 """Rollouts: what is sampled, scored and trained on, with the built-in model."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -11,8 +12,10 @@ import pytest
 from jaxalign import advantages
 from jaxalign import iterations
 from jaxalign import main
+from jaxalign import masked
 from jaxalign import recipe as recipe_lib
 from jaxalign import rollouts
+from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign.data import dataset as dataset_lib
@@ -82,7 +85,7 @@ def kept(tmp_path, iteration):
   return [json.loads(line) for line in (tmp_path / 'rollouts' / f'{iteration:06d}.jsonl').read_text().splitlines()]
 
 
-class TestSampler:
+class TestIterations:
 
   def test_trains_on_the_ids_that_were_sampled_with_an_advantage_each(self, make, loaded, tmp_path):
     ((place, batch),) = taken(make(), loaded, 1)
@@ -146,6 +149,72 @@ class TestSampler:
       make(dataclasses.replace(OPTIONS, **options), dataclasses.replace(PACKING, **packing))
 
 
+def of_length(responses, ids):
+  return [float(len(one)) for one in ids]
+
+
+def dull_of_t(responses, name):
+  return [1.0 if one.startswith('T') else value for one, value in zip(name, runs.vowels(responses), strict=True)]
+
+
+class TestMaker:
+
+  def test_takes_other_prompts_in_place_of_those_that_tell_nothing(self, make, loaded, tmp_path):
+    options = dataclasses.replace(OPTIONS, rewards=('tests.rollouts_test:dull_of_t',), refill=2, prompts=4)
+    sampler = make(options)
+    taken(sampler, loaded, 1)
+    names = [line['prompt'].split()[0] for line in kept(tmp_path, 0)[::3]]
+    assert 'Tom' not in names and len(names) == 4
+    rewards = np.array([line['reward'] for line in kept(tmp_path, 0)]).reshape(4, 3)
+    assert np.all(np.ptp(rewards, axis=1) > 0)
+    assert sampler.said[1, 0]['rollouts/refilled'] >= 1
+
+  def test_compares_with_the_greedy_response(self, make, loaded, tmp_path):
+    taken(make(dataclasses.replace(OPTIONS, advantage_fn=advantages.greedy_baseline)), loaded, 1)
+    lines = kept(tmp_path, 0)
+    with jax.set_mesh(MESH):
+      drawn = sampling.sample(
+          loaded.model,
+          loaded.params,
+          [line['prompt_ids'] for line in lines[::3]],
+          max_new_tokens=12,
+          temperature=0.0,
+          stop_ids=(loaded.tokenizer.eos_id,),
+      )
+    greedy = runs.vowels([loaded.tokenizer.decode(one.ids, continuation=True) for one in drawn])
+    wanted = [line['reward'] - greedy[n // 3] for n, line in enumerate(lines)]
+    np.testing.assert_allclose([line['advantage'] for line in lines], wanted, rtol=1e-6)
+
+  def test_asks_the_reference_too(self, make, loaded, tmp_path):
+    value = functools.partial(advantages.soft_optimal, beta=0.5)
+    options = dataclasses.replace(
+        OPTIONS, advantage_fn=value, ref_samples=4, rewards=('tests.rollouts_test:of_length',)
+    )
+    ((_, batch),) = taken(make(options), loaded, 1)
+    assert set(batch.labels_BS) == {'score', 'optimal_value'}
+    lines = kept(tmp_path, 0)
+    assert [line['labels']['score'] for line in lines] == [len(line['ids']) for line in lines]
+    np.testing.assert_allclose(
+        [line['labels']['optimal_value'] for line in lines], 12.0, rtol=1e-6
+    )  # none ends so soon
+
+  def test_gives_what_models_make_of_tokens(self, make, loaded, tmp_path):
+    def told(rewards_GK, logps_BT, log_ratio_BT, rows):
+      return {'advantages': logps_BT, 'ratio': log_ratio_BT, 'length': masked.totals(rows.mask_BT, rows)}
+
+    taken(make(dataclasses.replace(OPTIONS, advantage_fn=told)), loaded, 1)
+    for line in kept(tmp_path, 0):
+      np.testing.assert_allclose(line['token_labels']['advantages'], line['sampler_logps'], atol=1e-4)
+      np.testing.assert_allclose(line['token_labels']['ratio'], np.zeros(len(line['ids'])), atol=1e-6)
+      assert line['labels']['length'] == len(line['ids'])
+      assert abs(line['labels']['kl']) < 1e-5
+
+  def test_does_not_train_on_what_was_cut(self, make, loaded, tmp_path):
+    ((_, batch),) = taken(make(dataclasses.replace(OPTIONS, mask_truncated=True)), loaded, 1)
+    assert not any(line['finished'] or line['counted'] for line in kept(tmp_path, 0))
+    assert not np.any(batch.mask_BT) and np.any(jax.device_get(batch.segments_BT))
+
+
 class TestOptions:
 
   @pytest.mark.parametrize(
@@ -153,6 +222,7 @@ class TestOptions:
       [
           ({'samples': 0}, 'rollouts.Options.samples = 0: it must be at least 1'),
           ({'minibatches': 3}, 'rollouts.Options.minibatches = 3: it must divide the 2 prompts of a rollout'),
+          ({'ref_samples': 2}, 'ref_samples = 2: rollouts.Options.advantage_fn reads none of the reference'),
           ({'temperature': 0.0}, 'rollouts.Options.temperature = 0.0: it must be above 0, or nothing varies'),
       ],
   )
@@ -163,11 +233,12 @@ class TestOptions:
 
 class TestRuns:
 
-  def test_of_grpo_are_resumed_bit_for_bit_in_the_midst_of_a_rollout(self, tmp_path, capsys):
+  def test_of_a_critic_are_resumed_bit_for_bit_in_the_midst_of_a_rollout(self, tmp_path, capsys):
     def run(name, steps):
       args = [
           'jaxalign',
-          '--algo=grpo',
+          '--algo=ppo_adaptive',
+          '--gin=rollouts.Options.epochs = 1',
           f'--workdir={tmp_path / name}',
           f'--steps={steps}',
           '--log_every=1',
@@ -187,6 +258,8 @@ class TestRuns:
     for steps in (3, 4):
       run('halves', steps)
     runs.assert_same(runs.params_of(tmp_path / 'straight'), runs.params_of(tmp_path / 'halves'))
+    for item in ('critic', 'loss'):
+      runs.assert_same(*(runs.item_of(tmp_path / name, 4, item) for name in ('straight', 'halves')))
     few = 'count = 2', 'per_prompt = 2', 'max_new_tokens = 4'
     capsys.readouterr()
     args = '--mode=eval', f'--checkpoint={tmp_path / "straight"}', *(f'--gin=evaluate.Samples.{one}' for one in few)
@@ -195,5 +268,6 @@ class TestRuns:
     assert found['eval/mean_length'] == 4
     assert found['eval/kl'] != 0
     first = runs.logged(tmp_path / 'straight')[1]
-    assert abs(first['loss']) < 1e-6
+    assert (first['values'], first['objective/kl_coef'], first['val/ratio']) == (0, 1, pytest.approx(1, abs=1e-4))
+    assert abs(first['objective/kl']) < 1e-4
     assert {'reward', 'reward_std', 'completions/mean_length'} <= first.keys()

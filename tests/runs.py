@@ -10,6 +10,7 @@ import sys
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from jaxalign import checkpoint
 from jaxalign import sharding
@@ -99,6 +100,12 @@ def logged(workdir):
 def params_of(workdir, step=None):
   where = workdir if step is None else workdir / 'checkpoints' / str(step)
   return jax.device_get(checkpoint.load(where, sharding.make_mesh('', devices=jax.devices()[:1])).params)
+
+
+def item_of(workdir, step, name):
+  """A tree that a checkpoint holds apart."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore(workdir / 'checkpoints' / str(step) / name)
 
 
 def assert_same(a, b):

@@ -16,6 +16,7 @@ from jaxalign import step as step_lib
 from jaxalign import tracing
 from jaxalign import types
 from jaxalign.losses import batchwise
+from jaxalign.losses import policy
 from jaxalign.losses import preference
 from jaxalign.losses import supervised
 from jaxalign.losses import unpaired
@@ -44,6 +45,7 @@ OBJECTIVES = {'sft': SFT, 'dpo': DPO} | {
 }
 STEPS = {name: jax.jit(step_lib.make_step(objective, OPTIMIZER)) for name, objective in OBJECTIVES.items()}
 PAIRS = packed.pairs(0, 4)
+PPO = functools.partial(policy.ppo, clip_eps=0.2)
 
 
 def split(ways, pairs=PAIRS):
@@ -114,6 +116,22 @@ class TestMakeStep:
     moved = np.abs(np.asarray(state.params['layers']['0']['q']) - np.asarray(PARAMS['layers']['0']['q']))
     # About 1e-7 each; in bfloat16 weights of this size no step below 1e-4 is seen.
     assert 0.5e-7 < np.median(moved[moved > 0]) < 2e-7
+
+  def test_makes_no_update_by_a_rollout_that_the_policy_has_left(self):
+    needs = tracing.trace(PPO, group_size=2, labels=(), token_labels=('advantages', 'old_logps'))
+    objective = objectives.policy_gradient(model=MODEL, loss_fn=PPO, needs=needs)
+    step = jax.jit(step_lib.make_step(objective, OPTIMIZER, max_kl=0.01))
+    batch = split(1)
+    labels = {'advantages': batch.mask_BT, 'old_logps': forward.ref_logps(PARAMS, batch, model=MODEL)}
+    at_home = dataclasses.replace(batch, labels_BT=labels)
+    moved, measured = step(fresh(), {}, at_home)
+    assert float(measured.gauges['stopped']) == 0
+    assert not np.array_equal(moved.params['embed'], PARAMS['embed'])
+    far = dataclasses.replace(batch, labels_BT=labels | {'old_logps': labels['old_logps'] - 0.2 * batch.mask_BT})
+    state, measured = step(moved, {}, far)  # 0.02 nats away, and what the update before added
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (moved.params, moved.opt_state))
+    assert float(measured.gauges['stopped']) == 1
+    assert (int(state.step), int(state.skipped)) == (2, 0)
 
   def test_skips_an_update_that_is_not_finite_and_counts_it(self):
     good = split(1)

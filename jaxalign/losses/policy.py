@@ -292,32 +292,6 @@ def vespo(
   return types.LossOut(-phi_BT * advantages_BT * policy.logps_BT, metrics, state)
 
 
-def clipped_values(policy, ref, labels, *, state=(), clip_eps: float) -> types.LossOut:
-  """PPO's loss of a critic, whose head is read where it has read what comes before a token.
-
-    loss_t = 1/2 max((v_t - R_t)^2, (clip(v_t, v_old_t - eps, v_old_t + eps) - R_t)^2)
-
-  For `objectives.process` and a head with one output. 1/2 (v - R)^2 where v equals v_old. TRL's and verl's eps is 0.2
-  and 0.5; they multiply by 0.1 and 0.5 where the policy shares the optimizer.
-
-  Args:
-    policy: reads `scores_BTO`.
-    ref: not read.
-    labels: reads `values`, v_old, and `returns`, R.
-    state: passed through.
-    clip_eps: eps, in units of the reward.
-
-  References:
-    Schulman et al., 2017, https://arxiv.org/abs/1707.06347, whose code this is; Ouyang et al., 2022, arXiv:2203.02155.
-  """
-  del ref
-  values_BT, old_BT, returns_BT = policy.scores_BTO[..., 0], labels['values'], labels['returns']
-  held_BT = jnp.clip(values_BT, old_BT - clip_eps, old_BT + clip_eps)
-  free_BT, held_BT = jnp.square(values_BT - returns_BT), jnp.square(held_BT - returns_BT)
-  metrics = {'val/clipfrac_avg': (held_BT > free_BT).astype(jnp.float32), 'values': values_BT, 'returns': returns_BT}
-  return types.LossOut(0.5 * jnp.maximum(free_BT, held_BT), metrics, state)
-
-
 def _clipped(policy, labels, state, x_BT, low: float, high: float | None = None, **options) -> types.LossOut:
   """PPO's surrogate of the ratio e^x, whatever x is."""
   high = low if high is None else high

@@ -50,6 +50,11 @@ def ratio(x_BT) -> types.Array:
   return jnp.exp(jnp.minimum(x_BT, _CAP))
 
 
+def coefficient(beta: float, state) -> types.Array:
+  """A coefficient of the divergence, which a state of `actor_critic.adaptive` may have changed."""
+  return beta * jnp.exp(state['log_coefficient']) if 'log_coefficient' in state else jnp.asarray(beta, jnp.float32)
+
+
 # The clip.
 
 

@@ -55,13 +55,15 @@ def a_lol(policy, ref, labels, *, state=(), clip_eps: float) -> types.LossOut:
 
     loss = -mean_k max(A_k, 0) sg(clip(e^z_k, 1 - eps, 1 + eps)) s_k,    A = r - V
 
-  V is the label `value`: what the reference earns on the prompt, on average. s is the summed log-probability. A
-  response no better than that adds 0, and counts. -max(A, 0) s where policy equals ref.
+  V is the mean reward of the list: what the reference earns on the prompt, where it wrote the list; the paper trains a
+  head to say so. s is the summed log-probability. A response no better than V adds 0, and counts. -max(A, 0) s where
+  policy equals ref. TRL's and verl's clip_eps of 0.2 is usual; the paper uses 0.9.
 
   References:
     Baheti et al., 2023, https://arxiv.org/abs/2305.14718, derived from its definition.
   """
-  advantages_GK = jax.nn.relu(labels['score'] - labels['value'])
+  value_G = _over_responses(labels['score'], policy)
+  advantages_GK = jax.nn.relu(labels['score'] - value_G[:, None])
   ratio_GK = jax.lax.stop_gradient(jnp.clip(jnp.exp(ref.logratios_GK), 1 - clip_eps, 1 + clip_eps))
   loss_G = _over_responses(-advantages_GK * ratio_GK * policy.logps_GK, policy)
   used_GK = (advantages_GK > 0).astype(jnp.float32)

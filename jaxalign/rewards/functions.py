@@ -77,6 +77,11 @@ class Reward:
   timeout: float | None = None
   target: tuple[str, str, Mapping[str, Any]] | None = None
 
+  @property
+  def title(self) -> str:
+    """The function alone, for names of metrics."""
+    return self.name.partition('(')[0].rpartition(':')[2]
+
 
 def parse(spec: str, *, flag: str = 'reward') -> Reward:
   """The reward that `--reward` names: `my_rewards:score`, `my_rewards:score:0.5`, `path/to/file.py:score(goal=3):0.5`.

@@ -27,6 +27,7 @@ from jaxalign.losses import pointwise
 from jaxalign.losses import preference
 from jaxalign.losses import reference_free as free
 from jaxalign.losses import reward
+from jaxalign.losses import rewarded
 from jaxalign.losses import shaped
 from jaxalign.losses import supervised
 from jaxalign.losses import unpaired
@@ -656,6 +657,15 @@ case(
     _of(listwise.lire, temperature=1.0),
     tree.lists(),
     only(best_of(R)),
+    atol=0.02,
+)
+
+case(
+    'a_lol',
+    'weights max(r - mean r, 0), the ratio being held at 1: in proportion to them',
+    _of(rewarded.a_lol, clip_eps=0.0),
+    tree.lists(),
+    lambda policy: (policy.pi, share(np.maximum(centred(R), 0.0))),
     atol=0.02,
 )
 

@@ -434,32 +434,3 @@ class TestEstimators:
     np.testing.assert_array_equal(np.abs(value)[np.array([0, 1, 3, 4])], 10.0)
     np.testing.assert_array_equal(value[2], estimator(x)[2])
     np.testing.assert_array_equal(slope == 0, [True, True, False, True, True])
-
-
-class TestClippedValues:
-  V, OLD, R = (
-      np.array([0.5, 0.5, 2.0, -1.0, 0.1]),
-      np.array([0.4, 0.5, 1.0, 0.0, 0.0]),
-      np.array([1.0, 0.0, 0.0, -2.0, 3.0]),
-  )
-
-  def run(self, values, clip_eps=0.2):
-    stats = types.Stats(scores_BTO=values[None, :, None])
-    given = {'values': jnp.asarray(self.OLD, jnp.float32)[None], 'returns': jnp.asarray(self.R, jnp.float32)[None]}
-    return policy.clipped_values(stats, types.Stats(), given, clip_eps=clip_eps)
-
-  def test_is_the_larger_of_two_squares(self):
-    out = self.run(jnp.asarray(self.V, jnp.float32))
-    held = np.clip(self.V, self.OLD - 0.2, self.OLD + 0.2)
-    wanted = 0.5 * np.maximum((self.V - self.R) ** 2, (held - self.R) ** 2)
-    np.testing.assert_allclose(out.per_item[0], wanted, rtol=1e-6)
-    np.testing.assert_array_equal(out.metrics['val/clipfrac_avg'][0], [0, 0, 0, 1, 0])
-
-  def test_has_no_gradient_where_the_clip_is_the_larger_one(self):
-    slopes = jax.grad(lambda v: jnp.sum(self.run(v).per_item))(jnp.asarray(self.V, jnp.float32))
-    np.testing.assert_allclose(slopes, np.where([1, 1, 1, 0, 1], self.V - self.R, 0.0), rtol=1e-6)
-
-  def test_reads_the_head_and_no_log_probability(self):
-    loss = _of(policy.clipped_values, clip_eps=0.2)
-    needs = tracing.trace(loss, group_size=1, labels=(), token_labels=('values', 'returns'))
-    assert needs.fields == {'policy.scores_BTO', 'labels.values', 'labels.returns'} and not needs.writes

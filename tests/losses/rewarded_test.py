@@ -37,14 +37,14 @@ CASES = {
 
 
 def _left(w):
-  return np.maximum(w.score - w.p[:, None], 0.0)
+  return np.maximum(w.score - w.score.mean(axis=1, keepdims=True), 0.0)
 
 
 def _labelled(loss, w):
   """The loss with further labels; the old policy is the reference."""
 
   def labelled(policy, ref, labels, **options):
-    more = {'old_logps': jnp.asarray(w.ref_BT), 'optimal_value': labels['margin'], 'value': labels['probability']}
+    more = {'old_logps': jnp.asarray(w.ref_BT), 'optimal_value': labels['margin']}
     return loss(policy, ref, {**labels, **more}, **options)
 
   return labelled
@@ -79,13 +79,14 @@ class TestLists:
     _, loss, _, _ = CASES[name]
     w = world_lib.world(groups=6, size=3)
     policy, ref = w.stats()
-    labels = w.given() | {'optimal_value': w.given()['margin'], 'value': w.given()['probability']}
+    labels = w.given() | {'optimal_value': w.given()['margin']}
     short = dataclasses.replace(policy, valid_GK=policy.valid_GK.at[1, 2].set(0.0))
     other = dataclasses.replace(ref, logratios_GK=ref.logratios_GK.at[1, 2].set(jnp.nan))
     found, whole = loss(short, other, labels).per_item, loss(policy, ref, labels).per_item
+    left = np.maximum(w.score - w.score[:, :2].mean(axis=1, keepdims=True), 0.0)
     first = {
         'a_star_po': ((0.4 * w.z - w.score + w.margin[:, None]) ** 2)[1, :2].mean(),
-        'a_lol': -(_left(w) * np.clip(np.exp(w.z), 0.7, 1.3) * w.s)[1, :2].mean(),
+        'a_lol': -(left * np.clip(np.exp(w.z), 0.7, 1.3) * w.s)[1, :2].mean(),
     }[name]
     np.testing.assert_allclose(found[1], first, rtol=1e-5)
     np.testing.assert_array_equal(np.delete(found, 1), np.delete(whole, 1))
@@ -143,6 +144,6 @@ class TestNeeds:
   @pytest.mark.parametrize('name,reference', [('rebel', False), ('a_star_po', True), ('a_lol', True)])
   def test_are_a_reference_but_for_rebel(self, name, reference):
     size, loss, _, _ = CASES[name]
-    labels = ('score', 'optimal_value', 'value')
+    labels = ('score', 'optimal_value')
     needs = tracing.trace(loss, group_size=size, labels=labels, token_labels=('old_logps',))
     assert needs.reference == reference and not needs.live

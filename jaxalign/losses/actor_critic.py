@@ -1,0 +1,148 @@
+"""Losses of a policy together with what goes along with it: a critic, a bonus, a coefficient that follows a target.
+
+Each is put around a loss of `losses.policy`, has its contract, and gives one value per token, so that one step trains
+all of it. What follows a target is a state of the loss, and is kept in checkpoints: logarithms of coefficients, 0 at
+first, which `advantages` read too where the coefficient is one of theirs.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign import masked
+from jaxalign import types
+from jaxalign.losses import policy_parts as parts
+
+Loss = Callable[..., types.LossOut]
+
+
+def actor_critic(
+    policy, ref, labels, *, state=(), loss: Loss, value_loss: Loss, value_coef: float, entropy_coef: float = 0.0
+) -> types.LossOut:
+  """PPO's objective as a whole: the policy's loss, the critic's, and a bonus for entropy.
+
+    loss_t = loss'_t + c_v value_loss_t - c_e H(pi_t)
+
+  The paper's c_v is 1 for a network that shares parameters; TRL's 0.1, verl's and OpenRLHF's critic has an optimizer of
+  its own. c_e is 0 in all of them.
+
+  Args:
+    policy: read by both losses, and `entropy_BT` where `entropy_coef` is not 0.
+    ref: read by them.
+    labels: read by them.
+    state: of `loss`.
+    loss: of the policy.
+    value_loss: of the critic.
+    value_coef: c_v.
+    entropy_coef: c_e, of the entropy in nats.
+
+  References:
+    Schulman et al., 2017, https://arxiv.org/abs/1707.06347, Eq. 9.
+  """
+  out, critic = loss(policy, ref, labels, state=state), value_loss(policy, ref, labels)
+  loss_BT = out.per_item + value_coef * critic.per_item
+  metrics = {**out.metrics, **critic.metrics, 'loss/policy_avg': out.per_item, 'loss/value_avg': critic.per_item}
+  if entropy_coef:
+    loss_BT = loss_BT - entropy_coef * policy.entropy_BT
+  return types.LossOut(loss_BT, metrics, out.state)
+
+
+def clipped_values(policy, ref, labels, *, state=(), clip_eps: float) -> types.LossOut:
+  """PPO's loss of a critic, whose head is read where it has read what comes before a token.
+
+    loss_t = 1/2 max((v_t - R_t)^2, (clip(v_t, v_old_t - eps, v_old_t + eps) - R_t)^2)
+
+  1/2 (v - R)^2 where v equals v_old. TRL's and verl's eps is 0.2 and 0.5.
+
+  Args:
+    policy: reads `scores_BTO`.
+    ref: not read.
+    labels: reads `values`, v_old, and `returns`, R.
+    state: passed through.
+    clip_eps: eps, in units of the reward.
+
+  References:
+    Schulman et al., 2017, https://arxiv.org/abs/1707.06347, whose code this is; Ouyang et al., 2022, arXiv:2203.02155.
+  """
+  del ref
+  values_BT, old_BT, returns_BT = policy.scores_BTO[..., 0], labels['values'], labels['returns']
+  held_BT = jnp.clip(values_BT, old_BT - clip_eps, old_BT + clip_eps)
+  free_BT, held_BT = jnp.square(values_BT - returns_BT), jnp.square(held_BT - returns_BT)
+  metrics = {'val/clipfrac_avg': (held_BT > free_BT).astype(jnp.float32), 'values': values_BT, 'returns': returns_BT}
+  return types.LossOut(0.5 * jnp.maximum(free_BT, held_BT), metrics, state)
+
+
+def adaptive(
+    policy,
+    ref,
+    labels,
+    *,
+    state=(),
+    loss: Loss,
+    target: float,
+    horizon: float,
+    beta: float = 0.0,
+    kl: parts.Estimator = parts.kl_penalty,
+) -> types.LossOut:
+  """A divergence from the reference whose coefficient is steered so that responses stay at a target.
+
+    loss_t = loss'_t + c beta kl(log pi_t - log ref_t),    c <- c (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)
+
+  KL is the mean over the n responses of a step of the summed log-ratio to the reference, in nats. With beta 0 the
+  coefficient is that of `advantages` with the divergence in the reward, and KL the label `kl` that comes with them.
+
+  Args:
+    policy: read by the loss, and `logps_BT`.
+    ref: read by the loss, and `logps_BT` where `beta` is not 0.
+    labels: read by the loss, and `kl` where `beta` is 0.
+    state: log c, and none of the loss's.
+    loss: any of `losses.policy`, without a state.
+    target: nats per response, 6 in the paper.
+    horizon: responses, 10000 in the paper.
+    beta: first coefficient of the divergence in the loss.
+    kl: see `policy.regularised`.
+
+  References:
+    Ziegler et al., 2019, https://arxiv.org/abs/1909.08593, Sec. 2.2.
+  """
+  out = loss(policy, ref, labels)
+  log_c = state['log_coefficient'] if state else jnp.zeros((), jnp.float32)
+  loss_BT, metrics = out.per_item, dict(out.metrics)
+  if beta:
+    x_BT = policy.logps_BT - ref.logps_BT
+    kl_GK, metrics['kl'] = masked.totals(x_BT, policy.rows), kl(x_BT)
+    loss_BT = loss_BT + jnp.exp(log_c) * beta * metrics['kl']
+  else:
+    kl_GK = labels['kl']
+  count = jnp.sum(policy.valid_GK)
+  mean = jax.lax.stop_gradient(jnp.sum(kl_GK * policy.valid_GK) / jnp.maximum(count, 1.0))
+  step = jnp.log1p(jnp.clip(mean / target - 1, -0.2, 0.2) * count / horizon)
+  metrics['objective/kl_coef'] = jnp.full_like(loss_BT, jnp.exp(log_c))
+  return types.LossOut(loss_BT, metrics, {'log_coefficient': log_c + step})
+
+
+def constrained(policy, ref, labels, *, state=(), loss: Loss, limit: float, rate: float) -> types.LossOut:
+  """The multiplier of a constraint on a cost, for `advantages.lagrangian`, which gives the label `cost`.
+
+    log lambda <- log lambda + rate (mean cost - limit)
+
+  The mean is over the responses of a step. The paper's rate is 0.1 with the limit 0 or below.
+
+  Args:
+    policy: read by the loss, and `valid_GK`.
+    ref: read by the loss.
+    labels: read by the loss, and `cost`.
+    state: log lambda, and none of the loss's.
+    loss: any of `losses.policy`, without a state.
+    limit: what the cost is to be on average, at most.
+    rate: of the change.
+
+  References:
+    Dai et al., 2023 (Safe RLHF), https://arxiv.org/abs/2310.12773, Eq. 31.
+  """
+  out = loss(policy, ref, labels)
+  log_lambda = state['log_lambda'] if state else jnp.zeros((), jnp.float32)
+  mean = jnp.sum(labels['cost'] * policy.valid_GK) / jnp.maximum(jnp.sum(policy.valid_GK), 1.0)
+  metrics = dict(out.metrics) | {'objective/lambda': jnp.full_like(out.per_item, jnp.exp(log_lambda))}
+  return types.LossOut(out.per_item, metrics, {'log_lambda': log_lambda + rate * (mean - limit)})

@@ -1,0 +1,210 @@
+"""Advantages and returns of tokens, and advantages that know the reference: pure functions, `[B, T]` in packed rows.
+
+Nothing ever crosses from one response to another. Functions whose first argument is `rewards_GK` are for
+`rollouts.Options.advantage_fn`; `loss_state` may hold what `losses.actor_critic.adaptive` made of their `beta`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign import advantages
+from jaxalign import masked
+from jaxalign import types
+from jaxalign.losses import policy_parts
+
+
+class Estimates(NamedTuple):
+  """Advantages of tokens, `[B, T]`, and the returns that a critic is to learn: advantages plus values."""
+
+  advantages: types.Array
+  returns: types.Array
+
+
+def gae(rewards_BT, values_BT, rows: types.Batch | types.Rows, *, discount: float, lam: float) -> Estimates:
+  """Generalised advantage estimation within each response.
+
+    delta_t = r_t + discount V_(t+1) - V_t,    A_t = delta_t + discount lam A_(t+1)
+
+  The next token is the response's next one that counts: prompts, padding and what a tool wrote in between are stepped
+  over, without discount. After its last one V and A are 0. A reward counts where the mask does.
+
+  Args:
+    rewards_BT: of each token.
+    values_BT: V, a critic's output where it has read what comes before the token.
+    rows: where the responses are.
+    discount: gamma; 1 is usual.
+    lam: 0.95 in TRL, 1 in OpenRLHF, where A_t + V_t is the discounted sum of the rewards that follow.
+
+  References:
+    Schulman et al., 2015, https://arxiv.org/abs/1506.02438, Eq. 16.
+  """
+
+  def back(carry, now):
+    next_advantage_B, next_value_B, next_response_B = carry
+    reward_B, value_B, response_B, mask_B = now
+    same_B = (response_B == next_response_B).astype(jnp.float32)
+    delta_B = reward_B + discount * same_B * next_value_B - value_B
+    advantage_B = delta_B + discount * lam * same_B * next_advantage_B
+    here = (advantage_B, value_B, response_B)
+    carry = jax.tree.map(lambda new, old: jnp.where(mask_B > 0, new, old), here, carry)
+    return carry, jnp.where(mask_B > 0, advantage_B, 0.0)
+
+  zeros_B = jnp.zeros_like(rewards_BT[:, 0])
+  start = (zeros_B, zeros_B, jnp.full(zeros_B.shape, -1, jnp.int32))
+  tokens = tuple(jnp.swapaxes(x_BT, 0, 1) for x_BT in (rewards_BT, values_BT, rows.responses_BT, rows.mask_BT))
+  advantages_BT = jnp.swapaxes(jax.lax.scan(back, start, tokens, reverse=True)[1], 0, 1)
+  return Estimates(advantages_BT, jnp.where(rows.mask_BT > 0, advantages_BT + values_BT, 0.0))
+
+
+def returns_to_go(rewards_BT, rows: types.Batch | types.Rows, *, discount: float = 1.0) -> types.Array:
+  """The discounted sum of a token's reward and all that follow in its response, `[B, T]`: `gae` without a critic."""
+  return gae(rewards_BT, jnp.zeros_like(rewards_BT), rows, discount=discount, lam=1.0).advantages
+
+
+def shaped_rewards(
+    rewards_GK,
+    log_ratio_BT,
+    rows: types.Batch | types.Rows,
+    *,
+    beta: float,
+    kl: policy_parts.Estimator = policy_parts.k1,
+) -> types.Array:
+  """Rewards of tokens, `[B, T]`: of a response at its last token that counts, of staying near the reference at each.
+
+    r_t = -beta kl(log pi_t - log ref_t) + [t is last] r
+
+  Args:
+    rewards_GK: of each response.
+    log_ratio_BT: log pi_t - log ref_t of the policy that wrote the tokens.
+    rows: where the responses are.
+    beta: pull towards the reference, >= 0; 0.05 in TRL, 0.02 in the paper.
+    kl: estimate of the divergence; the gradient of a reward by `k1` is right on average, by no other one.
+
+  References:
+    Ouyang et al., 2022, https://arxiv.org/abs/2203.02155, Eq. 2.
+  """
+  length_BT = masked.to_tokens(masked.totals(jnp.ones_like(log_ratio_BT), rows), rows)
+  last_BT = masked.order(rows) == length_BT - 1
+  own_BT = jnp.where(last_BT, masked.to_tokens(rewards_GK, rows), 0.0)
+  return jnp.where(rows.mask_BT > 0, own_BT - beta * kl(log_ratio_BT), 0.0)
+
+
+def actor_critic(
+    rewards_GK,
+    valid_GK,
+    values_BT,
+    log_ratio_BT,
+    rows: types.Rows,
+    loss_state=(),
+    *,
+    beta: float,
+    lam: float,
+    discount: float = 1.0,
+    whiten: bool = True,
+) -> Estimates:
+  """PPO's advantages and returns: `gae` of `shaped_rewards`; advantages then `whitened` over all tokens.
+
+  A response without a reward has the advantage 0, and its own values for returns. TRL's beta is 0.05, lam 0.95.
+  """
+  beta = policy_parts.coefficient(beta, loss_state)
+  rewards_BT = shaped_rewards(rewards_GK, log_ratio_BT, rows, beta=beta)
+  found = gae(rewards_BT, values_BT, rows, discount=discount, lam=lam)
+  counts_BT = rows.mask_BT * masked.to_tokens(valid_GK, rows)
+  whitened_BT = advantages.whitened(found.advantages, counts_BT) if whiten else found.advantages
+  return Estimates(whitened_BT, jnp.where(counts_BT > 0, found.returns, values_BT))
+
+
+def reinforce_plus_plus(
+    rewards_GK, valid_GK, log_ratio_BT, rows: types.Rows, loss_state=(), *, beta: float, discount: float = 1.0
+) -> types.Array:
+  """REINFORCE++: what follows each token of `shaped_rewards`, `whitened` over all tokens of the batch.
+
+  Its code's beta is 0.01. Hu et al., 2025, https://arxiv.org/abs/2501.03262, Eq. 8 and 9.
+  """
+  beta = policy_parts.coefficient(beta, loss_state)
+  follows_BT = returns_to_go(shaped_rewards(rewards_GK, log_ratio_BT, rows, beta=beta), rows, discount=discount)
+  return advantages.whitened(follows_BT, rows.mask_BT * masked.to_tokens(valid_GK, rows))
+
+
+def whitened_baseline(rewards_GK, valid_GK, rows: types.Rows) -> types.Array:
+  """REINFORCE++-baseline: r - mean of the group, `whitened` over all tokens; the divergence is then the loss's.
+
+  Hu et al., 2025, https://arxiv.org/abs/2501.03262, its second variant.
+  """
+  counts_BT = rows.mask_BT * masked.to_tokens(valid_GK, rows)
+  return advantages.whitened(masked.to_tokens(advantages.mean_centred(rewards_GK, valid_GK), rows), counts_BT)
+
+
+def penalised(
+    rewards_GK,
+    valid_GK,
+    log_ratio_BT,
+    rows: types.Rows,
+    loss_state=(),
+    *,
+    beta: float,
+    advantage_fn: advantages.Advantage,
+) -> types.Array:
+  """Another's advantages of r - beta sum_t (log pi_t - log ref_t): the pull to the reference is a part of the reward.
+
+  RLOO's paper has beta 0.03, TRL 0.05. Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740, Eq. 2 and 5.
+  """
+  beta = policy_parts.coefficient(beta, loss_state)
+  return advantage_fn(rewards_GK - beta * masked.totals(log_ratio_BT, rows), valid_GK)
+
+
+def reverse_kl(t) -> types.Array:
+  """f'(t) = log t + 1 of KL(policy || target)."""
+  return jnp.log(t) + 1
+
+
+def forward_kl(t) -> types.Array:
+  """f'(t) = -1 / t of KL(target || policy)."""
+  return -1 / t
+
+
+def jensen_shannon(t) -> types.Array:
+  """f'(t) = log 2 t / (t + 1) of the Jensen-Shannon divergence."""
+  return jnp.log(2 * t) - jnp.log1p(t)
+
+
+def total_variation(t) -> types.Array:
+  """f'(t) = sign(t - 1) / 2 of the total variation."""
+  return 0.5 * jnp.sign(t - 1)
+
+
+def distribution_matching(
+    rewards_GK,
+    valid_GK,
+    log_ratio_BT,
+    rows: types.Rows,
+    *,
+    beta: float,
+    slope: Callable[[types.Array], types.Array],
+) -> types.Array:
+  """f-DPG: pseudo-rewards -f'(pi / p), less the mean of the group's others, for a target p = ref e^(r / beta) / Z.
+
+  Z of a prompt is the mean over its responses of ref e^(r / beta) / pi. On average the gradient is that of the
+  f-divergence of policy and target, whose minimum KL-regularised learning shares. log(pi / p) is held within 10.
+
+  Args:
+    rewards_GK: r.
+    valid_GK: which of them count.
+    log_ratio_BT: log pi_t - log ref_t.
+    rows: where the responses are.
+    beta: the smaller, the more the target follows the reward.
+    slope: f', one of those above.
+
+  References:
+    Go et al., 2023, https://arxiv.org/abs/2302.08215, Theorem 1 and Table 1; Z of a prompt after Korbak et al., 2022,
+    https://arxiv.org/abs/2112.00791; derived from their definitions.
+  """
+  log_weight_GK = rewards_GK / beta - masked.totals(log_ratio_BT, rows)
+  there_GK = jnp.where(valid_GK > 0, log_weight_GK, -jnp.inf)
+  count_G1 = jnp.maximum(jnp.sum(valid_GK, axis=1, keepdims=True), 1.0)
+  log_z_G1 = jax.nn.logsumexp(there_GK, axis=1, keepdims=True) - jnp.log(count_G1)
+  ratio_GK = jnp.exp(jnp.clip(jnp.where(valid_GK > 0, log_z_G1 - log_weight_GK, 0.0), -10, 10))
+  return advantages.leave_one_out(-slope(ratio_GK), valid_GK)

@@ -1,0 +1,131 @@
+"""Tests of losses around losses of a policy, against formulas in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import tracing
+from jaxalign import types
+from jaxalign.losses import actor_critic
+from jaxalign.losses import policy
+from jaxalign.losses import policy_parts
+
+_of = functools.partial
+RNG = np.random.default_rng(1)
+LOGPS, REF, OLD, ADVANTAGES, ENTROPY = (RNG.normal(size=(2, 3)) for _ in range(5))
+VALUES, OLD_VALUES, RETURNS = (RNG.normal(size=(2, 3)) for _ in range(3))
+MASK = np.array([[1, 1, 1], [1, 1, 0]], np.float32)
+LENGTH = [3, 2]
+VALID = np.array([[1, 1]], np.float32)
+
+
+def _f32(x):
+  return jnp.asarray(x, jnp.float32)
+
+
+def _run(loss, **labels):
+  """Two responses to one prompt, a row each."""
+  responses_BT = np.where(MASK > 0, 0, -1).astype(np.int32)
+  rows = types.Rows(MASK, responses_BT, np.zeros((2, 1), np.int32), np.array([[0], [1]], np.int32), 1, 2)
+  stats = types.Stats(
+      logps_BT=_f32(LOGPS * MASK),
+      mask_BT=MASK,
+      entropy_BT=_f32(ENTROPY),
+      scores_BTO=_f32(VALUES)[..., None],
+      rows=rows,
+      valid_GK=VALID,
+  )
+  given = {'advantages': _f32(ADVANTAGES), 'old_logps': _f32(OLD * MASK)}
+  given |= {'values': _f32(OLD_VALUES), 'returns': _f32(RETURNS)}
+  return loss(stats, types.Stats(logps_BT=_f32(REF * MASK)), given | labels)
+
+
+def _ppo():
+  rho = np.exp(LOGPS - OLD)
+  return -np.minimum(rho * ADVANTAGES, np.clip(rho, 0.8, 1.2) * ADVANTAGES)
+
+
+PPO = _of(policy.ppo, clip_eps=0.2)
+CRITIC = _of(actor_critic.clipped_values, clip_eps=0.3)
+
+
+class TestActorCritic:
+
+  def test_adds_the_critic_s_loss_and_takes_the_entropy(self):
+    out = _run(_of(actor_critic.actor_critic, loss=PPO, value_loss=CRITIC, value_coef=0.5, entropy_coef=0.1))
+    held = np.clip(VALUES, OLD_VALUES - 0.3, OLD_VALUES + 0.3)
+    value = 0.5 * np.maximum((VALUES - RETURNS) ** 2, (held - RETURNS) ** 2)
+    counts = MASK > 0
+    np.testing.assert_allclose(out.per_item[counts], (_ppo() + 0.5 * value - 0.1 * ENTROPY)[counts], rtol=1e-5)
+    np.testing.assert_allclose(out.metrics['loss/value_avg'], value, rtol=1e-5)
+
+  def test_reads_entropy_only_for_a_bonus(self):
+    loss = _of(actor_critic.actor_critic, loss=PPO, value_loss=CRITIC, value_coef=0.5)
+    labels = ('advantages', 'old_logps', 'values', 'returns')
+    trace = _of(tracing.trace, group_size=1, labels=(), token_labels=labels)
+    assert trace(loss).fields == {'policy.logps_BT', 'policy.scores_BTO', *(f'labels.{name}' for name in labels)}
+    assert 'policy.entropy_BT' in trace(_of(loss, entropy_coef=0.1)).fields
+
+
+class TestAdaptive:
+
+  def steered(self, kl, log_c, count=2):
+    return log_c + np.log(1 + np.clip(kl / 5.0 - 1, -0.2, 0.2) * count / 100)
+
+  def test_steers_the_coefficient_in_the_loss(self):
+    loss = _of(actor_critic.adaptive, loss=PPO, beta=0.3, kl=policy_parts.k2, target=5.0, horizon=100)
+    x = (LOGPS - REF) * MASK
+    for state, log_c in (((), 0.0), ({'log_coefficient': jnp.float32(0.4)}, 0.4)):
+      out = _run(_of(loss, state=state))
+      wanted = _ppo() + np.exp(log_c) * 0.3 * x**2 / 2
+      np.testing.assert_allclose(out.per_item[MASK > 0], wanted[MASK > 0], rtol=1e-5)
+      np.testing.assert_allclose(out.state['log_coefficient'], self.steered(x.sum() / 2, log_c), rtol=1e-5, atol=1e-7)
+
+  def test_steers_by_the_label_where_the_reward_has_the_divergence(self):
+    loss = _of(actor_critic.adaptive, loss=PPO, target=5.0, horizon=100)
+    for kl in (4.5, 5.5, 50.0, 0.1):
+      out = _run(loss, kl=jnp.full((1, 2), kl))
+      np.testing.assert_allclose(out.state['log_coefficient'], self.steered(kl, 0.0), rtol=1e-4)
+      np.testing.assert_allclose(out.per_item[MASK > 0], _ppo()[MASK > 0], rtol=1e-5)
+
+
+class TestConstrained:
+
+  def test_raises_the_multiplier_where_the_cost_is_above_the_limit(self):
+    loss = _of(actor_critic.constrained, loss=PPO, limit=0.5, rate=0.1)
+    out = _run(loss, cost=jnp.array([[1.0, 0.4]]))
+    np.testing.assert_allclose(out.state['log_lambda'], 0.1 * 0.2, rtol=1e-5)
+    out = _run(_of(loss, state={'log_lambda': jnp.float32(1.0)}), cost=jnp.zeros((1, 2)))
+    np.testing.assert_allclose(out.state['log_lambda'], 1 - 0.05, rtol=1e-5)
+    np.testing.assert_allclose(out.per_item[MASK > 0], _ppo()[MASK > 0], rtol=1e-5)
+
+
+class TestClippedValues:
+  V, OLD, R = (
+      np.array([0.5, 0.5, 2.0, -1.0, 0.1]),
+      np.array([0.4, 0.5, 1.0, 0.0, 0.0]),
+      np.array([1.0, 0.0, 0.0, -2.0, 3.0]),
+  )
+
+  def run(self, values, clip_eps=0.2):
+    stats = types.Stats(scores_BTO=values[None, :, None])
+    given = {'values': jnp.asarray(self.OLD, jnp.float32)[None], 'returns': jnp.asarray(self.R, jnp.float32)[None]}
+    return actor_critic.clipped_values(stats, types.Stats(), given, clip_eps=clip_eps)
+
+  def test_is_the_larger_of_two_squares(self):
+    out = self.run(jnp.asarray(self.V, jnp.float32))
+    held = np.clip(self.V, self.OLD - 0.2, self.OLD + 0.2)
+    wanted = 0.5 * np.maximum((self.V - self.R) ** 2, (held - self.R) ** 2)
+    np.testing.assert_allclose(out.per_item[0], wanted, rtol=1e-6)
+    np.testing.assert_array_equal(out.metrics['val/clipfrac_avg'][0], [0, 0, 0, 1, 0])
+
+  def test_has_no_gradient_where_the_clip_is_the_larger_one(self):
+    slopes = jax.grad(lambda v: jnp.sum(self.run(v).per_item))(jnp.asarray(self.V, jnp.float32))
+    np.testing.assert_allclose(slopes, np.where([1, 1, 1, 0, 1], self.V - self.R, 0.0), rtol=1e-6)
+
+  def test_reads_the_head_and_no_log_probability(self):
+    loss = _of(actor_critic.clipped_values, clip_eps=0.2)
+    needs = tracing.trace(loss, group_size=1, labels=(), token_labels=('values', 'returns'))
+    assert needs.fields == {'policy.scores_BTO', 'labels.values', 'labels.returns'} and not needs.writes

@@ -1,0 +1,239 @@
+"""Tests of what tokens earn, against loops over responses in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import advantages
+from jaxalign import masked
+from jaxalign import returns
+from jaxalign import types
+from jaxalign.losses import policy_parts
+from tests import packed
+
+RNG = np.random.default_rng(0)
+LENGTHS = [[5, 1, 3], [2, 4, 6]]
+PLACES = [(g, k) for g in range(2) for k in range(3)]
+
+
+def _batch(per_row):
+  """Six responses, so many to a row; of those with more than two tokens the second is a tool's and does not count."""
+  sequence = lambda g, k: (g, k, [1, 2, 3], [4] * LENGTHS[g][k])
+  rows = [[sequence(*x) for x in PLACES[i : i + per_row]] for i in range(0, 6, per_row)]
+  batch = packed.micro_batch([*rows, []], groups=3, size=3, length=24)
+  for b, row in enumerate(rows):
+    for rank, (_, k, _, response) in enumerate(row):
+      if len(response) > 2:
+        at = np.flatnonzero(batch.responses_BT[b] == rank)[1]
+        batch.mask_BT[b, at] = 0.0
+        batch.responses_BT[b, at] = -1 if k else rank  # whether it is the response's or nobody's
+  return batch
+
+
+def _spread(batch, numbers):
+  """Numbers of tokens, by group and slot, where they stand; something else where nothing counts."""
+  out = np.full(batch.mask_BT.shape, 77.0, np.float32)
+  for b, s in np.argwhere(batch.group_BS >= 0):
+    where = np.flatnonzero((batch.responses_BT[b] == s) & (batch.mask_BT[b] > 0))
+    out[b, where] = numbers[batch.group_BS[b, s], batch.slot_BS[b, s]][: len(where)]
+  return out
+
+
+def _gold(numbers, values, discount, lam):
+  """Advantages by the definition: the sum over all later tokens of (discount lam)^l delta."""
+  out = {}
+  for (g, k), r in numbers.items():
+    n = LENGTHS[g][k] - (LENGTHS[g][k] > 2)
+    r, v = r[:n].astype(np.float64), np.append(values[g, k][:n].astype(np.float64), 0.0)
+    delta = r + discount * v[1:] - v[:-1]
+    out[g, k] = np.array([sum((discount * lam) ** (j - t) * delta[j] for j in range(t, n)) for t in range(n)])
+  return out
+
+
+REWARDS_T = {place: RNG.normal(size=6).astype(np.float32) for place in PLACES}
+VALUES_T = {place: RNG.normal(size=6).astype(np.float32) for place in PLACES}
+
+
+def _read(batch, x_BT):
+  """What a response's tokens that count have, by group and slot."""
+  return {
+      (int(batch.group_BS[b, s]), int(batch.slot_BS[b, s])): np.asarray(x_BT)[b][
+          (batch.responses_BT[b] == s) & (batch.mask_BT[b] > 0)
+      ]
+      for b, s in np.argwhere(batch.group_BS >= 0)
+  }
+
+
+@pytest.mark.parametrize('per_row', [1, 3])
+class TestGae:
+
+  def test_is_the_definition_within_each_response(self, per_row):
+    batch = _batch(per_row)
+    rewards_BT, values_BT = (jnp.asarray(_spread(batch, x)) for x in (REWARDS_T, VALUES_T))
+    found = returns.gae(rewards_BT, values_BT, batch, discount=0.9, lam=0.8)
+    wanted = _gold(REWARDS_T, VALUES_T, 0.9, 0.8)
+    for place, x in _read(batch, found.advantages).items():
+      np.testing.assert_allclose(x, wanted[place], rtol=1e-5, atol=1e-6)
+    for place, x in _read(batch, found.returns).items():
+      np.testing.assert_allclose(x, wanted[place] + VALUES_T[place][: len(x)], rtol=1e-5, atol=2e-6)
+    assert not np.any(np.where(batch.mask_BT > 0, 0, found.advantages)) and found.advantages.shape[1] == 24
+    assert not np.any(np.where(batch.mask_BT > 0, 0, found.returns))
+
+  def test_of_lambda_1_returns_what_follows_whatever_the_critic(self, per_row):
+    batch = _batch(per_row)
+    rewards_BT = jnp.asarray(_spread(batch, REWARDS_T))
+    found = returns.gae(rewards_BT, jnp.asarray(_spread(batch, VALUES_T)), batch, discount=0.9, lam=1.0).returns
+    np.testing.assert_allclose(found, returns.returns_to_go(rewards_BT, batch, discount=0.9), rtol=1e-4, atol=1e-5)
+
+
+class TestReturnsToGo:
+
+  @pytest.mark.parametrize('discount', [1.0, 0.7])
+  def test_are_discounted_sums_of_what_follows(self, discount):
+    batch = _batch(2)
+    found = returns.returns_to_go(jnp.asarray(_spread(batch, REWARDS_T)), batch, discount=discount)
+    wanted = _gold(REWARDS_T, {place: np.zeros(6) for place in PLACES}, discount, 1.0)
+    for place, x in _read(batch, found).items():
+      np.testing.assert_allclose(x, wanted[place], rtol=1e-5, atol=1e-6)
+
+
+class TestShapedRewards:
+
+  @pytest.mark.parametrize('kl,formula', [(policy_parts.k1, lambda x: x), (policy_parts.k2, lambda x: x**2 / 2)])
+  def test_pay_at_the_last_token_and_charge_at_each(self, kl, formula):
+    batch = _batch(3)
+    scores = np.zeros((3, 3), np.float32)
+    scores[:2] = RNG.normal(size=(2, 3))
+    found = returns.shaped_rewards(jnp.asarray(scores), jnp.asarray(_spread(batch, REWARDS_T)), batch, beta=0.3, kl=kl)
+    for place, x in _read(batch, found).items():
+      wanted = -0.3 * formula(REWARDS_T[place][: len(x)].astype(np.float64))
+      wanted[-1] += scores[place]
+      np.testing.assert_allclose(x, wanted, rtol=1e-5, atol=1e-6)
+    assert not np.any(np.where(batch.mask_BT > 0, 0, found))
+
+  def test_add_up_to_the_response_s_own_less_the_divergence(self):
+    batch = _batch(2)
+    scores = jnp.asarray(RNG.normal(size=(3, 3)).astype(np.float32)) * masked.valid(batch)
+    ratio_BT = jnp.asarray(_spread(batch, REWARDS_T))
+    found = masked.totals(returns.shaped_rewards(scores, ratio_BT, batch, beta=0.3), batch)
+    np.testing.assert_allclose(found, scores - 0.3 * masked.totals(ratio_BT, batch), rtol=1e-5, atol=1e-6)
+
+
+VALID = np.array([[1, 1, 1], [1, 0, 1], [0, 0, 0]], np.float32)
+SCORES = RNG.normal(size=(3, 3)).astype(np.float32)
+
+
+def _shaped(beta):
+  """Rewards of tokens of `_batch`, REWARDS_T being log-ratios, by group and slot."""
+  out = {}
+  for g, k in PLACES:
+    n = LENGTHS[g][k] - (LENGTHS[g][k] > 2)
+    out[g, k] = -beta * REWARDS_T[g, k][:n].astype(np.float64)
+    out[g, k][-1] += SCORES[g, k]
+  return out
+
+
+def _white(tokens):
+  """Whitened over the tokens of responses that have a reward."""
+  every = np.concatenate([x for place, x in tokens.items() if VALID[place]])
+  return {place: (x - every.mean()) / np.sqrt(every.var(ddof=1) + 1e-8) for place, x in tokens.items()}
+
+
+def _assert_tokens(batch, x_BT, wanted):
+  for place, x in _read(batch, x_BT).items():
+    np.testing.assert_allclose(x, wanted[place] if VALID[place] else 0.0, rtol=2e-5, atol=2e-6)
+
+
+class TestActorCritic:
+
+  @pytest.mark.parametrize('state,factor', [((), 1.0), ({'log_coefficient': jnp.float32(0.7)}, np.exp(0.7))])
+  def test_is_gae_of_rewards_with_the_reference_s_part_whitened(self, state, factor):
+    batch = _batch(2)
+    given = [jnp.asarray(_spread(batch, x)) for x in (VALUES_T, REWARDS_T)]
+    found = returns.actor_critic(SCORES, VALID, *given, masked.rows(batch), state, beta=0.3, lam=0.8, discount=0.9)
+    gold = _gold(_shaped(0.3 * factor), VALUES_T, 0.9, 0.8)
+    _assert_tokens(batch, found.advantages, _white(gold))
+    for place, x in _read(batch, found.returns).items():
+      own = VALUES_T[place][: len(x)]
+      np.testing.assert_allclose(x, gold[place] + own if VALID[place] else own, rtol=1e-5, atol=2e-6)
+
+
+class TestReinforcePlusPlus:
+
+  def test_is_what_follows_whitened(self):
+    batch = _batch(3)
+    ratio_BT = jnp.asarray(_spread(batch, REWARDS_T))
+    found = returns.reinforce_plus_plus(SCORES, VALID, ratio_BT, masked.rows(batch), beta=0.2)
+    follows = {place: x[::-1].cumsum()[::-1] for place, x in _shaped(0.2).items()}
+    _assert_tokens(batch, found, _white(follows))
+
+  def test_of_a_baseline_whitens_what_is_above_the_group_s_mean(self):
+    batch = _batch(2)
+    found = returns.whitened_baseline(SCORES, VALID, masked.rows(batch))
+    above = {}
+    for g, k in PLACES:
+      mean = SCORES[g][VALID[g] > 0].astype(np.float64).mean()
+      above[g, k] = np.full(LENGTHS[g][k] - (LENGTHS[g][k] > 2), SCORES[g, k] - mean)
+    _assert_tokens(batch, found, _white(above))
+
+
+class TestPenalised:
+
+  def test_takes_the_divergence_off_the_reward(self):
+    batch = _batch(2)
+    ratio_BT = jnp.asarray(_spread(batch, REWARDS_T))
+    plain = lambda r, valid: r * valid
+    found = returns.penalised(SCORES, VALID, ratio_BT, masked.rows(batch), beta=0.4, advantage_fn=plain)
+    for place, x in _shaped(0.4).items():
+      np.testing.assert_allclose(found[place], x.sum() * VALID[place], rtol=1e-5, atol=1e-6)
+
+
+class TestDistributionMatching:
+  """One prompt whose four answers of one token are sampled in proportion to the policy."""
+
+  P, REF = np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.1, 0.2, 0.3, 0.4])
+  R, BETA = np.array([0.2, -0.3, 0.4, 0.1]), 0.7
+
+  @pytest.mark.parametrize(
+      'slope,f',
+      [
+          (returns.reverse_kl, lambda t: t * np.log(t)),
+          (returns.forward_kl, lambda t: -np.log(t)),
+          (returns.jensen_shannon, lambda t: t * np.log(2 * t / (t + 1)) + np.log(2 / (t + 1))),
+          (returns.total_variation, lambda t: 0.5 * abs(t - 1)),
+      ],
+  )
+  def test_has_the_gradient_of_the_f_divergence(self, slope, f):
+    counts = (10 * self.P).astype(int)  # each answer as often as the policy gives it, so that means are exact
+    drawn = np.repeat(np.arange(4), counts)
+    ratio_BT = np.log(self.P / self.REF)[drawn].astype(np.float32)[:, None]
+    index = np.arange(10, dtype=np.int32)[:, None]
+    rows = types.Rows(np.ones((10, 1), np.float32), 0 * index, 0 * index, index, 1, 10)
+    rewards = self.R[drawn].astype(np.float32)[None]
+    found = returns.distribution_matching(
+        rewards, jnp.ones((1, 10)), jnp.asarray(ratio_BT), rows, beta=self.BETA, slope=slope
+    )
+    target = self.REF * np.exp(self.R / self.BETA)
+    target /= target.sum()
+    divergence = lambda p: (target * f(p / target)).sum()
+    logits, step = np.log(self.P), 1e-6
+    softmax = lambda x: np.exp(x) / np.exp(x).sum()
+    slopes = [
+        (divergence(softmax(logits + step * e)) - divergence(softmax(logits - step * e))) / (2 * step)
+        for e in np.eye(4)
+    ]
+    # The mean over samples of A grad log p, less what leaving one out makes larger.
+    own = (np.asarray(found, np.float64)[0][:, None] * (np.eye(4)[drawn] - self.P)).mean(axis=0) * 9 / 10
+    np.testing.assert_allclose(own, -np.array(slopes), atol=2e-5)
+
+
+def test_compile_under_jit():
+  batch = jax.tree.map(jnp.asarray, _batch(3))
+  scores, ratio_BT = jnp.asarray(SCORES), jnp.asarray(_spread(_batch(3), REWARDS_T))
+
+  def whole(scores, batch):
+    shaped_BT = returns.shaped_rewards(scores, ratio_BT, batch, beta=0.1)
+    return advantages.whitened(returns.returns_to_go(shaped_BT, batch), batch.mask_BT)
+
+  np.testing.assert_allclose(jax.jit(whole)(scores, batch), whole(scores, batch), rtol=1e-4, atol=1e-5)
