@@ -42,6 +42,8 @@ from jaxalign import streams
 from jaxalign import types
 from jaxalign.data import sources
 
+_HELD_OUT_PROMPTS = 'options/held_out_prompts.gin'
+
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line and returns the exit code."""
@@ -137,7 +139,7 @@ def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
   online = catalog.is_online(args.algo)
   data_files = _own_files('data', [spec for spec, _ in sources.parse_mixture(data)], ['', '_online'][: 1 + online])
   if online and (args.reward or args.environment or args.eval_data):
-    data_files.append('options/held_out_prompts.gin')
+    data_files.append(_HELD_OUT_PROMPTS)
   if data_files:
     parse([*files, *data_files])
   recipe = config.recipe()
@@ -241,6 +243,8 @@ def _evaluate(args: flags.FlagValues) -> None:
   _start(args)
   # What training used, and beneath it what was bound for evaluation alone.
   saved = [run['bindings'], (folder / 'config.gin').read_text(encoding='utf-8')]
+  if args.eval_data and catalog.is_online(run['algo']):
+    saved.append((catalog.ROOT / _HELD_OUT_PROMPTS).read_text(encoding='utf-8'))
   config.parse_saved(saved, args.gin_file, args.gin)
   config.check_reachable('evaluate.evaluate', 'recipe.Recipe')
   recipe = config.recipe()

@@ -40,7 +40,7 @@ _FIELDS = {
 }
 _KEYS = {
     'reward': lambda line: -math.inf if line['reward'] is None else line['reward'],
-    'length': lambda line: len(line['ids']),
+    'length': lambda line: len(line['sampler_logps']),
     'advantage': lambda line: -math.inf if line['advantage'] is None else line['advantage'],
 }
 _SHORT = 200  # characters of a text on one line
@@ -120,7 +120,7 @@ def detail(shown: Sequence[Sequence[Line]], sort: str, tokens: bool, tokenizer) 
       reward = 'abstained' if line['reward'] is None else f'{line["reward"]:.4f}'
       end = '' if line['finished'] else ', cut'
       advantage = '' if line['advantage'] is None else f', advantage {line["advantage"]:+.4f}'
-      said = f'reward {reward}{advantage}, {len(line["ids"])} tokens{end}'
+      said = f'reward {reward}{advantage}, {len(line["sampler_logps"])} tokens{end}'
       yield f'  {name}{said}: {_short(line["response"])}'
       if tokens:
         yield from table(line, tokenizer)
@@ -129,12 +129,19 @@ def detail(shown: Sequence[Sequence[Line]], sort: str, tokens: bool, tokenizer) 
 
 def table(line: Line, tokenizer: tokenizers.Tokenizer | None) -> Iterator[str]:
   """Tokens of a response with their log-probabilities."""
-  sampler, trainer = line['sampler_logps'], line['token_labels'].get('old_logps')
-  yield '         id    sampler' + ('    trainer difference' if trainer else '') + '  token'
-  for number, token in enumerate(line['ids']):
-    values = [sampler[number], *([trainer[number], sampler[number] - trainer[number]] if trainer else [])]
+  names = ('sampler', 'trainer', 'difference') if 'old_logps' in line['token_labels'] else ('sampler',)
+  columns = [line['sampler_logps']]
+  if len(names) > 1:
+    columns += [line['token_labels']['old_logps']]
+    columns += [[own - other for own, other in zip(*columns)]]
+  values = zip(*columns)
+  yield '         id ' + ' '.join(f'{name:>10}' for name in names) + '  token'
+  for token, is_sampled in zip(line['ids'], line.get('sampled', [1] * len(line['ids']))):
+    told = (
+        [f'{value:10.5f}' for value in next(values)] if is_sampled else ['  observed'] + [' ' * 10] * (len(names) - 1)
+    )
     text = '' if tokenizer is None else repr(tokenizer.decode([token], continuation=True))
-    yield f'    {token:7d} ' + ' '.join(f'{value:10.5f}' for value in values) + f'  {text}'
+    yield f'    {token:7d} ' + ' '.join(told) + f'  {text}'
 
 
 def _short(text: str) -> str:

@@ -90,6 +90,17 @@ class TestMain:
     assert ''.join(part[4].strip("'") for part in parts).strip() == 'happy'
     assert 'trainer' not in '\n'.join(shown(capsys, workdir, '--rollout=0', '--tokens'))
 
+  def test_tells_what_was_observed(self, workdir, capsys):
+    path = workdir / 'rollouts' / '000001.jsonl'
+    line = json.loads(path.read_text().splitlines()[2])
+    count = len(line['ids'])
+    line |= {'sampled': [1] + [0] * (count - 2) + [1], 'sampler_logps': [-1.5, -2.5]}
+    line['token_labels'] = {'advantages': [0, 0], 'old_logps': [-1.25, -2.5]}
+    path.write_text(json.dumps(line) + '\n')
+    _, _, head, _, *tokens, _ = shown(capsys, workdir, '--rollout=1', '--tokens')
+    assert ', 2 tokens' in head
+    assert [token.split()[1] for token in tokens] == ['-1.50000'] + ['observed'] * (count - 2) + ['-2.50000']
+
   @pytest.mark.parametrize(
       'args,code,said',
       [
