@@ -27,21 +27,25 @@ def hidden_states(params, batch: types.Batch, *, model: transformer.Transformer,
 
 
 def target_stats(
-    params, batch: types.Batch, *, model: transformer.Transformer, dense=(), key=None
+    params, batch: types.Batch, *, model: transformer.Transformer, dense=(), key=None, temperature: float = 1.0
 ) -> dict[str, jax.Array]:
   """Log-probabilities `logps` and dense statistics of the targets, `[B, T]` float32 (see `logps.token_stats`)."""
-  return _of_targets(hidden_states(params, batch, model=model, key=key), params, batch, batch.targets_BT, model, dense)
+  hidden_BTD = hidden_states(params, batch, model=model, key=key)
+  return _of_targets(hidden_BTD, params, batch, batch.targets_BT, model, dense, temperature)
 
 
-def _of_targets(hidden_BTD, params, batch: types.Batch, targets_BT, model: transformer.Transformer, dense=()):
+def _of_targets(
+    hidden_BTD, params, batch: types.Batch, targets_BT, model: transformer.Transformer, dense=(), temperature=1.0
+):
+  # c tanh(h W / c) / t = c/t tanh((h/t) W / (c/t)), with or without a soft cap c.
   return logps.token_stats(
-      hidden_BTD,
+      hidden_BTD if temperature == 1 else hidden_BTD / temperature,
       transformer.output_matrix(params),
       targets_BT,
       batch.mask_BT,
       vocab_size=model.config.vocab_size,
       dense=tuple(dense),
-      softcap=model.config.final_softcap,
+      softcap=model.config.final_softcap / temperature,
   )
 
 
@@ -71,6 +75,7 @@ def annotations(
     model: transformer.Transformer,
     critic_model: transformer.Transformer | None,
     ref_model: transformer.Transformer | None,
+    temperature: float = 1.0,
 ) -> dict[str, jax.Array]:
   """What the training program makes of a whole step's targets, `[A, B, T]` by name, a micro-batch at a time.
 
@@ -82,6 +87,7 @@ def annotations(
     model: of the policy; a head that it has gives values.
     critic_model: of `critic`, None where there is none.
     ref_model: of `ref`, None where none is wanted.
+    temperature: that divides the logits of policy and reference.
 
   Returns:
     `logps`, `ref_logps` where there is a reference, and `values` where there is a critic.
@@ -89,9 +95,9 @@ def annotations(
 
   def one(micro):
     hidden_BTD = hidden_states(params, micro, model=model)
-    found = _of_targets(hidden_BTD, params, micro, micro.targets_BT, model)
+    found = _of_targets(hidden_BTD, params, micro, micro.targets_BT, model, temperature=temperature)
     if ref_model is not None:
-      found['ref_logps'] = target_stats(ref, micro, model=ref_model)['logps']
+      found['ref_logps'] = target_stats(ref, micro, model=ref_model, temperature=temperature)['logps']
     if critic_model is not None:
       found['values'] = scores(critic, micro, model=critic_model)[..., 0]
     elif model.config.score_outputs:
@@ -118,6 +124,7 @@ def targets_fn(
     ref_model: transformer.Transformer | None,
     rivals: int | None = None,
     critic_model: transformer.Transformer | None = None,
+    temperature: float = 1.0,
 ) -> StatsFn:
   """Builds the first half of an objective on log-probabilities.
 
@@ -128,6 +135,7 @@ def targets_fn(
     ref_model: of a live reference, whose own parameters are then given as `ref`; None where there is none.
     rivals: how many of the likeliest tokens a rival is drawn from; None for the 5 of the papers on CRINGE.
     critic_model: of a critic whose parameters are its own, see `divided`; None where the policy's head gives values.
+    temperature: that divides the logits of policy and reference.
 
   Returns:
     (params, frozen, batch, key, ref) -> `logps` and each of `dense`; where the loss reads them `scores` of the head,
@@ -151,14 +159,14 @@ def targets_fn(
     params, critic = divided(params)
     policy = lora.join(params, frozen)
     hidden_BTD = hidden_states(policy, batch, model=model, key=key)
-    found = _of_targets(hidden_BTD, policy, batch, batch.targets_BT, model, dense)
+    found = _of_targets(hidden_BTD, policy, batch, batch.targets_BT, model, dense, temperature)
     if reads('policy.values_GK') or reads('policy.scores_BTO'):
       found['scores'] = transformer.scores(policy, hidden_BTD) if critic is None else of_critic(critic, frozen, batch)
     if reads('policy.rival_logps_BT'):
       rivals_BT = _rivals(hidden_BTD, policy, batch, model, key, among)
       found['rival_logps'] = _of_targets(hidden_BTD, policy, batch, rivals_BT, model)['logps']
     if ref_model is not None:
-      found |= _of_reference(hidden_BTD, policy, lora.join(ref, frozen), batch, ref_model, reads)
+      found |= _of_reference(hidden_BTD, policy, lora.join(ref, frozen), batch, ref_model, reads, temperature)
     return found
 
   return stats
@@ -177,15 +185,19 @@ def _rivals(hidden_BTD, params, batch: types.Batch, model: transformer.Transform
   )
 
 
-def _of_reference(hidden_BTD, policy, params, batch: types.Batch, model: transformer.Transformer, reads):
+def _of_reference(
+    hidden_BTD, policy, params, batch: types.Batch, model: transformer.Transformer, reads, temperature: float
+):
   ref_hidden_BTD = hidden_states(params, batch, model=model)
   dense = ('entropy',) if reads('ref.entropy_GK') else ()
-  found = _of_targets(ref_hidden_BTD, params, batch, batch.targets_BT, model, dense)
+  found = _of_targets(ref_hidden_BTD, params, batch, batch.targets_BT, model, dense, temperature)
   found = {f'ref_{name}': x_BT for name, x_BT in found.items()}
   if 'ref_entropy' in found:
     found['ref_entropy'] /= math.log(model.config.vocab_size)
   if reads('ref.kl_BT'):
-    exact = functools.partial(divergence.kl, vocab_size=model.config.vocab_size, softcap=model.config.final_softcap)
+    softcap = model.config.final_softcap / temperature
+    exact = functools.partial(divergence.kl, vocab_size=model.config.vocab_size, softcap=softcap)
     heads = transformer.output_matrix(policy), transformer.output_matrix(params)
-    found['ref_kl'] = exact(hidden_BTD, heads[0], ref_hidden_BTD, heads[1], batch.mask_BT)
+    mine, its = (h if temperature == 1 else h / temperature for h in (hidden_BTD, ref_hidden_BTD))
+    found['ref_kl'] = exact(mine, heads[0], its, heads[1], batch.mask_BT)
   return found

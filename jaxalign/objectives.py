@@ -80,6 +80,7 @@ def policy_gradient(
     critic_model: transformer.Transformer | None = None,
     aggregate: str = 'token',
     max_tokens: int | None = None,
+    temperature: float = 1.0,
     dense=('entropy',),
 ) -> Objective:
   """Objective of policy-gradient losses (`losses.policy`), averaged over the whole step as `aggregate` says.
@@ -92,6 +93,7 @@ def policy_gradient(
   A response of which no token counts (it was cut off, and masked) counts as one whose loss is 0, as in TRL. Metrics are
   means over tokens. Where the batch has no `old_logps`, those of the policy itself serve, for a rollout's only update:
   the ratio is then exactly 1. A loss that reads `scores_BTO` has values of `critic_model`, or of the policy's own head.
+  Log-probabilities of policy and reference are those of logits divided by `temperature`, at which tokens were sampled.
 
   Raises:
     UsageError: there is no such `aggregate`, or `max_tokens` is not what it asks for.
@@ -107,10 +109,16 @@ def policy_gradient(
   tracing.check('policy_gradient', needs, of_tokens=True, heads=frozenset({'policy.scores_BTO'}))
 
   def loss(stats, batch, loss_state):
-    out = loss_fn(_policy(stats, batch), _reference(stats, batch), _sampled(stats, batch), state=loss_state)
+    labels = _sampled(stats, batch)
+    out = loss_fn(_policy(stats, batch), _reference(stats, batch), labels, state=loss_state)
+    if 'sampler_logps' in labels:
+      drift_BT = jnp.abs(labels['old_logps'] - labels['sampler_logps'])
+      out = dataclasses.replace(out, metrics={**out.metrics, 'sampling/sampling_logp_difference/mean': drift_BT})
     return _per_token(out, stats, batch, _AGGREGATES[aggregate](out.per_item, batch, max_tokens))
 
-  stats = forward.targets_fn(model, needs, _dense(dense, needs), ref_model, critic_model=critic_model)
+  stats = forward.targets_fn(
+      model, needs, _dense(dense, needs), ref_model, critic_model=critic_model, temperature=temperature
+  )
   return Objective(stats, loss, needs.whole_step)
 
 
@@ -141,10 +149,12 @@ def preference(
     ref_model: transformer.Transformer | None = None,
     dense=('entropy', 'correct', 'mean_logit'),
     rivals: int | None = None,
+    temperature: float = 1.0,
 ) -> Objective:
   """Objective of losses on the log-probabilities of whole responses (`losses.preference`): the weight counts groups.
 
-  The batch carries `ref_logps_BT` where the loss reads a reference that is not live; for `rivals` see `supervised`.
+  The batch carries `ref_logps_BT` where the loss reads a reference that is not live; for `rivals` see `supervised`,
+  for `temperature` `policy_gradient`.
   """
   tracing.check('preference', needs, of_tokens=False)
 
@@ -156,7 +166,7 @@ def preference(
       metrics |= _per_side(masked.per_response(stats['mean_logit'], batch), policy.tokens_GK, batch, 'logits')
     return _finish(out, metrics | _length_metrics(out, policy.tokens_GK, batch), batch)
 
-  stats = forward.targets_fn(model, needs, _dense(dense, needs), ref_model, rivals)
+  stats = forward.targets_fn(model, needs, _dense(dense, needs), ref_model, rivals, temperature=temperature)
   return Objective(stats, loss, needs.whole_step)
 
 

@@ -251,5 +251,7 @@ def bind(
     problem = 'but the objective is of scores, which have no reference; bind objectives.preference or supervised'
     raise types.UsageError(f'the loss reads {fields}, {problem}')
   others = {'ref_model': ref_model if needs.reference else None, 'critic_model': critic_model}
-  given = {name: other for name, other in others.items() if other is not None}
+  given: dict[str, Any] = {name: other for name, other in others.items() if other is not None}
+  if recipe.rollouts is not None and recipe.rollouts.temperature != 1:
+    given['temperature'] = recipe.rollouts.temperature
   return recipe.objective(model=model, loss_fn=recipe.loss_fn, needs=needs, **given)

@@ -199,6 +199,7 @@ class Maker:
         model=models.policy,
         critic_model=models.critic if 'values_BT' in self._wanted else None,
         ref_model=ref_model,
+        temperature=options.temperature,
     )
     self._run = jax.jit(run, out_shardings=sharding.named(mesh))
 

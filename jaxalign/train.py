@@ -69,6 +69,7 @@ def train(
     has_live = streams.live or (bool(frozen) and recipe.rollouts is not None)
     live = reference.Reference.of(model, trained, frozen, follows=follows).kept(follows) if has_live else None
     state, data_state = _start(job, store, trained | critic, opt, streams.needs.state, follows)
+    logging.info('memory of a device: %s', _memory(state, frozen, live))
     kept = functools.partial(checkpoint.load_base, job.workdir / 'checkpoints', model, job.mesh)
     evaluator = evaluate.Evaluator(
         job, recipe, model, tokenizer, streams, samples, counter, frozen, live, kept if recipe.rollouts else None
@@ -189,6 +190,15 @@ def _start(
   init = lambda fresh: step_lib.init_state(fresh, opt.tx, job.seed, loss_state, follows)
   state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract), donate_argnums=0)(params)
   return state, {'epoch': 0, 'step': 0, 'num_tokens': 0}
+
+
+def _memory(state: step_lib.TrainState, frozen: types.PyTree, live: reference.Reference | None) -> str:
+  """What each model of a run takes of a device, and what goes along with training."""
+  size = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree)) / 1e6
+  policy, critic = forward.divided(state.params)
+  parts = {'policy': policy, 'critic': critic, 'frozen base': frozen, 'optimizer': state.opt_state}
+  parts['reference'] = state.reference if jax.tree.leaves(state.reference) else live and live.moving
+  return ', '.join(f'{name} {size(tree):.1f} MB' for name, tree in parts.items() if jax.tree.leaves(tree))
 
 
 def _jit_step(job, step: Callable, state: step_lib.TrainState, frozen, ref) -> Callable:

@@ -296,6 +296,21 @@ class TestRefLogps:
       np.testing.assert_allclose(got, logps, atol=1e-6)
 
 
+class TestTemperature:
+
+  @pytest.mark.parametrize('softcap', [0.0, 2.0])
+  def test_divides_logits_behind_the_soft_cap(self, softcap):
+    model = transformer.build(dataclasses.replace(CONFIG, final_softcap=softcap), MESH, length=32)
+    batch = jax.tree.map(jnp.asarray, batch_of(ALONE))
+    found = forward.target_stats(PARAMS, batch, model=model, temperature=0.6)['logps']
+    hidden = np.asarray(forward.hidden_states(PARAMS, batch, model=model), np.float64)
+    logits = (hidden @ np.asarray(transformer.output_matrix(PARAMS), np.float64))[..., :50]
+    logits = (softcap * np.tanh(logits / softcap) if softcap else logits) / 0.6
+    wanted = np.take_along_axis(logits, np.asarray(batch.targets_BT)[..., None], 2)[..., 0]
+    wanted -= np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    np.testing.assert_allclose(found, wanted * np.asarray(batch.mask_BT), rtol=1e-4, atol=1e-4)
+
+
 class TestNeeds:
 
   def test_are_the_fields_that_a_loss_reads(self):
