@@ -14,6 +14,8 @@ import sys
 from typing import Any
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxalign import sampling
 from jaxalign import types
 from jaxalign import verdicts
@@ -46,6 +48,9 @@ class Episode(NamedTuple):
   reward: float
   turns: int
   cut: int
+
+
+Response = sampling.Sampled | Episode
 
 
 class Environment:
@@ -128,7 +133,22 @@ class Environment:
     return episodes
 
 
-def sampled_of(response: sampling.Sampled | Episode) -> list[bool]:
+def respond(
+    world: Environment | None, prompts: Sequence[verdicts.Prompt], tokenizer: tokenizers.Tokenizer, draw: Draw
+) -> Sequence[Response]:
+  """A response to each prompt: an episode with `world`, or what is drawn where there is none."""
+  if world is None:
+    return draw([one.ids for one in prompts], 0)
+  return world.play(prompts, tokenizer, draw)
+
+
+def rewards_of(responses: Sequence[Response]) -> np.ndarray | None:
+  """Rewards `[N]` of episodes, None of other responses."""
+  found = [one.reward for one in responses if isinstance(one, Episode)]
+  return np.array(found) if found else None
+
+
+def sampled_of(response: Response) -> list[bool]:
   """Which tokens of a response were sampled: all where there is no environment."""
   return response.sampled if isinstance(response, Episode) else [True] * len(response.ids)
 

@@ -17,7 +17,6 @@ from jaxalign import environments
 from jaxalign import episodes
 from jaxalign import forward
 from jaxalign import held_out
-from jaxalign import judging
 from jaxalign import metrics
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
@@ -47,7 +46,7 @@ class Samples:
       model's context.
     count: number of prompts.
     per_prompt: responses to each.
-    max_new_tokens: length at which a response is cut.
+    max_new_tokens: length at which a response is cut; None for that of rollouts, or 64 where there are none.
     temperature: of sampling, 0 is greedy.
     judge: a reward, see `functions.Reward`, called with prompts and responses (texts), ids, and the columns of held-out
       records; None takes the rewards of a run that trains on what it samples, and judges nothing in others.
@@ -61,7 +60,7 @@ class Samples:
   prompts: Callable[[], Sequence[str]] | None = None
   count: int = 8
   per_prompt: int = 1
-  max_new_tokens: int = 64
+  max_new_tokens: int | None = None
   temperature: float = 1.0
   judge: Callable[..., Sequence[float | None]] | None = None
   pass_at: tuple[int, ...] = ()
@@ -86,7 +85,7 @@ class Sampled(NamedTuple):
 
 
 # (prompts, responses) -> the summed log-probability of each response under a reference, in nats
-RefLogps = Callable[[list[list[int]], Sequence[judging.Drawn]], np.ndarray]
+RefLogps = Callable[[list[list[int]], Sequence[environments.Response]], np.ndarray]
 
 
 def sample(
@@ -107,7 +106,7 @@ def sample(
     model: of the policy.
     params: its parameters.
     tokenizer: of the model.
-    samples: how many, how long; its judge is not read.
+    samples: how many, how long (which is set); its judge is not read.
     prompts: what is responded to.
     seed: of sampling.
     rewards: who judges.
@@ -123,6 +122,7 @@ def sample(
   """
   repeated = [one for one in prompts for _ in range(samples.per_prompt)]
   stop_ids = prompts_lib.stop_ids(tokenizer, prompts[0].is_chat, world.template if world is not None else None)
+  assert samples.max_new_tokens is not None
   draw = lambda behind, turn: sampling.sample(
       model,
       params,
@@ -132,16 +132,11 @@ def sample(
       seed=seed + turn,
       stop_ids=stop_ids,
   )
-  drawn: Sequence[judging.Drawn]
-  if world is None:
-    drawn, given = draw([one.ids for one in repeated], 0), None
-  else:
-    drawn = played = world.play(repeated, tokenizer, draw)
-    given = np.array([one.reward for one in played])
+  drawn = environments.respond(world, repeated, tokenizer, draw)
   ids = [one.ids for one in drawn]
   values = {'distinct_2': rules.distinct(2, ids), 'mean_length': float(np.mean([len(one.logps) for one in drawn]))}
   responses = verdicts.responses(prompts, tokenizer, ids)
-  values |= verdicts.measured(rewards, how, samples.pass_at, responses, len(prompts), given)
+  values |= verdicts.measured(rewards, how, samples.pass_at, responses, len(prompts), environments.rewards_of(drawn))
   if ref_logps is not None and samples.temperature == 1:
     own = np.array([np.sum(one.logps, dtype=np.float64) for one in drawn])
     gaps = own - ref_logps([one.ids for one in repeated], drawn)
@@ -256,7 +251,9 @@ class Evaluator:
     if samples is not None:
       specs = sources.parse_all(job.eval_data) if streams.asked is not None else []
       records = [sources.open_source(spec, job.data_dir) for spec in specs]
-      longest = samples.max_new_tokens if self._world is None else self._world.longest(samples.max_new_tokens)
+      most = samples.max_new_tokens or (64 if recipe.rollouts is None else recipe.rollouts.max_new_tokens)
+      self._samples = dataclasses.replace(samples, max_new_tokens=most)
+      longest = most if self._world is None else self._world.longest(most)
       self._prompts = prompts_of(samples, tokenizer, streams.asked, records, model.config.max_length - longest)
       self._rewards = _rewards(samples, recipe)
 

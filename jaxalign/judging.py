@@ -6,13 +6,10 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxalign import environments
-from jaxalign import sampling
 from jaxalign import types
 from jaxalign import verdicts
 from jaxalign.data import tokenizers
 from jaxalign.rewards import functions
-
-Drawn = sampling.Sampled | environments.Episode
 
 
 class Judged(NamedTuple):
@@ -23,7 +20,7 @@ class Judged(NamedTuple):
     values_RN: float64 of each reward, NaN where it abstains.
   """
 
-  drawn: list[Drawn]
+  drawn: list[environments.Response]
   values_RN: np.ndarray
 
   def replace(self, group: int, other: 'Judged', its: int, samples: int) -> None:
@@ -63,11 +60,13 @@ class Judge:
     self._titles = [f'{t}_{i}' if titles.count(t) > 1 else t for i, t in enumerate(titles)]
     self._combine, self._tokenizer = combine, tokenizer
 
-  def __call__(self, panel: functions.Panel, asked: Sequence[verdicts.Prompt], drawn: Sequence[Drawn]) -> Judged:
+  def __call__(
+      self, panel: functions.Panel, asked: Sequence[verdicts.Prompt], drawn: Sequence[environments.Response]
+  ) -> Judged:
     """What the rewards make of responses to these prompts, as many to each."""
     values = panel(verdicts.responses(asked, self._tokenizer, [one.ids for one in drawn]))
-    played = [np.array([one.reward for one in drawn if isinstance(one, environments.Episode)])]
-    rows = (played if played[0].size else []) + [values[name] for name in self._of_panel]
+    played = environments.rewards_of(drawn)
+    rows = ([] if played is None else [played]) + [values[name] for name in self._of_panel]
     return Judged(list(drawn), np.stack(rows))
 
   def total(self, values_RN: np.ndarray) -> np.ndarray:

@@ -326,9 +326,7 @@ class Maker:
           stop_ids=self._stop_ids,
       )
 
-    if options.world is None:
-      return self._judge(panel, asked[::count], draw([one.ids for one in asked], 0))
-    return self._judge(panel, asked[::count], options.world.play(asked, self._tokenizer, draw))
+    return self._judge(panel, asked[::count], environments.respond(options.world, asked, self._tokenizer, draw))
 
 
 def _seed(seed: int, name: tuple[int | str, ...]) -> int:

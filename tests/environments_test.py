@@ -144,35 +144,35 @@ class TestRuns:
     names = ['Tom', 'Anna', 'Ben', 'Lily']
     lines = [json.dumps({'prompt': f'{name} was', 'name': name, 'turns': 1 + n % 3}) for n, name in enumerate(names)]
     (tmp_path / 'prompts.jsonl').write_text('\n'.join(lines))
+    (tmp_path / 'flat.jsonl').write_text('\n'.join(4 * lines[:1]))
     options = ('prompts = 4', 'samples = 2', 'max_new_tokens = 4', 'minibatches = 2', 'turns = 3')
     more = ('observation_tokens = 16', 'top_k = 50')
 
-    def run(name, steps):
+    def run(name, steps, data='prompts', *more_flags):
       args = [
           '--algo=grpo',
           '--model=tiny',
           '--tokenizer=builtin:stories260K',
-          f'--data=jsonl:{tmp_path / "prompts.jsonl"}',
+          f'--data=jsonl:{tmp_path / data}.jsonl',
           f'--eval_data=jsonl:{tmp_path / "prompts.jsonl"}',
           f'--environment={HERE}:scripted',
-          '--reward=tests.runs:vowels:0.01',
           f'--workdir={tmp_path / name}',
           f'--steps={steps}',
           '--log_every=1',
           '--save_every=0',
           '--mesh=data:8',
-          '--gin=evaluate.Samples.max_new_tokens = 4',
           '--gin=optim.adamw.schedule = @optim.constant',
           '--gin=optim.constant.lr = 1e-3',
           '--gin=loader.Packing.row_length = 96',
           '--gin=loader.Packing.rows = 8',
           *(f'--gin=rollouts.Options.{one}' for one in (*options, *more)),
+          *more_flags,
       ]
       assert main.main(['jaxalign', *args]) == 0
 
-    run('straight', 4)
+    run('straight', 4, 'prompts', '--reward=tests.runs:vowels:0.01')
     for steps in (3, 4):
-      run('halves', steps)
+      run('halves', steps, 'prompts', '--reward=tests.runs:vowels:0.01')
     runs.assert_same(runs.params_of(tmp_path / 'straight'), runs.params_of(tmp_path / 'halves'))
     kept = [json.loads(line) for line in (tmp_path / 'straight' / 'rollouts' / '000000.jsonl').read_text().splitlines()]
     for line in kept:
@@ -186,7 +186,11 @@ class TestRuns:
     assert first['rewards/scripted/mean'] == pytest.approx((1 + 3 + 6 + 1) / 4)
     summary = json.loads((tmp_path / 'straight' / 'summary.json').read_text())
     assert summary['eval/reward_before'] == pytest.approx((1 + 3 + 6 + 1) / 4, abs=0.5)
-    assert summary['eval/pass@1_after'] == 1.0
+    assert (summary['eval/pass@1_after'], summary['collapse']) == (1.0, '')
+    # Of an environment that gives the same to everybody.
+    run('flat', 2, 'flat', '--gin=train.train.samples = None')
+    assert runs.logged(tmp_path / 'flat')[1]['collapse/reward_std'] == 1.0
+    assert json.loads((tmp_path / 'flat' / 'summary.json').read_text())['collapse'] == 'reward_std'
 
 
 class TestBuiltin:

@@ -114,7 +114,7 @@ class TestPromptsOf:
 
   def ids_of(self, samples, tokenizer, held, context):
     records = [pytypes.SimpleNamespace(at=lambda place: {'n': place})]
-    found = evaluate.prompts_of(samples, tokenizer, held, records, context - samples.max_new_tokens)
+    found = evaluate.prompts_of(samples, tokenizer, held, records, context - (samples.max_new_tokens or 64))
     assert samples.prompts is not None or all(f'here {one.record["n"]}' == one.where for one in found)
     return [one.ids for one in found]
 
