@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
+import copy
+import functools
 import inspect
+import itertools
 from typing import Any
 
 import gin
@@ -74,6 +77,22 @@ def options(name: str, parameter: str) -> str:
         if scope or option not in known or repr(value) != repr(known[option].default):
           lines.append(f'{scope}/{function}.{option} = {value!r}')
   return '\n'.join(sorted(lines))
+
+
+def frozen(name: str, parameter: str) -> Callable[..., Any] | None:
+  """The function that a parameter of the package's refers to, with what is bound to it now, whatever is parsed later.
+
+  None where the parameter is not bound.
+  """
+  reference = gin.config._CONFIG.get(('', f'jaxalign.{name}'), {}).get(parameter)
+  if reference is None:
+    return None
+  scope, function = reference.config_key
+  values: dict[str, Any] = {}
+  for within in ['', *itertools.accumulate(filter(None, scope.split('/')), '{}/{}'.format)]:
+    values |= gin.config._CONFIG.get((within, function), {})
+  # A copy has the values of references.
+  return functools.partial(gin.config._REGISTRY[function].wrapped, **copy.deepcopy(values))
 
 
 def text(write: Callable[..., str]) -> str:

@@ -231,7 +231,7 @@ def find(directory: str | pathlib.Path) -> tuple[pathlib.Path, int]:
   )
 
 
-def load(directory: str | pathlib.Path, mesh: jax.sharding.Mesh) -> Loaded:
+def load(directory: str | pathlib.Path, mesh: jax.sharding.Mesh, dtype: str | None = None) -> Loaded:
   """Restores model, parameters and tokenizer from a checkpoint alone, onto `mesh`.
 
       mesh = sharding.make_mesh()
@@ -241,6 +241,8 @@ def load(directory: str | pathlib.Path, mesh: jax.sharding.Mesh) -> Loaded:
   Args:
     directory: a workdir (its newest checkpoint), its `checkpoints` folder, or one step's folder.
     mesh: any mesh that divides the model, see `sharding.make_mesh`.
+    dtype: of the computation, and of parameters but for a head that scores and a frozen base that is kept in another;
+      None for that of the run, and float32.
 
   Raises:
     UsageError: there is no checkpoint, or the mesh does not divide the model.
@@ -250,10 +252,13 @@ def load(directory: str | pathlib.Path, mesh: jax.sharding.Mesh) -> Loaded:
   run = read_json(folder / 'run.json')
   config = architecture.Config.from_json(run['model'])
   lora = lora_lib.Lora(**run['lora']) if run.get('lora') else None
-  built = transformer.build(config, mesh, dtype=run['dtype'], lora=lora, length=run['row_length'])
+  built = transformer.build(config, mesh, dtype=dtype or run['dtype'], lora=lora, length=run['row_length'])
   model = transformer.without_dropout(built)
   abstract = transformer.abstract_params(model, mesh)
   trained, frozen = lora_lib.split(abstract) if lora else (abstract, {})
+  if dtype is not None:
+    cast = lambda tree: jax.tree.map(lambda x: x.update(dtype=dtype), tree)
+    trained = {name: tree if name in lora_lib.HEAD else cast(tree) for name, tree in trained.items()}
   params = _restored(folder / str(step) / 'params', trained)
   if lora:
     params = lora_lib.join(params, _restored(folder / 'base', frozen))
@@ -283,14 +288,14 @@ def load_reference(directory: str | pathlib.Path, loaded: Loaded, mesh: jax.shar
     RunError: the run kept no reference, as its loss had none, or a file of it is corrupt.
   """
   folder, step = find(directory)
-  abstract = transformer.abstract_params(loaded.model, mesh)
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), loaded.params)
   followed = folder / str(step) / 'reference'
   if followed.exists():
     halves = lora_lib.split if loaded.model.lora is not None else lambda whole: (whole, {})
     moving = _restored(followed, halves(abstract)[0])
     return reference.Reference.of(loaded.model, moving, halves(loaded.params)[1], follows=True)
   if loaded.model.lora is None:
-    return load_base(folder, loaded.model, mesh)
+    return reference.Reference.of(loaded.model, _restored(folder / 'base', abstract), {})
   start = lora_lib.split(abstract)[0]
   trained = _restored(folder / 'start', start) if loaded.model.lora.adapter else {}
   return reference.Reference.of(loaded.model, trained, lora_lib.split(loaded.params)[1])

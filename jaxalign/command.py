@@ -115,10 +115,15 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         flags.DEFINE_multi_string,
         'reward',
         [],
-        'A function that judges responses: those that an online algorithm samples, or with --mode=score, in place of a'
-        ' model, those of --data. MODULE:FUNCTION or'
-        " path/to/file.py:FUNCTION; options and a weight may follow, as in 'my.py:score(goal=3, processes=4,"
-        " timeout=10):0.5'. Repeatable; jaxalign.rewards.rules, lengths and instructions have some.",
+        'What judges responses: those that an online algorithm samples, or with --mode=score those of --data. A'
+        ' function is MODULE:FUNCTION or path/to/file.py:FUNCTION; options and a weight may follow, as in'
+        " 'my.py:score(goal=3, processes=4, timeout=10):0.5'; jaxalign.rewards.rules, lengths and instructions have"
+        ' some. A model is DIR, a'
+        ' checkpoint or a Hugging Face directory: a reward model (output=0 is which output of several), one of steps'
+        " (reduce='min', 'mean', 'last' or 'product' of the probabilities that they are right), or a policy with its"
+        " reference (beta times the log-ratio, as 'runs/dpo(beta=0.1):2'); dtype='bfloat16' keeps it in that. A+B are"
+        " several models, of which how='mean', 'worst' or 'uncertainty' (with penalty) makes one, and centre=True takes"
+        " each one's mean from it first. Repeatable.",
     ),
     (
         flags.DEFINE_string,
@@ -176,6 +181,12 @@ _UNREAD: dict[str, tuple[str, ...]] = {
         *_OF_SAMPLING,
         *('checkpoint', 'mesh', 'dcn_mesh', 'seed', 'per', 'row_length', 'debug'),
     ),
+    'score --reward=DIR': (
+        *_but(_OF_TRAINING, 'tokenizer', 'data'),
+        *_but(_OF_DATA, 'data_dir', 'skip_bad_records'),
+        *_OF_SAMPLING,
+        *('checkpoint', 'seed', 'per', 'debug'),
+    ),
 }
 _INSTEAD = {
     'checkpoint': '; --model=DIR starts from a checkpoint',
@@ -212,7 +223,9 @@ def parse(argv: list[str]) -> flags.FlagValues:
 
 def check_mode(args: flags.FlagValues) -> None:
   """Raises UsageError where a flag was given that `--mode` does not read."""
-  mode = 'score --reward' if args.mode == 'score' and args.reward else args.mode
+  mode = args.mode
+  if mode == 'score' and args.reward:
+    mode = 'score --reward=DIR' if any(map(functions.is_model, args.reward)) else 'score --reward'
   for name in (*_UNREAD[mode], 'markdown'):
     if args[name].present:
       raise types.UsageError(f'--mode={mode} does not read --{name}{_INSTEAD.get(name, "")}')
@@ -222,7 +235,7 @@ def reward_bindings(args: flags.FlagValues) -> list[str]:
   """The gin bindings of `--reward`, `--environment` and `--combine`, for rollouts.
 
   Raises:
-    UsageError: a reward is not of the form that is wanted, or there is no such function.
+    UsageError: a reward is not of the form that is wanted, or there is no such function or directory.
   """
   for spec in args.reward:
     functions.parse(spec)

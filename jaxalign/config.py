@@ -30,6 +30,7 @@ from jaxalign import catalog
 from jaxalign import recipe as recipe_lib
 from jaxalign import types
 from jaxalign.data import probes
+from jaxalign.rewards import modelled
 
 # What `--gin` can name without importing it.
 _HEADER = """
@@ -42,6 +43,7 @@ from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import recipe
 from jaxalign import reference
+from jaxalign import returns
 from jaxalign import rollouts
 from jaxalign import score
 from jaxalign import train
@@ -52,15 +54,18 @@ from jaxalign.data import loader
 from jaxalign.data import prompts
 from jaxalign.data import scored
 from jaxalign.data import texts
+from jaxalign.losses import actor_critic
 from jaxalign.losses import batchwise
 from jaxalign.losses import compose
 from jaxalign.losses import listwise
 from jaxalign.losses import parts
 from jaxalign.losses import pointwise
 from jaxalign.losses import policy
+from jaxalign.losses import policy_parts
 from jaxalign.losses import preference
 from jaxalign.losses import reference_free
 from jaxalign.losses import reward
+from jaxalign.losses import rewarded
 from jaxalign.losses import shaped
 from jaxalign.losses import supervised
 from jaxalign.losses import unpaired
@@ -265,6 +270,11 @@ def recipe() -> recipe_lib.Recipe:
   fns = {name: fn for name in ('example_fn', 'scored_fn') if (fn := getattr(made, name)) is not None}
   told = {name: probes.Bound(fn, bound.options('recipe.Recipe', name)) for name, fn in fns.items()}
   return dataclasses.replace(made, **told)
+
+
+def scoring() -> modelled.Scoring:
+  """How the model of the recipe that is bound scores responses, for use when another recipe is bound."""
+  return modelled.Scoring(*(bound.frozen('recipe.Recipe', name) for name in modelled.Scoring._fields))
 
 
 def check_reachable(*roots: str) -> None:

@@ -76,6 +76,8 @@ class Environment:
       UsageError: there is no such function, or it cannot be called so, or a number is below 1.
     """
     found = functions.parse(spec, flag='environment')
+    if not isinstance(found, functions.Reward):
+      raise types.UsageError(f'--environment={spec}: it is a function: write MODULE:FUNCTION')
     if found.weight != 1.0 or found.processes:
       raise types.UsageError(f'--environment={spec}: a weight, processes and timeout are for rewards')
     try:

@@ -34,6 +34,7 @@ from jaxalign.data import tokenizers
 from jaxalign.models import lora
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
+from jaxalign.rewards import modelled
 from jaxalign.rewards import rules
 
 
@@ -95,10 +96,11 @@ def sample(
     samples: Samples,
     prompts: Sequence[verdicts.Prompt],
     seed: int,
-    rewards: Sequence[functions.Reward] = (),
+    rewards: Sequence[functions.Reward | modelled.Model] = (),
     how: str = 'sum',
     ref_logps: RefLogps | None = None,
     world: environments.Environment | None = None,
+    scorers: Callable[[], Mapping[str, functions.Scorer]] = dict,
 ) -> Sampled:
   """Samples `per_prompt` responses to each prompt and judges them.
 
@@ -113,6 +115,7 @@ def sample(
     how: several are combined, see `functions.combine`.
     ref_logps: for the divergence from a reference.
     world: what answers the policy, for as many turns as it has.
+    scorers: loads the models among the rewards, by name.
 
   Returns:
     metrics: `reward`, `reward_std` and `pass@K` where rewards do not abstain throughout, `distinct_2` (distinct token
@@ -135,8 +138,8 @@ def sample(
   drawn = environments.respond(world, repeated, tokenizer, draw)
   ids = [one.ids for one in drawn]
   values = {'distinct_2': rules.distinct(2, ids), 'mean_length': float(np.mean([len(one.logps) for one in drawn]))}
-  responses = verdicts.responses(prompts, tokenizer, ids)
-  values |= verdicts.measured(rewards, how, samples.pass_at, responses, len(prompts), environments.rewards_of(drawn))
+  responses, given = verdicts.responses(prompts, tokenizer, drawn), environments.rewards_of(drawn)
+  values |= verdicts.measured(rewards, how, samples.pass_at, responses, len(prompts), given, scorers())
   if ref_logps is not None and samples.temperature == 1:
     own = np.array([np.sum(one.logps, dtype=np.float64) for one in drawn])
     gaps = own - ref_logps([one.ids for one in repeated], drawn)
@@ -242,9 +245,9 @@ class Evaluator:
     self._kept = kept
     self._packing, self._mesh = dataclasses.replace(recipe.packing, groups_per_step=None), job.mesh
     self._model, self._tokenizer, self._streams, self._seed = model, tokenizer, streams, job.seed
-    self._samples, self._frozen = samples, frozen
+    self._samples, self._frozen, self._scorers = samples, frozen, streams.scorers
     self._prompts: list[verdicts.Prompt] = []
-    self._rewards: list[functions.Reward] = []
+    self._rewards: list[functions.Reward | modelled.Model] = []
     self._how, self._world = 'sum', None
     if recipe.rollouts is not None:
       self._how, self._world = recipe.rollouts.combine, recipe.rollouts.world
@@ -293,11 +296,11 @@ class Evaluator:
       args = self._samples, self._prompts, self._seed, self._rewards, self._how
       whole = lora.join(forward.divided(params)[0], self._frozen)
       ref_logps = self._ref_logps(ref) if compared else None
-      sampled = sample(self._model, whole, self._tokenizer, *args, ref_logps, self._world)
+      sampled = sample(self._model, whole, self._tokenizer, *args, ref_logps, self._world, self._scorers)
     return Whole(self.held_out(params, loss_state, ref), sampled)
 
 
-def _rewards(samples: Samples, recipe: recipe_lib.Recipe) -> list[functions.Reward]:
+def _rewards(samples: Samples, recipe: recipe_lib.Recipe) -> list[functions.Reward | modelled.Model]:
   if samples.judge is not None:
     return [functions.Reward('evaluate.Samples.judge', samples.judge)]
   return [functions.parse(spec) for spec in recipe.rollouts.rewards] if recipe.rollouts is not None else []
@@ -323,7 +326,8 @@ def evaluate(
     loaded = checkpoint.load(directory, job.mesh)
     streams: streams_lib.Streams | streams_lib.Online
     if recipe.rollouts is not None:
-      streams = streams_lib.open_prompts(job, recipe, loaded.tokenizer, loaded.model)
+      scored = samples is not None and samples.judge is None
+      streams = streams_lib.open_prompts(job, recipe, loaded.tokenizer, loaded.model, scored=scored)
     else:
       streams = streams_lib.open_streams(job, recipe, loaded.tokenizer, train=False)
     known = streams.reference or recipe.rollouts is not None

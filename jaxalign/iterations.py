@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 import dataclasses
 import pathlib
 
@@ -78,6 +79,7 @@ class Iterations:
       mesh: jax.sharding.Mesh,
       seed: int,
       folder: pathlib.Path,
+      scorers: Callable[[], Mapping[str, functions.Scorer]] = dict,
   ):
     """Keeps what all of them share.
 
@@ -89,8 +91,9 @@ class Iterations:
       mesh: where batches lie.
       seed: of the order within a rollout.
       folder: where rollouts are kept.
+      scorers: loads the models among the rewards, see `scorers.checked`, when the first rollout begins.
     """
-    self._options, self._maker, self._packing = options, maker, packing
+    self._options, self._maker, self._packing, self._scorers = options, maker, packing, scorers
     self._tokenizer, self._mesh, self._seed, self._folder = tokenizer, mesh, seed, folder
     self.said: dict[tuple[int, int], dict[str, float]] = {}  # metrics of the newest rollouts by data state
 
@@ -107,7 +110,8 @@ class Iterations:
     Yields:
       (iteration, update) to resume from once the batch has been consumed, and the batch.
     """
-    with functions.Panel([functions.parse(spec) for spec in self._options.rewards]) as panel:
+    rewards = [functions.parse(spec) for spec in self._options.rewards]
+    with functions.Panel(rewards, self._scorers(), together=True) as panel:
       while True:
         rollout = self._read(iteration) if update else self._made(panel, iteration, params())
         yield from self._of(rollout, iteration, update)

@@ -64,9 +64,9 @@ class Judge:
       self, panel: functions.Panel, asked: Sequence[verdicts.Prompt], drawn: Sequence[environments.Response]
   ) -> Judged:
     """What the rewards make of responses to these prompts, as many to each."""
-    values = panel(verdicts.responses(asked, self._tokenizer, [one.ids for one in drawn]))
+    values = panel(verdicts.responses(asked, self._tokenizer, drawn))
     played = environments.rewards_of(drawn)
-    rows = ([] if played is None else [played]) + [values[name] for name in self._of_panel]
+    rows = ([] if played is None else [played]) + [values[name].values for name in self._of_panel]
     return Judged(list(drawn), np.stack(rows))
 
   def total(self, values_RN: np.ndarray) -> np.ndarray:

@@ -166,7 +166,7 @@ def load(spec: str, mesh: jax.sharding.Mesh, dtype: str | None = None) -> checkp
   Args:
     spec: a checkpoint or a Hugging Face directory.
     mesh: where it lies.
-    dtype: of a Hugging Face directory's parameters and computation; None for what it is kept in.
+    dtype: of parameters and computation, but for a head that scores; None for what they are kept in.
 
   Raises:
     UsageError: there is no such directory, or the mesh does not divide the model.
@@ -174,7 +174,7 @@ def load(spec: str, mesh: jax.sharding.Mesh, dtype: str | None = None) -> checkp
   """
   path = model_directory(spec)
   if checkpoint.is_checkpoint(path):
-    return checkpoint.load(path, mesh)
+    return checkpoint.load(path, mesh, dtype)
   config, values = hf.read_config(path), hf.read_json(path / 'config.json')
   dtype = dtype or values.get('dtype') or values.get('torch_dtype') or 'float32'
   model = transformer.build(config, mesh, dtype=dtype, length=config.max_length)

@@ -4,6 +4,7 @@ The ids that were sampled are trained on as they are; text is only for those who
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -30,6 +31,7 @@ from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
+from jaxalign.rewards import modelled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Options:
     max_new_tokens: length at which a response is cut.
     rewards: what scores responses, each as `--reward` names it, see `rewards.functions.parse`; with an environment
       there may be none.
+    scorings: of models among them, by directory, what their own runs say of how they score; nothing binds it.
     combine: of several rewards, see `rewards.functions.combine`.
     advantage_fn: from `advantages`, or any function that `credit` can call: what it reads its parameters name.
     temperature: of sampling.
@@ -68,6 +71,7 @@ class Options:
   max_new_tokens: int
   rewards: tuple[str, ...]
   advantage_fn: Callable[..., Any]
+  scorings: Mapping[str, modelled.Scoring] = dataclasses.field(default_factory=dict)
   combine: str = 'sum'
   temperature: float = 1.0
   top_k: int = 0
@@ -85,7 +89,9 @@ class Options:
 
   def __post_init__(self):
     if not self.rewards and not self.environment:
-      raise types.UsageError('rollouts.Options.rewards: nothing scores the responses; give --reward=MODULE:FUNCTION')
+      raise types.UsageError(
+          'rollouts.Options.rewards: nothing scores the responses; give --reward=MODULE:FUNCTION or DIR'
+      )
     functions.check_how(self.combine)
     for name in ('prompts', 'samples', 'max_new_tokens', 'epochs', 'minibatches'):
       if getattr(self, name) < 1:

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import functools
+import types as python_types
 from typing import Any
 from typing import NamedTuple
 
@@ -14,9 +16,9 @@ import jax
 import numpy as np
 import tqdm
 
-from jaxalign import checkpoint
-from jaxalign import forward
+from jaxalign import reading
 from jaxalign import recipe as recipe_lib
+from jaxalign import scorers
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign.data import dataset as dataset_lib
@@ -26,24 +28,9 @@ from jaxalign.data import response_texts
 from jaxalign.data import scored
 from jaxalign.data import sources
 from jaxalign.rewards import functions
+from jaxalign.rewards import modelled
 
-_LENGTH = 1024
-_ROWS = 8  # at least; more where the mesh splits them
 _CALL = 64  # responses at least that a reward function is called with
-
-
-class _Reading(NamedTuple):
-  """How responses are scored.
-
-  Attributes:
-    outputs: (params, micro-batch) -> `[B, T, O]`, of which those are added up that the examples mark in a sequence.
-    example_fn: makes examples of records.
-    combine_fn: see `recipe.Recipe`.
-  """
-
-  outputs: Callable
-  example_fn: Callable
-  combine_fn: Callable[[list[np.ndarray]], list[np.ndarray]] | None = None
 
 
 def score(
@@ -84,22 +71,22 @@ def score(
   specs = sources.parse_all(job.data)
   with jax.set_mesh(job.mesh):
     loaded = recipe_lib.load(job.model, job.mesh)
-    reading = _reading(job, loaded, per, recipe)
+    scoring = None if recipe is None else modelled.Scoring(recipe.scored_fn, recipe.combine_fn)
+    found_by = reading.of(job.model, loaded, job.mesh, per=per, own=scoring)
     context = loaded.model.config.max_length
     if row_length is not None and row_length > context:
       raise types.UsageError(f'--row_length={row_length}: the context of the model is {context} tokens')
-    loader = _open(job, specs, loaded.tokenizer, reading.example_fn, row_length or min(_LENGTH, context))
-    scores = lambda params, batch: jax.lax.map(functools.partial(reading.outputs, params), batch)
-    fn = jax.jit(scores, out_shardings=sharding.named(job.mesh))
+    loader = _open(job, specs, loaded.tokenizer, found_by.example_fn, row_length or min(scorers.LENGTH, context))
+    run = found_by.run(job.mesh)
     found: dict[int, dict[int, np.ndarray]] = {}
     steps = loader.ordered(range(len(loader.dataset)))
     for plan, batch in tqdm.tqdm(steps, 'scoring', unit='step', disable=None, leave=False):
-      values = np.asarray(fn(loaded.params, batch))
+      values = np.asarray(run(found_by.params, batch))
       for place in loader.places(plan):
         found.setdefault(place.record, {})[place.slot] = values[place.micro, place.row][place.targets]
   own = [sources.open_source(spec, job.data_dir) for spec in specs]
   return (
-      _scored(loader.dataset, own, record, slots, per, reading.combine_fn) for record, slots in sorted(found.items())
+      _scored(loader.dataset, own, record, slots, per, found_by.combine_fn) for record, slots in sorted(found.items())
   )
 
 
@@ -131,18 +118,6 @@ def _scores_of(values: list[np.ndarray], per: str, combine_fn: Callable | None) 
   return list(map(number, sums if combine_fn is None else combine_fn(sums)))
 
 
-def _reading(job: recipe_lib.Job, loaded: checkpoint.Loaded, per: str, recipe: recipe_lib.Recipe | None) -> _Reading:
-  scored_fn, combine_fn = (recipe.scored_fn, recipe.combine_fn) if recipe is not None else (None, None)
-  if scored_fn is not None and per != 'response':
-    raise types.UsageError(f'--per={per}: {job.model} judges whole responses (by its recipe.Recipe.scored_fn)')
-  if loaded.model.config.score_outputs and not loaded.run.get('writes'):
-    head = functools.partial(forward.scores, model=loaded.model)
-    return _Reading(head, scored_fn or functools.partial(scored.responses, per=per), combine_fn)
-  if scored_fn is not None and combine_fn is not None:
-    return _Reading(lambda params, batch: _logps(loaded.model, params, batch)[..., None], scored_fn, combine_fn)
-  return _Reading(_ratios(job, loaded, per), scored_fn or scored.plain)
-
-
 def of_both_orders(outputs: list[np.ndarray]) -> list[np.ndarray]:
   """Log-probabilities that each of two responses is better, of the log-odds that the one which comes first is."""
   log_sigmoid = lambda x: -np.logaddexp(0.0, -x.astype(np.float64))
@@ -156,32 +131,13 @@ def of_answers(outputs: list[np.ndarray]) -> list[np.ndarray]:
   return [yes - no for yes, no in zip(outputs[::2], outputs[1::2])]
 
 
-def _logps(model, params, batch) -> jax.Array:
-  return forward.target_stats(params, batch, model=model)['logps']
-
-
-def _ratios(job: recipe_lib.Job, loaded: checkpoint.Loaded, per: str) -> Callable:
-  """The log-ratio to the reference of the model's run, of each token that counts."""
-  path = recipe_lib.model_directory(job.model)
-  if not checkpoint.is_checkpoint(path) or not loaded.run.get('base'):
-    raise types.UsageError(f'{job.model}: it has no head that scores (train one with --algo=rm) and no reference')
-  if per == 'step':
-    raise types.UsageError(f'--per=step: {job.model} has no head that scores; its implicit rewards are of tokens')
-  ref = checkpoint.load_reference(path, loaded, job.mesh)
-
-  def ratios(params, batch):
-    return (_logps(loaded.model, params, batch) - _logps(ref.model, ref.params, batch))[..., None]
-
-  return ratios
-
-
 def _open(job: recipe_lib.Job, specs: list[str], tokenizer, example_fn: Callable, row_length: int) -> loader_lib.Loader:
   datasets = [recipe_lib.open_source(job, example_fn, tokenizer, spec, row_length) for spec in specs]
   # The responses of a record lie in one micro-batch. Placed one by one where there is room, the longest first, they
   # leave at most one row half empty.
   half_rows = max(int(dataset.lengths_NK.sum(axis=1).max()) for dataset in datasets) * 2 // row_length
   parts = sharding.parts(job.mesh, 'batch')
-  rows = parts * -(-max(_ROWS, min(half_rows + 1, max(dataset.group_size for dataset in datasets))) // parts)
+  rows = parts * -(-max(scorers.ROWS, min(half_rows + 1, max(dataset.group_size for dataset in datasets))) // parts)
   packing = loader_lib.Packing(rows=rows, row_length=row_length)
   return loader_lib.Loader(datasets, [1.0] * len(datasets), packing=packing, mesh=job.mesh, seed=0)
 
@@ -203,8 +159,11 @@ def by_rewards(
     data_dir: str | None = None,
     tokenizer: str | None = None,
     skip_bad_records: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+    own: Mapping[str, modelled.Scoring] = python_types.MappingProxyType({}),
+    row_length: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-  """Scores responses by functions, without a model; see `functions.parse` and `functions.combine`.
+  """Scores responses by functions and models; see `functions.parse` and `functions.combine`.
 
   Args:
     specs: as for `--reward`.
@@ -213,13 +172,16 @@ def by_rewards(
     data_dir: where TFDS sets lie.
     tokenizer: as for `--tokenizer`, for rewards of token ids; None gives them none.
     skip_bad_records: count records that cannot be read, rather than stop at the first.
+    mesh: where models lie; None where all rewards are functions, for which no device is asked.
+    own: see `scorers.checked`.
+    row_length: see `scorers.checked`.
 
   Returns:
     One object a record that was kept: `record` says which it is, `scores` has a score per response, None where all
     rewards abstain; the columns that the record itself has follow. Mean and deviation of each reward are logged.
 
   Raises:
-    UsageError: a reward or a file is not there, or there is no such way to combine.
+    UsageError: a reward or a file is not there, or there is no such way to combine, or a model does not score.
     RunError: a record cannot be read, or a reward fails on one.
   """
   functions.check_how(how)
@@ -228,24 +190,34 @@ def by_rewards(
   if tokenizer:
     encode = functools.partial(examples.to_ids, recipe_lib.load_tokenizer(tokenizer), continuation=True, special=False)
   found, kept = [], []
-  with functions.Panel(rewards) as panel:
+  with contextlib.ExitStack() as stack:
+    models: Mapping[str, functions.Scorer] = {}
+    if mesh is not None:
+      stack.enter_context(jax.set_mesh(mesh))
+      models = scorers.checked(rewards, mesh, own=own, row_length=row_length)()
+    panel = stack.enter_context(functions.Panel(rewards, models, together=mesh is not None))
     for batch in _batches(_texts(data, data_dir, skip_bad_records)):
       found.append(panel(_responses(batch, encode)))
       kept += [(one.source, one.row, len(one.texts.responses)) for one in batch]
   if not kept:
     raise types.RunError(f'--data={data}: it holds no responses to score')
-  values = {reward.name: np.concatenate([part[reward.name] for part in found]) for reward in rewards}
+  values = {reward.name: np.concatenate([part[reward.name].values for part in found]) for reward in rewards}
+  _log(values)
+  total_N = functions.combine(list(values.values()), [reward.weight for reward in rewards], how)
+  scores = iter([None if np.isnan(total) else float(total) for total in total_N])
+  for source, row, count in kept:
+    made = {'record': source.where(row), 'scores': [next(scores) for _ in range(count)]}
+    yield made | source[row] | made  # What was made comes first, and wins.
+
+
+def _log(values: Mapping[str, np.ndarray]) -> None:
+  """Logs mean and deviation of each reward, `[N]` by name."""
   for name, values_N in values.items():
     known = values_N[~np.isnan(values_N)]
     mean, std = (known.mean(), known.std()) if known.size else (np.nan, np.nan)
     logging.info(
         '%s: mean %.4g, std %.4g, abstained %d of %d', name, mean, std, len(values_N) - known.size, len(values_N)
     )
-  total_N = functions.combine(list(values.values()), [reward.weight for reward in rewards], how)
-  scores = iter([None if np.isnan(total) else float(total) for total in total_N])
-  for source, row, count in kept:
-    made = {'record': source.where(row), 'scores': [next(scores) for _ in range(count)]}
-    yield made | source[row] | made  # What was made comes first, and wins.
 
 
 def _texts(data: str, data_dir: str | None, skip_bad_records: bool) -> Iterator[_Read]:

@@ -3,6 +3,7 @@
 No other module spells a mesh axis or a PartitionSpec: models name logical axes, callers ask this module for shardings.
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import math
@@ -13,6 +14,7 @@ from absl import logging
 from flax import linen as nn
 import jax
 from jax.experimental import mesh_utils
+from jax.experimental import multihost_utils
 import numpy as np
 
 from jaxalign import types
@@ -241,3 +243,31 @@ def _process_numbers(env: Mapping[str, str]) -> tuple[int, int]:
   if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
     raise types.UsageError(f'NUM_PROCESSES={count}, PROCESS_ID={index}: write N and one of 0 to N-1')
   return int(count), int(index)
+
+
+def of_first(make: Callable[[], np.ndarray], shape: Sequence[int]) -> np.ndarray:
+  """What `make` returns in the first process of a job, in all of them; elsewhere it is not called.
+
+  Args:
+    make: returns float64 of that shape.
+    shape: the same in all processes.
+
+  Raises:
+    Exception: whatever it raises, in the first process.
+    RunError: it failed there, in the others.
+  """
+  if jax.process_count() == 1:
+    return make()
+  told, problem = np.zeros(1 + math.prod(shape)), None
+  if jax.process_index() == 0:
+    try:
+      told[1:] = make().reshape(-1)
+    except Exception as err:  # The others wait: they are told before it is raised.
+      told[0], problem = 1.0, err
+  # As pairs of 32 bits, as JAX would round doubles.
+  told = multihost_utils.broadcast_one_to_all(told.view(np.uint32)).view(np.float64)
+  if problem is not None:
+    raise problem
+  if told[0]:
+    raise types.RunError('process 0 failed, and says why')
+  return told[1:].reshape(shape)

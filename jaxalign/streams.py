@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -17,6 +18,7 @@ from jaxalign import metrics
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
 from jaxalign import rollouts
+from jaxalign import scorers
 from jaxalign import sharding
 from jaxalign import tracing
 from jaxalign import types
@@ -26,6 +28,7 @@ from jaxalign.data import rows
 from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.models import transformer
+from jaxalign.rewards import functions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Streams:
     live: whether the step itself is to compute what the loss reads of the reference.
     report: counts of records, truncated and dropped, by name.
   """
+
+  scorers = dict  # No models are among the rewards of what is not online.
 
   train: loader_lib.Loader | None
   held: loader_lib.Loader | None
@@ -99,6 +104,7 @@ class Online:
     cached: False.
     asked: prompts that are held out; None where there are none.
     report: counts of prompts by name.
+    scorers: loads the models among the rewards.
   """
 
   held = None
@@ -112,9 +118,10 @@ class Online:
       asked: dataset.Joined | None,
       report: dict[str, int],
       share: float,
+      scorers: Callable[[], Mapping[str, functions.Scorer]] = dict,
   ):
     self.needs, self.reference, self.live, self.report = needs, reference, reference, report
-    self._iterations, self._share, self.asked = made, share, asked
+    self._iterations, self._share, self.asked, self.scorers = made, share, asked, scorers
 
   def said(self, place: tuple[int, int]) -> dict[str, float]:
     """The report, and what was sampled for the step that led to a data state."""
@@ -141,6 +148,8 @@ def open_prompts(
     tokenizer: tokenizers.Tokenizer,
     model: transformer.Transformer,
     critic: transformer.Transformer | None = None,
+    *,
+    scored: bool = True,
 ) -> Online:
   """Opens the prompts in `--data` for rollouts of `model`, and those in `--eval_data`.
 
@@ -150,27 +159,17 @@ def open_prompts(
     tokenizer: of the model.
     model: of the policy.
     critic: gives values where it has parameters of its own.
+    scored: whether rewards are asked, so that models among them are wanted.
 
   Raises:
-    UsageError: loss or advantages read what a rollout does not give, or a rollout does not fit a step.
+    UsageError: loss or advantages read what a rollout does not give, or it does not fit a step, or no model judges it.
   """
   options = recipe.rollouts
   assert options is not None
   datasets = recipe_lib.open_data(job, recipe, tokenizer, job.data)
   held_sets = recipe_lib.open_data(job, recipe, tokenizer, job.eval_data) if job.eval_data else []
   mixture, prompts = sources.parse_mixture(job.data), dataset.Joined(datasets)
-  outputs = recipe.score_outputs or int(bool(recipe.critic))
-  of_responses, of_tokens = options.credit.names(options.samples, len(options.rewards) + bool(options.environment))
-  needs = tracing.trace(
-      recipe.loss_fn,
-      group_size=options.samples,
-      labels=of_responses,
-      token_labels=(*of_tokens, 'sampler_logps', 'old_logps'),
-      outputs=outputs,
-  )
-  if 'values_BT' in options.credit.reads and not outputs:
-    problem = 'reads values_BT of a critic: bind recipe.Recipe.critic, or recipe.Recipe.score_outputs = 1 for a head'
-    raise types.UsageError(f'rollouts.Options.advantage_fn {problem}')
+  needs = _needs_of_rollouts(recipe, options)
   logging.info('the loss reads %s', ', '.join(sorted(needs.fields)))
   logging.info('advantages read %s', ', '.join(sorted(options.credit.reads)))
   packing = iterations.packing_of(options, recipe.packing)
@@ -189,10 +188,39 @@ def open_prompts(
       ),
       **shared,
   )
-  made = iterations.Iterations(options, maker, folder=job.workdir / 'rollouts', **shared)
-  has_reference = needs.reference or bool(ref)
   asked = dataset.Joined(held_sets) if held_sets else None
-  return Online(made, needs, has_reference, asked, _report(datasets, held_sets), options.prompts / len(prompts))
+  # Loaded once, for rollouts and for who judges held-out prompts.
+  read = [prompts, *filter(None, [asked])]
+  models = functools.cache(_scorers(options, tokenizer, read, packing, job.mesh) if scored else dict)
+  made = iterations.Iterations(options, maker, folder=job.workdir / 'rollouts', scorers=models, **shared)
+  has_reference = needs.reference or bool(ref)
+  report, share = _report(datasets, held_sets), options.prompts / len(prompts)
+  return Online(made, needs, has_reference, asked, report, share, models)
+
+
+def _needs_of_rollouts(recipe: recipe_lib.Recipe, options: rollouts.Options) -> tracing.Needs:
+  """What the loss reads; raises UsageError where advantages read a critic that is not there."""
+  outputs = recipe.score_outputs or int(bool(recipe.critic))
+  of_responses, of_tokens = options.credit.names(options.samples, len(options.rewards) + bool(options.environment))
+  needs = tracing.trace(
+      recipe.loss_fn,
+      group_size=options.samples,
+      labels=of_responses,
+      token_labels=(*of_tokens, 'sampler_logps', 'old_logps'),
+      outputs=outputs,
+  )
+  if 'values_BT' in options.credit.reads and not outputs:
+    problem = 'reads values_BT of a critic: bind recipe.Recipe.critic, or recipe.Recipe.score_outputs = 1 for a head'
+    raise types.UsageError(f'rollouts.Options.advantage_fn {problem}')
+  return needs
+
+
+def _scorers(options: rollouts.Options, tokenizer, prompts: list[dataset.Joined], packing: loader_lib.Packing, mesh):
+  """What loads the models among the rewards; raises UsageError where one cannot score what is sampled."""
+  longest = max(int(one.lengths_NK.max()) for one in prompts)
+  sampled = scorers.Sampled(tokenizer, longest, options.longest, packing.row_length)
+  rewards = [functions.parse(spec) for spec in options.rewards]
+  return scorers.checked(rewards, mesh, own=options.scorings, sampled=sampled)
 
 
 def open_streams(

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from collections.abc import Sequence
 import math
+from types import MappingProxyType
 from typing import Any
 from typing import NamedTuple
+from typing import Protocol
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from jaxalign.data import dataset
 from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.rewards import functions
+from jaxalign.rewards import modelled
 
 
 class Prompt(NamedTuple):
@@ -34,6 +37,18 @@ class Prompt(NamedTuple):
     return said is not None and not isinstance(said, str)
 
 
+class Said(Protocol):
+  """What was sampled behind a prompt: its tokens, and whether it ended by itself."""
+
+  @property
+  def ids(self) -> list[int]:
+    """The tokens."""
+
+  @property
+  def finished(self) -> bool:
+    """Whether it did."""
+
+
 def of_record(groups: dataset.Joined, records: Sequence[sources.Source], index: int) -> Prompt:
   """A prompt of tokenised data, `records` being the sources of which `groups` were made."""
   group, (source, place) = groups[index], groups.place(index)
@@ -41,35 +56,36 @@ def of_record(groups: dataset.Joined, records: Sequence[sources.Source], index: 
   return Prompt(ids, records[source].at(place), groups.where(index))
 
 
-def responses(
-    prompts: Sequence[Prompt], tokenizer: tokenizers.Tokenizer, ids: Sequence[Sequence[int]]
-) -> functions.Responses:
+def responses(prompts: Sequence[Prompt], tokenizer: tokenizers.Tokenizer, said: Sequence[Said]) -> functions.Responses:
   """What rewards are called with: as many responses to each prompt, one prompt behind the other.
 
   Args:
     prompts: G of them; one of no record is read as text.
     tokenizer: of the model.
-    ids: of the responses, G K of them.
+    said: responses, G K of them.
   """
-  each = lambda values: [value for value in values for _ in range(len(ids) // len(prompts))]
+  each = lambda values: [value for value in values for _ in range(len(said) // len(prompts))]
   names = sorted({name for prompt in prompts for name in prompt.record} - {'prompt'})
-  said = lambda prompt: prompt.record.get('prompt', prompt.record.get('messages'))
+  asked = lambda prompt: prompt.record.get('prompt', prompt.record.get('messages'))
   return functions.Responses(
-      prompts=each(tokenizer.decode(one.ids) if said(one) is None else said(one) for one in prompts),
-      responses=[tokenizer.decode(one, continuation=True) for one in ids],
+      prompts=each(tokenizer.decode(one.ids) if asked(one) is None else asked(one) for one in prompts),
+      responses=[tokenizer.decode(one.ids, continuation=True) for one in said],
       fields={name: each(prompt.record.get(name) for prompt in prompts) for name in names},
       where=each(prompt.where for prompt in prompts),
-      ids=ids,
+      ids=[one.ids for one in said],
+      prompt_ids=each(one.ids for one in prompts),
+      finished=[one.finished for one in said],
   )
 
 
 def measured(
-    rewards: Sequence[functions.Reward],
+    rewards: Sequence[functions.Reward | modelled.Model],
     how: str,
     ks: Sequence[int],
     responses: functions.Responses,
     groups: int,
     given: np.ndarray | None = None,
+    scorers: Mapping[str, functions.Scorer] = MappingProxyType({}),
 ) -> dict[str, float]:
   """What rewards say of as many responses to each of `groups` prompts.
 
@@ -80,13 +96,16 @@ def measured(
     responses: what is judged.
     groups: number of prompts.
     given: rewards `[N]` of an environment, which come first, with weight 1.
+    scorers: what runs the models among them, by name.
 
   Returns:
     `reward`, `reward_std`, and `pass@K` for each k that enough responses were judged for; nothing where all rewards
     abstain throughout.
   """
-  with functions.Panel(rewards) as panel:
-    found = list(panel(responses).values())
+  found: list[np.ndarray] = []
+  if rewards:
+    with functions.Panel(rewards, scorers, together=True) as panel:
+      found = [one.values for one in panel(responses).values()]
   weights = [reward.weight for reward in rewards]
   if given is not None:
     found, weights = [given, *found], [1.0, *weights]

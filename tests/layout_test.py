@@ -35,6 +35,8 @@ ROWS = (
     ('iterations',),
     ('checkpoint',),
     ('loop', 'recipe'),
+    ('reading',),
+    ('scorers',),
     ('opening', 'respond', 'resume', 'score', 'streams'),
     ('evaluate',),
     ('train',),

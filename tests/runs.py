@@ -1,5 +1,6 @@
 """Runs of a tiny model, through the command line and in processes of their own, for tests of whole runs."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,7 +14,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxalign import checkpoint
+from jaxalign import recipe
 from jaxalign import sharding
+from jaxalign.data import tokenizers
+from jaxalign.models import hf
+from jaxalign.models import hf_export
+from jaxalign.models import hf_import
+from jaxalign.models import transformer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TIMED = {'tokens_per_s', 'step_time', 'mfu'}
@@ -57,6 +64,38 @@ def flags(folder, workdir, *more, steps=12):
       '--gin=train.train.samples = None',
       *more,
   ]
+
+
+HEAD_OF_TWO = {'score': (64, 2), 'score_bias': (2,)}
+
+
+def write_model(folder, **head):
+  """The stories model with a head of these parameters, as transformers has it, its padding being its EOS."""
+  stories = recipe.asset('stories260K')
+  config = hf.read_config(stories)
+  params = hf_import.read_params(stories, config, sharding.make_mesh('', devices=jax.devices()[:1])) | head
+  config = dataclasses.replace(config, score_outputs=head['score'].shape[1], score_bias='score_bias' in head)
+  tokenizer = tokenizers.load(stories)
+  hf_export.write(folder, params, config, hf.read_json(stories / 'config.json'), 'float32', tokenizer.eos_id)
+  tokenizer.save(folder)
+  (folder / 'tokenizer_config.json').write_text('{"pad_token": "</s>"}')
+  assert tokenizers.load(folder).pad_id == tokenizer.eos_id
+  return folder
+
+
+def hidden_states(longest=64):
+  """What gives the stories model's hidden states of ids that it reads alone, `[n, D]` float64, by one program."""
+  one, stories = sharding.make_mesh('', devices=jax.devices()[:1]), recipe.asset('stories260K')
+  config = hf.read_config(stories)
+  params, module = hf_import.read_params(stories, config, one), transformer.build(config, one, length=512)
+  read = jax.jit(lambda ids, is_text: module.apply({'params': params}, ids, np.arange(longest)[None], is_text))
+
+  def states(ids):
+    padded = np.zeros((2, 1, longest), np.int32)
+    padded[:, 0, : len(ids)] = ids, np.ones(len(ids))
+    return np.asarray(read(*padded)[0, : len(ids)], np.float64)
+
+  return states
 
 
 def spawn(args, devices=2, cwd=ROOT, program=('-m', 'jaxalign.main'), **env):

@@ -1,6 +1,5 @@
 """Scores from the command line, against the model read one response at a time."""
 
-import dataclasses
 import json
 import pathlib
 import re
@@ -13,14 +12,14 @@ import pytest
 from safetensors import numpy as st
 
 from jaxalign import checkpoint
+from jaxalign import config
 from jaxalign import main
 from jaxalign import recipe
+from jaxalign import scorers
 from jaxalign import sharding
 from jaxalign.data import tokenizers
-from jaxalign.models import hf
-from jaxalign.models import hf_export
-from jaxalign.models import hf_import
 from jaxalign.models import transformer
+from jaxalign.rewards import functions
 from tests import runs
 
 STORIES = recipe.asset('stories260K')
@@ -31,40 +30,18 @@ PAIRS = [
     {'prompt': 'The sun', 'chosen': ' is warm.', 'rejected': ' fell'},
 ]
 STEPS = [' He ran', ' home.', ' It was late']
-HEAD_OF_TWO = {'score': (64, 2), 'score_bias': (2,)}
-
-
-def write_model(folder, **head):
-  """The stories model with a head of these parameters, as transformers has it, its padding being its EOS."""
-  config = hf.read_config(STORIES)
-  params = hf_import.read_params(STORIES, config, ONE) | head
-  config = dataclasses.replace(config, score_outputs=head['score'].shape[1], score_bias='score_bias' in head)
-  tokenizer = tokenizers.load(STORIES)
-  hf_export.write(folder, params, config, hf.read_json(STORIES / 'config.json'), 'float32', tokenizer.eos_id)
-  tokenizer.save(folder)
-  (folder / 'tokenizer_config.json').write_text('{"pad_token": "</s>"}')
-  assert tokenizers.load(folder).pad_id == tokenizer.eos_id
-  return folder
 
 
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
   head = np.random.default_rng(0).standard_normal((64, 1)).astype(np.float32)
-  return write_model(tmp_path_factory.mktemp('reward') / 'model', score=head)
+  return runs.write_model(tmp_path_factory.mktemp('reward') / 'model', score=head)
 
 
 @pytest.fixture(scope='module')
 def hidden():
   """What the stories model makes of a text that is read alone, its ids given."""
-  config = hf.read_config(STORIES)
-  params = hf_import.read_params(STORIES, config, ONE)
-  module = transformer.build(config, ONE, length=512)
-
-  def states(ids):
-    ids = np.array([ids])
-    return np.asarray(module.apply({'params': params}, ids, np.arange(ids.size)[None], np.ones_like(ids))[0])
-
-  return states
+  return runs.hidden_states()
 
 
 @pytest.fixture(scope='module')
@@ -161,8 +138,8 @@ class TestScore:
 
   def test_gives_every_output_of_a_head_of_several(self, capsys, hidden, tmp_path):
     rng = np.random.default_rng(1)
-    head = {name: rng.standard_normal(shape).astype('float32') for name, shape in HEAD_OF_TWO.items()}
-    folder = write_model(tmp_path / 'steps', **head)
+    head = {name: rng.standard_normal(shape).astype('float32') for name, shape in runs.HEAD_OF_TWO.items()}
+    folder = runs.write_model(tmp_path / 'steps', **head)
     (one,) = score(capsys, folder, [{'prompt': 'Tom', 'completions': STEPS}], tmp_path, '--per=step')
     ids, ends = self.ends_of_steps('Tom', STEPS)
     np.testing.assert_allclose(one['scores'], [hidden(ids)[ends] @ head['score'] + head['score_bias']], atol=1e-4)
@@ -210,6 +187,7 @@ class TestImplicitRewards:
       logits = np.asarray(hidden[0] @ transformer.output_matrix(params)[:, :512], np.float64)
       return (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))[np.arange(ids.size - 1), ids[1:]]
 
+    wanted = []
     found = score(capsys, policy, PAIRS, tmp_path)
     per_token = score(capsys, policy, PAIRS, tmp_path, '--per=token')
     for one, tokens, record in zip(found, per_token, PAIRS):
@@ -217,9 +195,26 @@ class TestImplicitRewards:
         prompt, response = ids_of(tokenizer, record['prompt'], record[side])
         ids = np.array([*prompt, *response, tokenizer.eos_id])
         ratios = logps(loaded.model, loaded.params, ids) - logps(base.model, base.params, ids)
+        wanted.append(ratios[len(prompt) - 1 :])
         np.testing.assert_allclose(values, ratios[len(prompt) - 1 :], atol=1e-4)
         assert value == pytest.approx(ratios[len(prompt) - 1 :].sum(), abs=1e-3)
         assert abs(value) > 1e-2
+    # As a reward, in words and of ids that were sampled: times beta, of tokens too.
+    args = f'--reward={policy}(beta=0.25):2', f'--data=jsonl:{tmp_path / "records.jsonl"}', '--row_length=64'
+    capsys.readouterr()
+    assert main.main(['jaxalign', '--mode=score', *args]) == 0
+    scores = sum((json.loads(line)['scores'] for line in capsys.readouterr().out.splitlines()), [])
+    np.testing.assert_allclose(scores, [2 * 0.25 * ratios.sum() for ratios in wanted], atol=1e-3)
+    pairs = [ids_of(tokenizer, record['prompt'], record[side]) for record in PAIRS for side in ('chosen', 'rejected')]
+    given = functions.Responses(
+        [''] * 6, [''] * 6, {}, [''] * 6, [ids + [tokenizer.eos_id] for _, ids in pairs], [ids for ids, _ in pairs]
+    )
+    rewards, sampled = [functions.parse(f'{policy}(beta=0.25)')], scorers.Sampled(tokenizer, 16, 32, 64)
+    with jax.set_mesh(ONE), functions.Panel(rewards, scorers.checked(rewards, ONE, own={}, sampled=sampled)()) as panel:
+      (judged,) = panel(given).values()
+    for value, tokens, ratios in zip(judged.values, judged.tokens, wanted, strict=True):
+      np.testing.assert_allclose(tokens, 0.25 * ratios, atol=1e-4)
+      assert value == pytest.approx(tokens.sum())
 
   def test_of_a_list_are_those_of_its_items(self, capsys, policy, tmp_path):
     texts = [side[name] for side in PAIRS for name in ('chosen', 'rejected')]
@@ -284,6 +279,9 @@ class TestKinds:
     (tmp_path / 'list.jsonl').write_text(json.dumps({'prompt': 'Tom', 'samples': [' ran', ' sat', ' sang']}) + '\n')
     assert main.main(['jaxalign', '--mode=score', *args]) == 1
     assert 'list.jsonl:1: column samples: this model compares two responses' in capsys.readouterr().err
+    args = f'--data=jsonl:{tmp_path / "list.jsonl"}', f'--reward={workdir}'
+    assert main.main(['jaxalign', '--mode=score', *args]) == 2
+    assert 'its recipe.Recipe.scored_fn reads no single response (RunError: a column' in capsys.readouterr().err
 
   def test_of_a_judge_in_words_gives_the_log_odds_of_the_good_answer(self, capsys, tmp_path_factory, tmp_path):
     workdir = trained(tmp_path_factory, 'generative_rm', "--gin=judged.answered.answers = (' sun', ' moon')")
@@ -294,6 +292,22 @@ class TestKinds:
     singles = [{'prompt': pair['prompt'], 'completion': pair['chosen']} for pair in PAIRS]
     lists = [{'prompt': pair['prompt'], 'samples': [pair[x] for x in ('rejected', 'chosen')] * 2} for pair in PAIRS]
     found, alone, several = (score(capsys, workdir, records, tmp_path) for records in (PAIRS, singles, lists))
+    assert (
+        main.main(['jaxalign', '--mode=score', f'--reward={workdir}', f'--data=jsonl:{tmp_path / "records.jsonl"}'])
+        == 0
+    )
+    as_reward = [json.loads(line)['scores'] for line in capsys.readouterr().out.splitlines()]
+    for one, other in zip(as_reward, several, strict=True):
+      assert one == pytest.approx(other['scores'], abs=1e-4)
+    # What its run bound goes with its functions where another recipe is bound, as where it judges what is sampled.
+    bindings = checkpoint.read_json(workdir / 'checkpoints' / 'run.json')['bindings']
+    config.parse_saved([bindings], [], [])
+    own = config.scoring()
+    config.parse('sft', files=[], user_files=[], bindings=[])
+    made = own.scored_fn(singles[0], tokenizer, row_length=64)
+    said = [tokenizer.decode(sequence.ids) for sequence in made.sequences]
+    assert [text.rpartition('Good?')[2] for text in said] == [' s', ' m']  # They end where they differ.
+    assert own.combine_fn([np.array([3.0]), np.array([1.0])]) == [2.0]
     for one, other in zip(found, several):
       assert other['scores'] == pytest.approx(one['scores'][::-1] * 2, abs=1e-5)
     for one, other, record in zip(found, alone, PAIRS):

@@ -1,7 +1,9 @@
 """Examples for models that score whole responses, made of the examples for models that write them."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -256,6 +258,39 @@ def steps(
   if labels is not None:
     sequence = dataclasses.replace(sequence, labels={'step': labels[: len(ends)]})
   return examples.Group((sequence,), {}, truncated=len(ends) < len(texts), prompt_tokens=prompt_tokens)
+
+
+def sampled_steps(
+    prompt: Sequence[int], ids: Sequence[int], tokenizer: tokenizers.Tokenizer
+) -> tuple[examples.Sequence, np.ndarray]:
+  """A response that was sampled as the steps that its lines are; one slot counts a step, as in `steps`.
+
+  A step ends with the token that has the first line break behind its words. A last one that has none is given one, in
+  place of EOS.
+
+  Args:
+    prompt: ids.
+    ids: of the response, which stay as they are.
+    tokenizer: turns ids into text.
+
+  Returns:
+    The sequence, and which of `ids` end a step, increasing: none where nothing is said.
+  """
+  ids = ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids
+  ends, has_words, piece_of = [], False, functools.cache(lambda i: tokenizer.decode([i], continuation=True))
+  for place, piece in enumerate(map(piece_of, ids)):
+    before, broken, after = piece.partition('\n')
+    has_words |= bool(before.strip())
+    if broken and has_words:
+      ends.append(place)
+      has_words = False
+    has_words |= bool(after.strip())
+  places, more = [len(prompt) + place for place in ends], []
+  if has_words:
+    more = tokenizer.encode('\n', continuation=True)
+    places, ends = [*places, len(prompt) + len(ids) + len(more) - 1], [*ends, len(ids) - 1]
+  whole = np.array([*prompt, *ids, *more], np.int32)
+  return _marked(whole, np.isin(np.arange(len(whole)), places)), np.array(ends, int)
 
 
 def at_end(sequence: examples.Sequence) -> examples.Sequence:

@@ -1,9 +1,10 @@
-"""Rewards that are functions: found by their import path, called on responses, and combined to one number each."""
+"""Rewards: functions found by their import path, or models, called on responses and combined to one number each."""
 
 import ast
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from concurrent import futures
 import contextlib
 import dataclasses
 import functools
@@ -12,17 +13,25 @@ import os
 import re
 import types as python_types
 from typing import Any
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from jaxalign import sharding
 from jaxalign import types
 from jaxalign.rewards import calling
+from jaxalign.rewards import modelled
 from jaxalign.rewards import pool as pool_lib
 
 HOW = ('sum', 'normalised', 'gated')
 
 _SPEC = re.compile(r'(?P<path>[^:()]+):(?P<name>[A-Za-z_][\w.]*)(?P<options>\(.*\))?(:(?P<weight>[^:()]*))?', re.DOTALL)
-_FORM = 'write MODULE:FUNCTION, MODULE:FUNCTION:WEIGHT or path/to/file.py:FUNCTION(option=value):WEIGHT'
+_OF_MODEL = re.compile(r'(?P<path>[^:()]+)(?P<options>\(.*\))?(:(?P<weight>[^:()]*))?', re.DOTALL)
+_FORM = (
+    'write MODULE:FUNCTION, MODULE:FUNCTION:WEIGHT, path/to/file.py:FUNCTION(option=value):WEIGHT, or of a model'
+    ' DIR(option=value):WEIGHT'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +44,8 @@ class Responses:
     fields: columns of the records by name, None where a record has no such column.
     where: the record in words, for messages.
     ids: token ids of each response; None where there is no tokenizer.
+    prompt_ids: token ids of what each was sampled after; None where it was not sampled here.
+    finished: whether each ended by itself; None where that is not known.
   """
 
   prompts: Sequence[Any]
@@ -42,6 +53,8 @@ class Responses:
   fields: Mapping[str, Sequence[Any]]
   where: Sequence[str]
   ids: Sequence[Sequence[int]] | None = None
+  prompt_ids: Sequence[Sequence[int]] | None = None
+  finished: Sequence[bool] | None = None
 
   def arguments(self) -> dict[str, Sequence[Any]]:
     """What functions are called with, by keyword."""
@@ -51,8 +64,26 @@ class Responses:
   def __getitem__(self, item: int) -> 'Responses':
     one = lambda values: values[item : item + 1]
     fields = {name: one(values) for name, values in self.fields.items()}
-    ids = None if self.ids is None else one(self.ids)
-    return Responses(one(self.prompts), one(self.responses), fields, one(self.where), ids)
+    rest = [None if values is None else one(values) for values in (self.ids, self.prompt_ids, self.finished)]
+    return Responses(one(self.prompts), one(self.responses), fields, one(self.where), *rest)
+
+
+class Scores(NamedTuple):
+  """What a reward makes of N responses.
+
+  Attributes:
+    values: `[N]` float64, NaN where it abstains.
+    tokens: of rewards that say something of tokens of sampled ids, and None of others: an array for each response,
+      float64, a number for each of its ids. Of a policy these are beta (log policy - log reference), whose sum is the
+      value; of a model that judges steps the probability that a step is right at the last token of each, NaN elsewhere.
+  """
+
+  values: np.ndarray
+  tokens: list[np.ndarray] | None = None
+
+
+# A model that judges, ready to be called.
+Scorer = Callable[[Responses], Scores]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,32 +114,39 @@ class Reward:
     return self.name.partition('(')[0].rpartition(':')[2]
 
 
-def parse(spec: str, *, flag: str = 'reward') -> Reward:
-  """The reward that `--reward` names: `my_rewards:score`, `my_rewards:score:0.5`, `path/to/file.py:score(goal=3):0.5`.
+def is_model(spec: str) -> bool:
+  """Whether what `--reward` names is a model, if anything: no name of a function follows a colon."""
+  return _SPEC.fullmatch(spec) is None
 
-  In parentheses stand Python literals for keywords of the function, and `processes` and `timeout` (in seconds, and then
-  one process at least), which say how it runs: see `Reward`.
+
+def parse(spec: str, *, flag: str = 'reward') -> Reward | modelled.Model:
+  """The reward that `--reward` names: `my_rewards:score`, `my.py:score(goal=3):0.5`, or a model, `runs/rm:0.5`.
+
+  In parentheses stand Python literals. Of a function they are keywords, and `processes` and `timeout` (in seconds, and
+  then one process at least), which say how it runs: see `Reward`. Of a model see `modelled.Model`.
 
   Raises:
-    UsageError: the spec is not of this form, or there is no such function, or it has no such option.
+    UsageError: the spec is not of this form, or there is no such function or directory, or it has no such option.
   """
   fail = lambda problem: types.UsageError(f'--{flag}={spec}: {problem}')
-  match = _SPEC.fullmatch(spec)
+  match = _SPEC.fullmatch(spec) or _OF_MODEL.fullmatch(spec)
   if match is None:
     raise fail(_FORM)
-  path, name = match['path'], match['name']
+  path = match['path']
   try:
     weight = 1.0 if match['weight'] is None else float(match['weight'])
     options = _literals(match['options'] or '()')
   except (ValueError, SyntaxError) as err:
     raise fail(f'{" ".join(str(err).split())}; {_FORM}') from err
-  processes, timeout = options.pop('processes', 0), options.pop('timeout', None)
+  if not math.isfinite(weight):
+    raise fail(f'the weight {weight} is not finite')
+  if is_model(spec):
+    return modelled.of(path, options, path + (match['options'] or ''), weight, fail, _FORM)
+  name, processes, timeout = match['name'], options.pop('processes', 0), options.pop('timeout', None)
   if type(processes) is not int or processes < 0:
     raise fail(f'processes={processes!r}: it is a whole number from 0 on')
   if timeout is not None and (type(timeout) not in (int, float) or not 0 < timeout < math.inf):
     raise fail(f'timeout={timeout!r}: it is a number of seconds above 0')
-  if not math.isfinite(weight):
-    raise fail(f'the weight {weight} is not finite')
   fn = _loaded(path, name, fail)
   try:
     names, _, takes_any = calling.parameters(fn)
@@ -156,8 +194,20 @@ def _loaded(path: str, name: str, fail: Callable[[str], Exception]) -> Callable:
 class Panel(contextlib.AbstractContextManager):
   """Rewards with their processes, which live as long as the context."""
 
-  def __init__(self, rewards: Sequence[Reward]):
+  def __init__(
+      self,
+      rewards: Sequence[Reward | modelled.Model],
+      scorers: Mapping[str, Scorer] = python_types.MappingProxyType({}),
+      *,
+      together: bool = False,
+  ):
     """Takes at least one reward.
+
+    Args:
+      rewards: functions and models.
+      scorers: what runs each of the models, by name.
+      together: whether all processes of a job judge the same responses: functions then run in the first alone, and
+        the others are told. Otherwise no device is looked for.
 
     Raises:
       UsageError: two have the same name.
@@ -166,11 +216,13 @@ class Panel(contextlib.AbstractContextManager):
     twice = [name for name in names if names.count(name) > 1]
     if twice:
       raise types.UsageError(f'--reward={twice[0]}: it is given twice; give it once, with the sum of the weights')
-    self._rewards = tuple(rewards)
+    self._names, self._scorers, self._together = names, dict(scorers), together
+    self._functions = [reward for reward in rewards if isinstance(reward, Reward)]
+    self._is_first = not together or jax.process_index() == 0
     self._pools: dict[str, pool_lib.Pool] = {}
     with contextlib.ExitStack() as stack:
       stack.push(self)  # closes what was started if the next cannot be
-      for reward in self._rewards:
+      for reward in self._functions if self._is_first else ():
         if reward.processes and reward.target is not None:
           self._pools[reward.name] = pool_lib.Pool(reward.name, reward.target, reward.processes, reward.timeout)
       stack.pop_all()
@@ -179,21 +231,35 @@ class Panel(contextlib.AbstractContextManager):
     for pool in self._pools.values():
       pool.close(at_once=kind is not None)
 
-  def __call__(self, responses: Responses) -> dict[str, np.ndarray]:
-    """What each reward makes of the responses: by name `[N]` float64, NaN where it abstains.
+  def __call__(self, responses: Responses) -> dict[str, Scores]:
+    """What each reward makes of the responses, by name; functions run beside models.
 
     Raises:
-      RunError: a function failed, or returned something else than numbers; it names the function and the record.
+      RunError: a function failed, or a reward is no finite number; it names the reward and the record.
     """
-    values = {}
-    for reward in self._rewards:
+    finish: Callable[[], np.ndarray] = functools.partial(self._of_functions, responses)
+    if self._functions and self._scorers and self._is_first:
+      executor = futures.ThreadPoolExecutor(1)
+      finish = executor.submit(finish).result
+      executor.shutdown(wait=False)  # No more is submitted.
+    judged = {name: scorer(responses) for name, scorer in self._scorers.items()}
+    if self._functions:
+      shape = len(self._functions), len(responses.responses)
+      table_RN = sharding.of_first(finish, shape) if self._together else finish()
+      judged |= {reward.name: Scores(row_N) for reward, row_N in zip(self._functions, table_RN)}
+    return {name: judged[name] for name in self._names}
+
+  def _of_functions(self, responses: Responses) -> np.ndarray:
+    """`[R, N]` of R functions."""
+    table = []
+    for reward in self._functions:
       if reward.name in self._pools:
         each = [responses[item].arguments() for item in range(len(responses.responses))]
         found = self._pools[reward.name].map(each, responses.where)
       else:
         found = _called(reward, responses)
-      values[reward.name] = np.array([math.nan if value is None else value for value in found], np.float64)
-    return values
+      table.append([math.nan if value is None else value for value in found])
+    return np.array(table, np.float64)
 
 
 def _called(reward: Reward, responses: Responses) -> list[float | None]:

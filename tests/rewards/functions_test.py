@@ -3,12 +3,14 @@
 import functools
 import math
 import sys
+import threading
 
 import numpy as np
 import pytest
 
 from jaxalign import types
 from jaxalign.rewards import functions
+from jaxalign.rewards import modelled
 
 MINE = """
 import asyncio
@@ -71,7 +73,7 @@ def responses(*texts, **fields):
 def judged(spec, given):
   reward = functions.parse(spec)
   with functions.Panel([reward]) as panel:
-    return panel(given)[reward.name].tolist()
+    return panel(given)[reward.name].values.tolist()
 
 
 class TestParse:
@@ -136,6 +138,46 @@ class TestParse:
     assert said in str(caught.value)
 
 
+class TestParseOfModels:
+
+  def test_reads_directories_options_and_weight(self, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('runs/rm', 'a+b', 'rm1'):
+      (tmp_path / name).mkdir(parents=True)
+    of = functions.parse
+    assert of('runs/rm') == modelled.Model('runs/rm', ('runs/rm',))
+    assert of('runs/rm:-0.5') == modelled.Model('runs/rm', ('runs/rm',), -0.5)
+    name = "runs/rm(beta=0.1, dtype='bfloat16')"
+    assert of(f'{name}:2') == modelled.Model(name, ('runs/rm',), 2.0, beta=0.1, dtype='bfloat16')
+    assert of('a+b').directories == ('a+b',)
+    assert of('runs/rm+rm1') == modelled.Model('runs/rm+rm1', ('runs/rm', 'rm1'), how='mean')
+    assert of("runs/rm+rm1(how='uncertainty', penalty=2):3").weight == 3.0
+
+  @pytest.mark.parametrize(
+      ('spec', 'said'),
+      [
+          ('nowhere/rm', 'there is no directory nowhere/rm; write MODULE:FUNCTION'),
+          ('{rm}+nowhere', 'there is no directory nowhere; write'),
+          ('{rm}:', 'could not convert'),
+          ('{rm}:1e999', 'the weight inf is not finite'),
+          ('{rm}(gamma=1)', 'a model has no option gamma; it has beta, reduce, output, dtype, how, penalty, centre'),
+          ("{rm}(beta='1')", "beta='1': it is a number"),
+          ("{rm}(reduce='max')", "reduce='max': it is one of min, mean, last, product"),
+          ('{rm}(output=-1)', 'output=-1: it is a whole number from 0 on'),
+          ("{rm}(dtype='int8')", "dtype='int8': it is one of float32, bfloat16, float16"),
+          ("{rm}(how='worst')", 'how is of several models, A+B'),
+          ("{rm}+{rm}(how='best')", "how='best': it is one of mean, worst, uncertainty"),
+          ('{rm}+{rm}(penalty=0.5)', "penalty is of how='uncertainty'"),
+      ],
+  )
+  def test_says_what_is_wrong(self, tmp_path, spec, said):
+    spec = spec.format(rm=tmp_path)
+    with pytest.raises(types.UsageError) as caught:
+      functions.parse(spec)
+    assert str(caught.value).startswith(f'--reward={spec}: ')
+    assert said in str(caught.value)
+
+
 class TestPanel:
 
   def test_gives_each_function_what_it_names(self, mine, capsys):
@@ -154,7 +196,7 @@ class TestPanel:
     plain = responses('a', 'b')
     with functions.Panel([count]) as panel:
       given = functions.Responses(plain.prompts, plain.responses, {}, plain.where, ids=[[1, 2], []])
-      assert panel(given)['count'].tolist() == [2.0, 0.0]
+      assert panel(given)['count'].values.tolist() == [2.0, 0.0]
       with pytest.raises(
           types.RunError, match='reward count, d.jsonl:1 to d.jsonl:2: it wants `ids`, and there is only'
       ):
@@ -166,13 +208,13 @@ class TestPanel:
 
     bound = functools.wraps(scaled)(lambda *args, **kwargs: scaled(*args, **({'by': 3} | kwargs)))
     with functions.Panel([functions.Reward('bound', bound)]) as panel:
-      assert panel(responses('ab'))['bound'].tolist() == [6.0]
+      assert panel(responses('ab'))['bound'].values.tolist() == [6.0]
 
   def test_keeps_values_by_name(self, mine):
     rewards = [functions.parse(f'{mine}:{name}') for name in ('length', 'scaled(by=2):0.5')]
     with functions.Panel(rewards) as panel:
       found = panel(responses('a', 'bb'))
-    assert {name: values.tolist() for name, values in found.items()} == {
+    assert {name: judged.values.tolist() for name, judged in found.items()} == {
         f'{mine}:length': [1.0, 2.0],
         f'{mine}:scaled(by=2)': [2.0, 4.0],
     }
@@ -180,7 +222,7 @@ class TestPanel:
   def test_takes_arrays_of_any_numbers(self):
     for found in ([True, np.float32(0.5)], np.array([1.0, 0.5]), (1, np.array(0.5)), [np.bool_(True), 0.5]):
       with functions.Panel([functions.Reward('r', lambda found=found: found)]) as panel:
-        assert panel(responses('a', 'b'))['r'].tolist() == [1.0, 0.5]
+        assert panel(responses('a', 'b'))['r'].values.tolist() == [1.0, 0.5]
 
   def test_names_function_record_and_line_of_what_is_raised(self, mine):
     with pytest.raises(types.RunError) as caught:
@@ -215,6 +257,24 @@ class TestPanel:
   def test_refuses_what_is_no_list_of_numbers(self, mine, what, said):
     with pytest.raises(types.RunError, match=f'odd, .*{said}'):
       judged(f'{mine}:odd', responses('a', 'b', what=[what, what]))
+
+  def test_runs_functions_beside_models(self, tmp_path):
+    both = threading.Barrier(2, timeout=20)  # Neither gets past it alone.
+
+    def function(responses):
+      both.wait()
+      return [1.0] * len(responses)
+
+    def model(responses):
+      both.wait()
+      return functions.Scores(np.array([2.0, 3.0]), [np.zeros(1), np.ones(2)])
+
+    rewards = [functions.Reward('f', function), functions.parse(str(tmp_path))]
+    with functions.Panel(rewards, {str(tmp_path): model}) as panel:
+      found = panel(responses('a', 'b'))
+    assert list(found) == ['f', str(tmp_path)]
+    assert [one.values.tolist() for one in found.values()] == [[1.0, 1.0], [2.0, 3.0]]
+    assert found['f'].tokens is None and found[str(tmp_path)].tokens is not None
 
   def test_refuses_the_same_reward_twice(self, mine):
     with pytest.raises(types.UsageError, match='length: it is given twice'):
