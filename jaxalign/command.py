@@ -9,6 +9,7 @@ from typing import Any
 from absl import flags
 
 from jaxalign import recipe as recipe_lib
+from jaxalign import respond
 from jaxalign import types
 from jaxalign.models import lora
 from jaxalign.rewards import functions
@@ -111,6 +112,44 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         1.0,
         'For --mode=sample: 0 is greedy. Default: 1.',
     ),
+    (_COUNT, 'top_k', 0, 'For --mode=sample: draw from the k most probable tokens; 0 from all. Default: 0.'),
+    (
+        flags.DEFINE_float,
+        'top_p',
+        1.0,
+        'For --mode=sample: draw from the fewest tokens whose probability reaches p. Default: 1.',
+    ),
+    (
+        flags.DEFINE_float,
+        'min_p',
+        0.0,
+        "For --mode=sample: draw from tokens with at least this share of the most probable one's probability."
+        ' Default: 0.',
+    ),
+    (
+        flags.DEFINE_float,
+        'repetition_penalty',
+        1.0,
+        'For --mode=sample: above 1 makes tokens of prompt and response less likely to come again. Default: 1.',
+    ),
+    (
+        flags.DEFINE_multi_string,
+        'stop',
+        [],
+        'For --mode=sample: a text that ends a response, and is left out of it. Repeatable.',
+    ),
+    (
+        flags.DEFINE_string,
+        'cache_dtype',
+        '',
+        'For --mode=sample: int8 keeps keys and values in 8 bits. Default: in the precision of the model.',
+    ),
+    (
+        flags.DEFINE_bool,
+        'stream',
+        None,
+        'For --mode=sample with one --prompt: show text as it is written. Default: on a terminal.',
+    ),
     (
         flags.DEFINE_multi_string,
         'reward',
@@ -165,7 +204,8 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
 _OPTIMIZING = ('workdir', 'steps', 'log_every', 'eval_every', 'save_every')
 _OF_TRAINING = ('algo', 'model', 'tokenizer', 'data', 'lora', 'environment', *_OPTIMIZING)
 _OF_DATA = ('eval_data', 'data_dir', 'cache_dir', 'skip_bad_records', 'gin_file', 'gin')
-_OF_SAMPLING = ('prompt', 'chat', 'samples_per_prompt', 'max_new_tokens', 'temperature')
+_OF_DRAWING = ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'stop', 'cache_dtype')
+_OF_SAMPLING = ('prompt', 'chat', 'samples_per_prompt', 'stream', *_OF_DRAWING)
 _OF_SCORING = ('per', 'row_length')
 _OF_REWARDS = ('reward', 'combine')
 _but = lambda names, *out: tuple(name for name in names if name not in out)
@@ -243,6 +283,17 @@ def reward_bindings(args: flags.FlagValues) -> list[str]:
   if args.reward or args.environment:  # which rewards of its own, so that those of the data are not wanted
     bindings.append(f'rollouts.Options.rewards = {tuple(args.reward)!r}')
   return bindings + ([f'rollouts.Options.combine = {args.combine!r}'] if args['combine'].present else [])
+
+
+def sampling_options(args: flags.FlagValues) -> respond.Options:
+  """How `--mode=sample` samples.
+
+  Raises:
+    UsageError: a number has no meaning, or a text is empty.
+  """
+  named: dict[str, Any] = {name: args[name].value for name in _OF_DRAWING}
+  named |= {'stop': tuple(args.stop), 'cache_dtype': args.cache_dtype or None}
+  return respond.Options(chat=args.chat, per_prompt=args.samples_per_prompt, **named)
 
 
 def lora_bindings(text: str) -> list[str]:

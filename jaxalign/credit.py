@@ -4,19 +4,22 @@ What such a function reads is what its parameters are named, of those below, and
 advantages, `returns.Estimates`, or labels by name: `[G, K]`, of responses, or `[B, T]`, of tokens. Advantages of
 responses become those of all of their tokens.
 
-  rewards_GK      all rewards of a response as one number, 0 where every one abstained
-  valid_GK        1 where not every one abstained
-  rewards_RGK     each of the R rewards, 0 where it abstained
-  weights_R       theirs
-  tokens_GK       lengths
-  finished_GK     1 where the response ended by itself
-  greedy_G        the reward of the response that temperature 0 gives to the prompt
-  ref_rewards_GN  rewards of `rollouts.Options.ref_samples` responses of the reference
-  logps_BT        log-probabilities under the policy that wrote them, by the program that trains
-  log_ratio_BT    the same less those under the reference
-  values_BT       what the critic gives where it has read what comes before a token
-  rows            which response tokens belong to: here a row is one response, T tokens long
-  loss_state      of the loss
+  rewards_GK        all rewards of a response as one number, 0 where every one abstained
+  valid_GK          1 where not every one abstained
+  rewards_RGK       each of the R rewards, 0 where it abstained
+  weights_R         theirs
+  outcomes_GK       those of the rewards that tell no tokens apart, as one number
+  token_rewards_BT  what rewards of tokens or steps give, with their weights; 0 where they say nothing
+  token_marks_BT    1 where they say something
+  tokens_GK         lengths
+  finished_GK       1 where the response ended by itself
+  greedy_G          the reward of the response that temperature 0 gives to the prompt
+  ref_rewards_GN    rewards of `rollouts.Options.ref_samples` responses of the reference
+  logps_BT          log-probabilities under the policy that wrote them, by the program that trains
+  log_ratio_BT      the same less those under the reference
+  values_BT         what the critic gives where it has read what comes before a token
+  rows              which response tokens belong to: here a row is one response, T tokens long
+  loss_state        of the loss
 """
 
 from collections.abc import Callable
@@ -35,8 +38,8 @@ from jaxalign import tracing
 from jaxalign import types
 
 FIELDS = frozenset(
-    'rewards_GK valid_GK rewards_RGK weights_R tokens_GK finished_GK greedy_G ref_rewards_GN logps_BT log_ratio_BT'
-    ' values_BT rows loss_state'.split()
+    'rewards_GK valid_GK rewards_RGK weights_R outcomes_GK token_rewards_BT token_marks_BT tokens_GK finished_GK'
+    ' greedy_G ref_rewards_GN logps_BT log_ratio_BT values_BT rows loss_state'.split()
 )
 OF_REFERENCE = frozenset({'log_ratio_BT', 'ref_rewards_GN'})
 OF_PROGRAM = frozenset({'logps_BT', 'log_ratio_BT', 'values_BT'})  # what the training program makes of tokens

@@ -24,8 +24,8 @@ from jaxalign.data import tokenizers
 from jaxalign.rewards import calling
 from jaxalign.rewards import functions
 
-# (prompts, number of the turn) -> a response to each
-Draw = Callable[[list[list[int]], int], list[sampling.Sampled]]
+# (prompts, responses to each, number of the turn) -> responses, one prompt's behind another's
+Draw = Callable[[list[list[int]], int, int], list[sampling.Sampled]]
 
 
 class Episode(NamedTuple):
@@ -106,22 +106,29 @@ class Environment:
     except Exception as err:  # Whatever the user's function raises.
       raise types.RunError(f'environment {self.name}, {where}: {calling.told(err, self._fn)}') from err
 
-  def play(self, prompts: Sequence[verdicts.Prompt], tokenizer: tokenizers.Tokenizer, draw: Draw) -> list[Episode]:
-    """An episode behind each prompt, all at once, turn by turn.
+  def play(
+      self, prompts: Sequence[verdicts.Prompt], count: int, tokenizer: tokenizers.Tokenizer, draw: Draw
+  ) -> list[Episode]:
+    """Episodes behind each prompt, all at once, turn by turn.
 
     Args:
       prompts: what they begin with.
+      count: episodes of each.
       tokenizer: of the model.
-      draw: samples; it is called with a number of prompts that is a power of two, so that few programs are compiled.
+      draw: samples; after the first turn it is called with a number of prompts that is a power of two, so that few
+        programs are compiled.
     """
+    first = [prompt.ids for prompt in prompts]
+    prompts = [prompt for prompt in prompts for _ in range(count)]
     states = [copy.deepcopy(dict(prompt.record)) for prompt in prompts]
     episodes = [Episode([], [], False, [], 0.0, 0, 0) for _ in prompts]
     live = list(range(len(prompts)))
     for turn in range(self.turns):
       behind = [prompts[n].ids + episodes[n].ids for n in live]
       behind += behind[:1] * ((1 << (len(live) - 1).bit_length()) - len(live))
+      drawn = draw(behind, 1, turn) if turn else draw(first, count, 0)
       going = []
-      for n, said in zip(live, draw(behind, turn)):  # Those that fill it up are let go.
+      for n, said in zip(live, drawn):  # Those that fill it up are let go.
         text = tokenizer.decode(said.ids, continuation=True)
         observation, reward, done = self.step(states[n], text, prompts[n].where)
         episodes[n] = _longer(episodes[n], said, reward, done)
@@ -136,12 +143,16 @@ class Environment:
 
 
 def respond(
-    world: Environment | None, prompts: Sequence[verdicts.Prompt], tokenizer: tokenizers.Tokenizer, draw: Draw
+    world: Environment | None,
+    prompts: Sequence[verdicts.Prompt],
+    count: int,
+    tokenizer: tokenizers.Tokenizer,
+    draw: Draw,
 ) -> Sequence[Response]:
-  """A response to each prompt: an episode with `world`, or what is drawn where there is none."""
+  """Responses to each prompt: episodes with `world`, or what is drawn where there is none."""
   if world is None:
-    return draw([one.ids for one in prompts], 0)
-  return world.play(prompts, tokenizer, draw)
+    return draw([one.ids for one in prompts], count, 0)
+  return world.play(prompts, count, tokenizer, draw)
 
 
 def rewards_of(responses: Sequence[Response]) -> np.ndarray | None:

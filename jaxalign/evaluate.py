@@ -123,26 +123,26 @@ def sample(
       1 `kl`, the mean over the responses of log policy - log reference in nats, which estimates KL(policy ||
       reference), with its standard error; and the first response to the first `shown` prompts.
   """
-  repeated = [one for one in prompts for _ in range(samples.per_prompt)]
   stop_ids = prompts_lib.stop_ids(tokenizer, prompts[0].is_chat, world.template if world is not None else None)
   assert samples.max_new_tokens is not None
-  draw = lambda behind, turn: sampling.sample(
+  draw = lambda behind, n, turn: sampling.sample(
       model,
       params,
       behind,
+      n=n,
       max_new_tokens=samples.max_new_tokens,
       temperature=samples.temperature,
       seed=seed + turn,
       stop_ids=stop_ids,
   )
-  drawn = environments.respond(world, repeated, tokenizer, draw)
+  drawn = environments.respond(world, prompts, samples.per_prompt, tokenizer, draw)
   ids = [one.ids for one in drawn]
   values = {'distinct_2': rules.distinct(2, ids), 'mean_length': float(np.mean([len(one.logps) for one in drawn]))}
   responses, given = verdicts.responses(prompts, tokenizer, drawn), environments.rewards_of(drawn)
   values |= verdicts.measured(rewards, how, samples.pass_at, responses, len(prompts), given, scorers())
   if ref_logps is not None and samples.temperature == 1:
     own = np.array([np.sum(one.logps, dtype=np.float64) for one in drawn])
-    gaps = own - ref_logps([one.ids for one in repeated], drawn)
+    gaps = own - ref_logps([one.ids for one in prompts for _ in range(samples.per_prompt)], drawn)
     values |= {'kl': float(gaps.mean()), 'kl_stderr': float(gaps.std() / math.sqrt(len(gaps)))}
   said = [tokenizer.decode(one.ids) for one in prompts]
   return Sampled(values, list(zip(said, responses.responses[:: samples.per_prompt]))[: samples.shown])

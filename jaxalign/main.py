@@ -149,7 +149,7 @@ def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
   given = [*map('--reward={}'.format, args.reward), *map('--environment={}'.format, filter(None, [args.environment]))]
   if recipe.rollouts is None and given:
     raise types.UsageError(f'{given[0]}: --algo={args.algo} samples nothing that could be judged')
-  _check_model(args, recipe, is_named=bool(files))
+  recipe_lib.check_model(recipe, args.model, args.tokenizer, is_named=bool(files))
   return _with_scorings(recipe, lambda: parse([*files, *data_files]))
 
 
@@ -169,31 +169,11 @@ def _scorings(rewards: Sequence[str]) -> dict[str, modelled.Scoring]:
   found = {}
   for model in map(functions.parse, filter(functions.is_model, rewards)):
     for directory in model.directories if isinstance(model, modelled.Model) else ():
-      run = _run_of(directory)
+      run = recipe_lib.run_of(directory)
       if run.get('scored_fn'):
         config.parse_saved([run['bindings']], [], [])
         found[directory] = config.scoring()
   return found
-
-
-def _run_of(spec: str) -> dict[str, Any]:
-  """The run.json of a checkpoint, empty for other directories."""
-  path = recipe_lib.model_directory(spec)
-  return checkpoint.read_json(checkpoint.find(path)[0] / 'run.json') if checkpoint.is_checkpoint(path) else {}
-
-
-def _check_model(args: flags.FlagValues, recipe: recipe_lib.Recipe, is_named: bool) -> None:
-  """Raises UsageError where `--model` and the recipe disagree on where weights come from."""
-  if not args.model or args.model.startswith('builtin:') and recipe.model is None:
-    return
-  if is_named and recipe.model is None:
-    raise types.UsageError(f'--model={args.model}: write builtin:{args.model}, it is in the package')
-  if recipe.model is not None and not is_named:
-    raise types.UsageError(f'--model={args.model}: recipe.Recipe.model is bound too, to random weights; leave one out')
-  if is_named and not args.tokenizer:
-    raise types.UsageError(
-        f'--model={args.model} has random weights and no tokenizer; give --tokenizer (as builtin:stories260K)'
-    )
 
 
 def _job(args: flags.FlagValues, defaults: Mapping[str, Any]) -> recipe_lib.Job:
@@ -277,20 +257,41 @@ def _sample(args: flags.FlagValues) -> None:
   spec = _model_of(args)
   if bool(args.prompt) == bool(args.data):
     raise types.UsageError("--mode=sample needs --prompt='...' (repeatable), or --data=SPEC with prompts: one of them")
+  is_single = len(args.prompt) == args.samples_per_prompt == 1
+  if args.stream and not is_single:
+    raise types.UsageError('--stream shows one response: give one --prompt, and no --data or --samples_per_prompt')
+  options = command.sampling_options(args)
   _start(args)
-  options = {'chat': args.chat, 'per_prompt': args.samples_per_prompt}
-  options |= {'max_new_tokens': args.max_new_tokens, 'temperature': args.temperature}
   if args.data:
-    found = respond.to_records(_job(args, {'model_spec': spec, 'eval_data': ''}), **options)
+    found = respond.to_records(_job(args, {'model_spec': spec, 'eval_data': ''}), options)
     lines = [sources.to_json(record) + '\n' for record in found]
   else:
     mesh = sharding.make_mesh(args.mesh, args.dcn_mesh)
-    responses = respond.respond(spec, mesh, args.prompt, seed=args.seed or 0, **options)
+    is_shown = is_single and (sys.stdout.isatty() if args.stream is None else args.stream)
+    if is_shown:
+      _stream(args, spec, mesh, options)
+      return
+    responses = respond.respond(spec, mesh, args.prompt, options, seed=args.seed or 0)
     prompts = [prompt for prompt in args.prompt for _ in range(args.samples_per_prompt)]
     write = '{0}\n\n{2}\n\n' if args.chat else '{0}{1}\n'
     lines = [write.format(prompt, text, text.strip()) for prompt, text in zip(prompts, responses)]
   if jax.process_index() == 0:
     sys.stdout.writelines(lines)
+
+
+def _stream(args: flags.FlagValues, spec: str, mesh: jax.sharding.Mesh, options: respond.Options) -> None:
+  """Shows one response as it is written."""
+
+  def tell(text: str) -> None:
+    if jax.process_index() == 0:
+      sys.stdout.write(text)
+      sys.stdout.flush()
+
+  (prompt,) = args.prompt
+  # Behind the prompt, once it is known to be one.
+  told = iter([prompt + ('\n\n' if args.chat else '')])
+  respond.respond(spec, mesh, [prompt], options, seed=args.seed or 0, tell=lambda text: tell(next(told, '') + text))
+  tell(next(told, '') + ('\n\n' if args.chat else '\n'))
 
 
 def _score(args: flags.FlagValues) -> None:
@@ -316,7 +317,7 @@ def _score(args: flags.FlagValues) -> None:
 
 def _scoring_recipe(args: flags.FlagValues, spec: str) -> recipe_lib.Recipe | None:
   """The recipe of the run that trained a model, and of --gin_file, where it says what is read to score a response."""
-  run = _run_of(spec)
+  run = recipe_lib.run_of(spec)
   if args.gin_file and not run.get('bindings'):
     raise types.UsageError(f'--gin_file: it is read behind the bindings of a run, and {spec} is of none')
   if not args.gin_file and not run.get('scored_fn'):

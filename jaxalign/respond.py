@@ -1,12 +1,15 @@
 """Responses of a model to prompts: of the command line, or of the records of a data set."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 from absl import logging
 import jax
 
 from jaxalign import checkpoint
+from jaxalign import choosing
 from jaxalign import recipe as recipe_lib
 from jaxalign import sampling
 from jaxalign import types
@@ -17,16 +20,61 @@ from jaxalign.data import sources
 from jaxalign.data import tokenizers
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How responses are sampled.
+
+  Attributes:
+    chat: whether a prompt is what a user says, to be written by the tokenizer's chat template.
+    per_prompt: responses to each prompt.
+    max_new_tokens: length at which a response is cut.
+    temperature: 0 is greedy; see `choosing.Rule`, likewise the next four.
+    top_k: likewise.
+    top_p: likewise.
+    min_p: likewise.
+    repetition_penalty: likewise.
+    stop: texts that end a response, and are left out of it.
+    cache_dtype: see `sampling.sample`.
+  """
+
+  chat: bool = False
+  per_prompt: int = 1
+  max_new_tokens: int = 128
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  repetition_penalty: float = 1.0
+  stop: tuple[str, ...] = ()
+  cache_dtype: str | None = None
+
+  def __post_init__(self):
+    if not all(self.stop):
+      raise types.UsageError('--stop: an empty text ends every response at once')
+    try:
+      self.rule.check()
+      sampling.check_cache_dtype(self.cache_dtype)
+    except types.UsageError as err:
+      raise types.UsageError(f'--{err}') from err
+
+  @property
+  def rule(self) -> choosing.Rule:
+    """How tokens are chosen."""
+    return choosing.Rule(**{name: getattr(self, name) for name in choosing.Rule._fields})
+
+  def before_stop(self, text: str) -> str:
+    """A text up to the first of the texts that end it."""
+    return text[: min((text.index(stop) for stop in self.stop if stop in text), default=len(text))]
+
+
 def respond(
     spec: str,
     mesh: jax.sharding.Mesh,
     prompts: Sequence[str],
+    options: Options,
     *,
-    chat: bool,
-    per_prompt: int,
-    max_new_tokens: int,
-    temperature: float,
     seed: int,
+    tell: Callable[[str], None] | None = None,
 ) -> list[str]:
   """Samples responses to each prompt from a checkpoint or a Hugging Face directory.
 
@@ -34,11 +82,9 @@ def respond(
     spec: as for `--model`.
     mesh: where the model lies.
     prompts: texts.
-    chat: whether a prompt is what a user says, to be written by the tokenizer's chat template.
-    per_prompt: responses to each prompt.
-    max_new_tokens: length at which a response is cut.
-    temperature: of sampling, 0 is greedy.
+    options: how.
     seed: of sampling.
+    tell: of a single response, called with more of its text as it is written.
 
   Returns:
     Those of the first prompt, then those of the next.
@@ -48,30 +94,62 @@ def respond(
     RunError: the chat template fails.
   """
   with jax.set_mesh(mesh):
-    loaded = _policy(spec, mesh)
-    ids = [_ids(loaded.tokenizer, prompt, chat) for prompt in prompts]
+    loaded = policy(spec, mesh)
+    ids = [_ids(loaded.tokenizer, prompt, options.chat) for prompt in prompts]
     if not all(ids):
       raise types.UsageError('--prompt: an empty prompt has no token to begin with (this tokenizer has no BOS)')
     longest, context = max(map(len, ids)), loaded.model.config.max_length
-    if longest + max_new_tokens > context:
+    if longest + options.max_new_tokens > context:
       raise types.UsageError(
-          f'--prompt: {longest} tokens and --max_new_tokens={max_new_tokens} exceed the context of the model, {context}'
+          f'--prompt: {longest} tokens and --max_new_tokens={options.max_new_tokens} exceed the context of the model,'
+          f' {context}'
       )
-    drawn = _draw(loaded, ids, chat, per_prompt, max_new_tokens, temperature, seed)
-  return [loaded.tokenizer.decode(one.ids, continuation=not chat) for one in drawn]
+    return texts(loaded, ids, options, seed=seed, tell=tell)
 
 
-def to_records(
-    job: recipe_lib.Job, *, chat: bool, per_prompt: int, max_new_tokens: int, temperature: float
-) -> list[dict[str, Any]]:
+def texts(
+    loaded: checkpoint.Loaded,
+    prompts: Sequence[Sequence[int]],
+    options: Options,
+    *,
+    seed: int,
+    tell: Callable[[str], None] | None = None,
+) -> list[str]:
+  """The same of a model that is there and prompts that are tokens, on the current mesh."""
+  teller = _Teller(tell, options.stop) if tell is not None else None
+  decode = lambda ids: loaded.tokenizer.decode(ids, continuation=not options.chat)
+  watch = None if teller is None else lambda _, ids: teller.read(decode(ids))
+  found = [options.before_stop(decode(one.ids)) for one in _draw(loaded, prompts, options, seed, options.chat, watch)]
+  if teller is not None:
+    teller.end(found[0])
+  return found
+
+
+class _Teller:
+  """Tells what is new of a text that grows, as far as it can no longer change."""
+
+  def __init__(self, tell: Callable[[str], None], stop: Sequence[str]):
+    self._tell, self._stop, self._told = tell, stop, 0
+
+  def read(self, text: str) -> None:
+    """Takes what there is, but for an unfinished character and what may be the begin of a text that ends it."""
+    text = text.rstrip('\ufffd')
+    starts = (len(text) - n for stop in self._stop for n in range(1, len(stop) + 1) if text.endswith(stop[:n]))
+    self.end(text[: min(starts, default=len(text))])
+
+  def end(self, text: str) -> None:
+    """Takes the whole."""
+    if len(text) > self._told:
+      self._tell(text[self._told :])
+      self._told = len(text)
+
+
+def to_records(job: recipe_lib.Job, options: Options) -> list[dict[str, Any]]:
   """Samples responses to the column `prompt` (text or messages) of each record of `--data`.
 
   Args:
     job: names model, data, mesh and seed.
-    chat: whether a prompt of text is what a user says.
-    per_prompt: responses to each prompt.
-    max_new_tokens: length at which a response is cut.
-    temperature: of sampling, 0 is greedy.
+    options: how; `chat` says whether a prompt of text is what a user says.
 
   Returns:
     The records with a column `samples`, a list of texts, in place of any other list and its scores; a prompt that was
@@ -83,17 +161,18 @@ def to_records(
     RunError: a record has no prompt or cannot be read, or prompts are of text and of messages, or none is left.
   """
   with jax.set_mesh(job.mesh):
-    loaded = _policy(job.model, job.mesh)
-    room = loaded.model.config.max_length - max_new_tokens
-    kept, ids, is_chat = _prompts(job, loaded.tokenizer, chat, room)
-    drawn = _draw(loaded, ids, is_chat, per_prompt, max_new_tokens, temperature, job.seed)
+    loaded = policy(job.model, job.mesh)
+    room = loaded.model.config.max_length - options.max_new_tokens
+    kept, ids, is_chat = _prompts(job, loaded.tokenizer, options.chat, room)
+    drawn = _draw(loaded, ids, options, job.seed, is_chat)
   for index, record in enumerate(kept):
-    own = drawn[index * per_prompt : (index + 1) * per_prompt]
-    if chat and isinstance(record['prompt'], str):
+    own = drawn[index * options.per_prompt : (index + 1) * options.per_prompt]
+    if options.chat and isinstance(record['prompt'], str):
       record['prompt'] = records.messages(record, 'prompt', 'user')
     for name in ('completions', 'scores', 'ranks', *(['append_eos'] if 'samples' in record else [])):
       record.pop(name, None)  # They say something of another list.
-    record['samples'] = [loaded.tokenizer.decode(one.ids, continuation=not is_chat) for one in own]
+    decode = lambda ids: loaded.tokenizer.decode(ids, continuation=not is_chat)
+    record['samples'] = [options.before_stop(decode(one.ids)) for one in own]
     if not all(one.finished for one in own):
       record['append_eos'] = False
   return kept
@@ -126,7 +205,8 @@ def _prompts(
   return kept, ids, chats.pop()
 
 
-def _policy(spec: str, mesh: jax.sharding.Mesh) -> checkpoint.Loaded:
+def policy(spec: str, mesh: jax.sharding.Mesh) -> checkpoint.Loaded:
+  """A model that writes, from a checkpoint or a Hugging Face directory; raises UsageError where it scores instead."""
   loaded = checkpoint.writer(recipe_lib.load(spec, mesh))
   if loaded.model.config.score_outputs:
     raise types.UsageError(f'{spec}: a reward model scores responses and writes none')
@@ -141,19 +221,22 @@ def _ids(tokenizer: tokenizers.Tokenizer, prompt: Any, chat: bool) -> list[int]:
 
 def _draw(
     loaded: checkpoint.Loaded,
-    prompts: list[list[int]],
-    chat: bool,
-    per_prompt: int,
-    max_new_tokens: int,
-    temperature: float,
+    prompts: Sequence[Sequence[int]],
+    options: Options,
     seed: int,
+    is_chat: bool,
+    watch: Callable[[int, list[int]], None] | None = None,
 ) -> list[sampling.Sampled]:
   return sampling.sample(
       loaded.model,
       loaded.params,
-      [ids for ids in prompts for _ in range(per_prompt)],
-      max_new_tokens=max_new_tokens,
-      temperature=temperature,
+      prompts,
+      n=options.per_prompt,
+      max_new_tokens=options.max_new_tokens,
+      **options.rule._asdict(),
       seed=seed,
-      stop_ids=prompts_lib.stop_ids(loaded.tokenizer, chat),
+      stop_ids=prompts_lib.stop_ids(loaded.tokenizer, is_chat),
+      stop=sampling.Stop(options.stop, lambda ids: loaded.tokenizer.decode(ids, continuation=not is_chat)),
+      cache_dtype=options.cache_dtype,
+      watch=watch,
   )

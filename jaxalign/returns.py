@@ -109,12 +109,74 @@ def actor_critic(
 
   A response without a reward has the advantage 0, and its own values for returns. TRL's beta is 0.05, lam 0.95.
   """
-  beta = policy_parts.coefficient(beta, loss_state)
-  rewards_BT = shaped_rewards(rewards_GK, log_ratio_BT, rows, beta=beta)
+  rewards_BT = shaped_rewards(rewards_GK, log_ratio_BT, rows, beta=policy_parts.coefficient(beta, loss_state))
+  return _of_critic(rewards_BT, valid_GK, values_BT, rows, lam, discount, whiten)
+
+
+def _of_critic(rewards_BT, valid_GK, values_BT, rows, lam: float, discount: float, whiten: bool) -> Estimates:
+  """`gae`, whitened where responses have a reward; where they have none there is nothing to learn."""
   found = gae(rewards_BT, values_BT, rows, discount=discount, lam=lam)
   counts_BT = rows.mask_BT * masked.to_tokens(valid_GK, rows)
   whitened_BT = advantages.whitened(found.advantages, counts_BT) if whiten else found.advantages
   return Estimates(whitened_BT, jnp.where(counts_BT > 0, found.returns, values_BT))
+
+
+def rto(
+    token_rewards_BT,
+    outcomes_GK,
+    valid_GK,
+    values_BT,
+    log_ratio_BT,
+    rows: types.Rows,
+    loss_state=(),
+    *,
+    beta: float,
+    lam: float,
+    discount: float = 1.0,
+    whiten: bool = True,
+) -> Estimates:
+  """RTO: `actor_critic` whose tokens earn what a policy aligned by DPO says of them, `--reward=runs/dpo(beta=B)`.
+
+    r_t = B log(dpo_t / ref_t) - beta log(pi_t / ref_t) + [t is last] r,    r of the rewards that tell no tokens apart
+
+  The paper's B is 0.05. Zhong et al., 2024, https://arxiv.org/abs/2404.18922, Eq. 4.5; derived from its definition.
+  """
+  shaped_BT = shaped_rewards(outcomes_GK, log_ratio_BT, rows, beta=policy_parts.coefficient(beta, loss_state))
+  return _of_critic(shaped_BT + token_rewards_BT, valid_GK, values_BT, rows, lam, discount, whiten)
+
+
+def prime(token_rewards_BT, outcomes_GK, valid_GK, rows: types.Rows, *, discount: float = 1.0) -> types.Array:
+  """PRIME: outcomes and implicit rewards of tokens, each less what the group's other responses have.
+
+    A_t = sum_(s >= t) discount^(s - t) (r_s - b) + r - mean of the others' r,    b the mean over them of their mean r_s
+
+  r_s is of a model of implicit rewards, `--reward=DIR(beta=0.05)`, which stays as it is: the paper's learns from the
+  outcomes as it goes. Cui et al., 2025, https://arxiv.org/abs/2502.01456, Eq. 5.
+  """
+  lengths_GK = masked.totals(jnp.ones_like(token_rewards_BT), rows)
+  mean_GK = masked.totals(token_rewards_BT, rows) / jnp.maximum(lengths_GK, 1.0)
+  others_GK = mean_GK - advantages.leave_one_out(mean_GK, valid_GK)
+  follows_BT = returns_to_go(token_rewards_BT - masked.to_tokens(others_GK, rows), rows, discount=discount)
+  return follows_BT + masked.to_tokens(advantages.leave_one_out(outcomes_GK, valid_GK), rows)
+
+
+def process_supervised(
+    token_rewards_BT, token_marks_BT, valid_GK, rows: types.Rows, *, epsilon: float = 1e-4
+) -> types.Array:
+  """GRPO with process supervision: the normalised rewards of all steps that end at a token or later.
+
+    A_t = sum_(steps that end at s >= t) (r_s - mean) / (std + epsilon)
+
+  Mean and deviation (of a sample) are of all steps of the group; `token_marks_BT` is 1 where a step ends.
+  Shao et al., 2024, https://arxiv.org/abs/2402.03300, Sec. 4.1.3.
+  """
+  marks_BT = token_marks_BT * masked.to_tokens(valid_GK, rows)
+  of_group = lambda x_BT: jnp.sum(masked.totals(x_BT * marks_BT, rows), axis=1, keepdims=True)
+  spread = lambda x_G1: masked.to_tokens(jnp.broadcast_to(x_G1, valid_GK.shape), rows)
+  count_G1 = of_group(jnp.ones_like(marks_BT))
+  centred_BT = token_rewards_BT - spread(of_group(token_rewards_BT) / jnp.maximum(count_G1, 1.0))
+  deviation_G1 = jnp.sqrt(of_group(jnp.square(centred_BT)) / jnp.maximum(count_G1 - 1, 1.0))
+  return returns_to_go(marks_BT * centred_BT / (spread(deviation_G1) + epsilon), rows)
 
 
 def reinforce_plus_plus(

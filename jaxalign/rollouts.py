@@ -317,13 +317,14 @@ class Maker:
 
   def _judged(self, panel, chosen, params, model, name, count: int, temperature: float | None = None) -> judging.Judged:
     """Samples `count` responses to each prompt and has them scored; `name` makes the random numbers its own."""
-    options, asked = self._options, [self._asked(index) for index in chosen for _ in range(count)]
+    options, asked = self._options, list(map(self._asked, chosen))
 
-    def draw(prompts: list[list[int]], turn: int) -> list[sampling.Sampled]:
+    def draw(prompts: list[list[int]], n: int, turn: int) -> list[sampling.Sampled]:
       return sampling.sample(
           model,
           params,
           prompts,
+          n=n,
           max_new_tokens=options.max_new_tokens,
           temperature=options.temperature if temperature is None else temperature,
           top_k=options.top_k,
@@ -332,7 +333,7 @@ class Maker:
           stop_ids=self._stop_ids,
       )
 
-    return self._judge(panel, asked[::count], environments.respond(options.world, asked, self._tokenizer, draw))
+    return self._judge(panel, asked, environments.respond(options.world, asked, count, self._tokenizer, draw))
 
 
 def _seed(seed: int, name: tuple[int | str, ...]) -> int:

@@ -1,42 +1,97 @@
-"""Sampling on the device: prefill, a decode loop over a KV cache, and the log-probabilities of what was sampled."""
+"""Sampling: responses to prompts, as many rows at a time, each given the next prompt when it has ended.
 
+What runs on the device is in `decoding`, how a token is chosen in `choosing`.
+"""
+
+import collections
+from collections.abc import Callable
 from collections.abc import Sequence
-import functools
+import dataclasses
+from typing import Any
 from typing import NamedTuple
 
+from absl import logging
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxalign import choosing
+from jaxalign import decoding
 from jaxalign import sharding
 from jaxalign import types
-from jaxalign import vocab
 from jaxalign.models import transformer
 
-_BUCKET = 32  # prompts are padded to a multiple of it, so that few programs are compiled
-_OUT = -1e30
+_LEAST = 32  # tokens of the smallest bucket; the next have 1.5 and 2 times as many, and so on, so that programs are few
+_TOGETHER = 16384  # tokens of prompts that are read at once
+_AT_FIRST = 64  # tokens behind the longest prompt that there is room for at first
+_LOOK = 8  # tokens between looks at texts
 
 
 class Sampled(NamedTuple):
   """One response.
 
   Attributes:
-    ids: the sampled tokens, the stop token included.
+    ids: the sampled tokens; those that ended it are included.
     logps: their log-probabilities, in nats, under the model as it is: temperature and filters do not enter.
-    finished: whether it ended with a stop token rather than at the length limit.
+    processed_logps: the same under all that shaped the draw: guidance, penalty, temperature and filters. They are 0
+      where temperature is 0.
+    stop_reason: 'eos' for a stop token, 'stop' for a text, 'length' where it was cut.
   """
 
   ids: list[int]
   logps: list[float]
-  finished: bool
+  processed_logps: list[float]
+  stop_reason: str
+
+  @property
+  def finished(self) -> bool:
+    """Whether it came to its own end."""
+    return self.stop_reason != 'length'
 
 
-class _Static(NamedTuple):
-  max_new_tokens: int
-  temperature: float
-  top_k: int
-  top_p: float
-  stop_ids: tuple[int, ...]
+class Guide(NamedTuple):
+  """A model that is read beside the policy.
+
+  Attributes:
+    model: with the policy's vocabulary; it may have a head that scores.
+    params: its parameters.
+    prompts: what it reads in place of the policy's prompts, one for each; None for the same.
+  """
+
+  model: transformer.Transformer
+  params: types.PyTree
+  prompts: Sequence[Sequence[int]] | None = None
+
+
+class Guidance(NamedTuple):
+  """What changes the policy's logits before penalty, temperature and filters.
+
+  Attributes:
+    process: (float32 logits `[B, V]`, a `decoding.View` of each guide) -> logits `[B, V]`; pure, and compiled. It is
+      compared by identity: another `functools.partial` is another program.
+    guides: models that it sees.
+  """
+
+  process: Callable[..., types.Array] | None
+  guides: tuple[Guide, ...] = ()
+
+
+class Stop(NamedTuple):
+  """Texts that end a response.
+
+  Attributes:
+    texts: a response ends with the first token behind which it holds one.
+    decode: the text of a response's tokens.
+  """
+
+  texts: tuple[str, ...]
+  decode: Callable[[list[int]], str]
+
+  def end(self, ids: list[int], known: int) -> int | None:
+    """How many tokens there are up to the first of the texts, None without any; the first `known` hold none."""
+    holds = lambda count: any(text in self.decode(ids[:count]) for text in self.texts)
+    if not self.texts or not holds(len(ids)):
+      return None
+    return next(count for count in range(known + 1, len(ids) + 1) if holds(count))
 
 
 def sample(
@@ -44,123 +99,217 @@ def sample(
     params: types.PyTree,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    max_new_tokens: int | Sequence[int],
+    n: int = 1,
     seed: int = 0,
+    requests: Sequence[int] | None = None,
     stop_ids: Sequence[int] = (),
+    stop: Stop | None = None,
+    guidance: Guidance | None = None,
+    cache_dtype: str | None = None,
     rows: int = 128,
+    watch: Callable[[int, list[int]], None] | None = None,
+    **rule: Any,
 ) -> list[Sampled]:
-  """Samples a response to each prompt.
+  """Samples responses to each prompt.
 
-  The n-th prompt's token at position t is drawn with one uniform number that depends on (seed, n, t) alone, so the same
-  ids come out whatever the number of rows.
+  The token at position t of the k-th response to prompt i is drawn with one uniform number that depends on
+  (seed, requests[i] * n + k, t) alone, so the same ids come out whatever the number of rows, the order of prompts and
+  how they are split over calls. A prompt is read once for all its responses.
 
   Args:
     model: any model with a language-model head.
     params: its parameters, on any mesh (the current one, `jax.set_mesh`).
-    prompts: token ids, at least one each, with room for the new ones in the model's context; every process passes the
-      same.
-    max_new_tokens: length at which a response is cut.
-    temperature: divides the logits; 0 takes the most probable token.
-    top_k: keep the k most probable tokens; 0 keeps all.
-    top_p: keep the fewest tokens whose probability reaches p.
+    prompts: token ids, at least one each, with room for the new ones in the context; the same on every process.
+    max_new_tokens: length at which a response is cut, of all or of those to each prompt.
+    n: responses to each prompt.
     seed: of the random numbers.
+    requests: a number for each prompt; None for its place.
     stop_ids: tokens that end a response.
-    rows: prompts that are decoded at once; a multiple of what the mesh splits a batch by.
+    stop: texts that do.
+    guidance: what else shapes the draw.
+    cache_dtype: 'int8' keeps keys and values in 8 bits; None in the precision of each model.
+    rows: responses that are written at once; more where the mesh does not divide them.
+    watch: called with the number of a response (i * n + k) and its tokens so far, every few tokens.
+    **rule: temperature, top_k, top_p, min_p and repetition_penalty, see `choosing.Rule`.
 
   Returns:
-    One response per prompt, on every process.
+    The n responses to the first prompt, then those to the next, on every process.
+
+  Raises:
+    UsageError: a number has no meaning, or a guide has another vocabulary.
   """
+  program, models_params, guides_prompts = _opened(model, params, stop_ids, guidance, cache_dtype, rule)
   if not prompts:
     return []
-  static = _Static(max_new_tokens, temperature, top_k, top_p, tuple(stop_ids))
-  longest = max(map(len, prompts))
-  length = -(-longest // _BUCKET) * _BUCKET
-  rows = min(rows, -(-len(prompts) // 8) * 8)
-  key = jax.random.key(seed)
-  found: list[Sampled] = []
-  for start in range(0, len(prompts), rows):
-    part = prompts[start : start + rows]
-    ids = np.zeros((rows, length), np.int32)
-    lengths = np.ones(rows, np.int32)
-    for row, prompt in enumerate(part):
-      ids[row, : len(prompt)] = prompt
-      lengths[row] = len(prompt)
-    requests = np.arange(start, start + rows, dtype=np.uint32)
-    tokens, logps, counts = (np.asarray(x) for x in _decode(model, static, params, ids, lengths, requests, key))
-    for row in range(len(part)):
-      count = int(counts[row])
-      new = tokens[row, :count].tolist()
-      found.append(Sampled(new, logps[row, :count].tolist(), bool(new) and new[-1] in static.stop_ids))
-  return found
+  return _Run(
+      program,
+      models_params,
+      [prompts, *(own or prompts for own in guides_prompts)],
+      [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens),
+      range(len(prompts)) if requests is None else requests,
+      n,
+      rows,
+      jax.random.key(seed),
+      stop or Stop((), lambda ids: ''),
+      watch,
+  ).all()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _decode(model, static: _Static, params, ids_BT, lengths_B, requests_B, key):
-  """Tokens `[B, new]`, their log-probabilities, and how many of them each row has; replicated."""
-  batch, prompt = ids_BT.shape
-  head_DV = transformer.output_matrix(params).astype(model.dtype)
-  row_keys = jax.vmap(lambda r: jax.random.fold_in(key, r))(requests_B)
-  positions_BT = jnp.broadcast_to(jnp.arange(prompt), ids_BT.shape)
-  segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
-  cache = transformer.init_cache(model.config, batch, prompt + static.max_new_tokens, model.dtype)
-  hidden_BTD, cache = model.apply({'params': params}, ids_BT, positions_BT, segments_BT, cache)
-  last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-  shape = batch, static.max_new_tokens
-  stop = jnp.array(static.stop_ids or (-1,), jnp.int32)
-
-  def going(carry):
-    step, _, _, _, _, done_B, _ = carry
-    return (step < static.max_new_tokens) & ~jnp.all(done_B)
-
-  def one(carry):
-    step, cache, last_BD, tokens, logps, done_B, counts_B = carry
-    logits_BV = jax.lax.dot(last_BD, head_DV, preferred_element_type=jnp.float32)
-    logits_BV = vocab.soften(logits_BV, model.config.final_softcap)
-    logits_BV = jnp.where(jnp.arange(logits_BV.shape[1])[None, :] < model.config.vocab_size, logits_BV, _OUT)
-    uniform_B = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, step)))(row_keys)
-    token_B = _choose(static, logits_BV, uniform_B)
-    logp_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=1)[:, 0]
-    tokens = tokens.at[:, step].set(jnp.where(done_B, 0, token_B))
-    logps = logps.at[:, step].set(jnp.where(done_B, 0.0, logp_B))
-    counts_B = counts_B + jnp.where(done_B, 0, 1)
-    done_B = done_B | jnp.any(token_B[:, None] == stop[None, :], axis=1)
-    here_B1 = (lengths_B + step)[:, None]
-    hidden, cache = model.apply({'params': params}, token_B[:, None], here_B1, jnp.ones_like(here_B1), cache)
-    return step + 1, cache, hidden[:, 0], tokens, logps, done_B, counts_B
-
-  start = (
-      jnp.zeros((), jnp.int32),
-      cache,
-      last_BD,
-      jnp.zeros(shape, jnp.int32),
-      jnp.zeros(shape, jnp.float32),
-      jnp.zeros(batch, bool),
-      jnp.zeros(batch, jnp.int32),
-  )
-  _, _, _, tokens, logps, _, counts_B = jax.lax.while_loop(going, one, start)
-  return (
-      sharding.constrain(tokens, None, None),
-      sharding.constrain(logps, None, None),
-      sharding.constrain(counts_B, None),
-  )
+def _opened(model, params, stop_ids, guidance: Guidance | None, cache_dtype, rule) -> tuple:
+  """The program, parameters of each model, and the prompts of the guides; see `sample`."""
+  rule = choosing.Rule(**rule)
+  rule.check()
+  check_cache_dtype(cache_dtype)
+  guidance = guidance or Guidance(None)
+  models = (model, *(guide.model for guide in guidance.guides))
+  sizes = {one.config.vocab_size for one in models}
+  if len(sizes) > 1:
+    raise types.UsageError(f'models that guide each other have one vocabulary; these have {sorted(sizes)} tokens')
+  models = tuple(map(_prepared, models))
+  program = decoding.Program(models, rule, tuple(stop_ids), guidance.process, cache_dtype)
+  all_params = (params, *(guide.params for guide in guidance.guides))
+  return program, list(map(decoding.prepare, models, all_params)), [guide.prompts for guide in guidance.guides]
 
 
-def _choose(static: _Static, logits_BV, uniform_B):
-  """The token at which the cumulative probability passes the uniform number; the largest where temperature is 0."""
-  if static.temperature == 0:
-    return jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
-  logits_BV = logits_BV / static.temperature
-  if static.top_k:
-    least_B1 = jax.lax.top_k(logits_BV, static.top_k)[0][:, -1:]
-    logits_BV = jnp.where(logits_BV < least_B1, _OUT, logits_BV)
-  if 0 < static.top_p < 1:
-    sorted_BV = -jnp.sort(-logits_BV, axis=1)
-    before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV), axis=1) - jax.nn.softmax(sorted_BV)
-    least_B1 = jnp.min(jnp.where(before_BV < static.top_p, sorted_BV, jnp.inf), axis=1, keepdims=True)
-    logits_BV = jnp.where(logits_BV < least_B1, _OUT, logits_BV)
-  cumulative_BV = jnp.cumsum(jax.nn.softmax(logits_BV), axis=1)
-  passed_BV = cumulative_BV <= uniform_B[:, None] * cumulative_BV[:, -1:]
-  return jnp.minimum(jnp.sum(passed_BV, axis=1), logits_BV.shape[1] - 1).astype(jnp.int32)
+def check_cache_dtype(cache_dtype: str | None) -> None:
+  """Raises UsageError where it is none of `sample`."""
+  if cache_dtype not in (None, 'int8'):
+    raise types.UsageError(f'cache_dtype = {cache_dtype}: it is int8 or left out')
+
+
+def _prepared(model: transformer.Transformer) -> transformer.Transformer:
+  """The model as it writes."""
+  mesh = jax.sharding.get_mesh()
+  platform = jax.default_backend() if mesh.empty else sharding.platform_of(mesh)
+  return dataclasses.replace(transformer.without_dropout(model), apart=platform == 'cpu')
+
+
+def _bucket(count: int) -> int:
+  """The size, of few, that holds so many tokens."""
+  size = _LEAST
+  while size < count:
+    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+  return size
+
+
+class _Run:
+  """The queue of a call: what waits, what was read, and who holds which row."""
+
+  def __init__(self, program, params, prompts, limits, requests, n: int, rows: int, key, stop: Stop, watch):
+    self._program, self._params, self._prompts, self._limits = program, params, prompts, limits
+    self._requests, self._n, self._key, self._stop, self._watch = requests, n, key, stop, watch
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else sharding.parts(mesh, 'batch')
+    up = lambda count: -(-count // parts) * parts
+    total = len(limits) * n
+    self._size = up(min(rows, 1 << (total - 1).bit_length()))
+    longest = [_bucket(max(map(len, one))) for one in prompts]
+    # Prompts of like length are read together.
+    self._waiting = collections.deque(sorted(range(len(limits)), key=lambda i: -_bucket(len(prompts[0][i]))))
+    together = min(len(limits), -(-self._size // n), max(1, _TOGETHER // max(longest)))
+    self._together = up(together)
+    new = -(-max(limits) // _LEAST) * _LEAST
+    self._most = tuple(length + new for length in longest)
+    self._room = tuple(min(most, _bucket(length + _AT_FIRST)) for most, length in zip(self._most, longest))
+    self._read: decoding.Prompts | None = None
+    self._ready: collections.deque[tuple[int, int]] = collections.deque()  # (place among the prompts read, response)
+    self._owners: list[int | None] = [None] * self._size
+    self._counts = np.zeros(self._size, np.int32)
+    self._ended = np.zeros(self._size, bool)
+    self._found: list[Sampled | None] = [None] * total
+    self._rows = decoding.start(program, self._size, self._room, new)
+
+  def all(self) -> list[Sampled]:
+    """Writes every response."""
+    compiled = decoding.compilations.count
+    self._fill()
+    while self._active():
+      self._write()
+      self._fill()
+    found = [one for one in self._found if one is not None]
+    if decoding.compilations.count > compiled:
+      logging.info(
+          'sampling: %d programs compiled, %d in all; %d tokens in %d steps of %d rows',
+          decoding.compilations.count - compiled,
+          decoding.compilations.count,
+          sum(len(one.ids) for one in found),
+          int(self._rows.steps),
+          self._size,
+      )
+    return found
+
+  def _active(self) -> list[tuple[int, int]]:
+    return [(row, owner) for row, owner in enumerate(self._owners) if owner is not None]
+
+  def _fill(self) -> None:
+    """Gives the rows that are free to the requests that wait."""
+    free = [row for row, owner in enumerate(self._owners) if owner is None]
+    while free and (self._ready or self._waiting):
+      if not self._ready:
+        self._read_next()
+      count = min(len(free), len(self._ready))
+      given = [(free.pop(0), *self._ready.popleft()) for _ in range(count)]
+      # Few of them, or up to all.
+      few = max(1, self._size // 8)
+      size = few if count <= few else self._size
+      table = np.zeros((4, size), np.int32)
+      table[0] = self._size
+      for place, (row, source, response) in enumerate(given):
+        prompt, sample = divmod(response, self._n)
+        table[:, place] = row, source, self._requests[prompt] * self._n + sample, self._limits[prompt]
+        self._owners[row], self._counts[row], self._ended[row] = response, 0, False
+      requests = table[2].astype(np.uint32)
+      self._rows = decoding.give(self._rows, self._read, table[0], table[1], requests, table[3])
+
+  def _read_next(self) -> None:
+    """Reads the prompts that come next."""
+    chosen = [self._waiting.popleft() for _ in range(min(self._together, len(self._waiting)))]
+    ids, lengths = [], []
+    for prompts in self._prompts:
+      own = [prompts[i] for i in chosen]
+      ids.append(np.zeros((self._together, _bucket(max(map(len, own)))), np.int32))
+      lengths.append(np.ones(self._together, np.int32))
+      for place, prompt in enumerate(own):
+        ids[-1][place, : len(prompt)] = prompt
+        lengths[-1][place] = len(prompt)
+    self._read = decoding.read(self._program, self._params, ids, lengths)
+    self._ready += [(place, i * self._n + k) for place, i in enumerate(chosen) for k in range(self._n)]
+
+  def _write(self) -> None:
+    """Writes until a row is free for what waits, or all have ended, or it is time to look at the texts."""
+    active = self._active()
+    longest = [
+        max(len(prompts[owner // self._n]) + int(self._counts[row]) for row, owner in active)
+        for prompts in self._prompts
+    ]
+    sizes = zip(self._most, self._room, longest)
+    room = tuple(size if count < size else min(most, _bucket(count * 3 // 2)) for most, size, count in sizes)
+    if room != self._room:
+      self._room, self._rows = room, decoding.grow(room, self._rows)
+    most = _LOOK if self._stop.texts or self._watch else max(self._limits)
+    most = min(most, *(size - count for size, count in zip(self._room, longest)))
+    waits = bool(self._ready or self._waiting)
+    enough = self._size - len(active) + max(1, self._size // 16) if waits else self._size
+    numbers = np.int32(most), np.int32(enough)
+    self._rows, counts, done = decoding.write(self._program, self._params, self._rows, self._key, self._ended, *numbers)
+    before, self._counts, done = self._counts, np.array(counts), np.array(done)
+    if self._stop.texts or self._watch or any(done[row] for row, _ in active):
+      written = [np.array(x) for x in (self._rows.tokens_BN, self._rows.logps_BN, self._rows.processed_BN)]
+      for row, owner in active:
+        self._look(row, owner, int(before[row]), bool(done[row]), written)
+
+  def _look(self, row: int, owner: int, known: int, done: bool, written: Sequence[np.ndarray]) -> None:
+    """Whether the response of a row has ended; keeps it then."""
+    count = int(self._counts[row])
+    ids = written[0][row, :count].tolist()
+    end = self._stop.end(ids, known)
+    ids = ids[:end]
+    if self._watch is not None:
+      self._watch(owner, ids)
+    if not done and end is None:
+      return
+    logps, processed = (x[row, : len(ids)].tolist() for x in written[1:])
+    reason = 'stop' if end is not None else 'eos' if ids[-1] in self._program.stop_ids else 'length'
+    self._found[owner] = Sampled(ids, logps, processed, reason)
+    self._owners[row], self._ended[row] = None, True

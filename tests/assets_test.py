@@ -69,8 +69,8 @@ class TestPrompts:
     config = hf.read_config(MODEL)
     params = hf_import.read_params(MODEL, config, mesh)
     model = transformer.build(config, mesh, length=96)
-    ids = [[TOKENIZER.bos_id, *TOKENIZER.encode(text)] for text in evaluate.builtin_prompts() for _ in range(8)]
-    drawn = sampling.sample(model, params, ids, max_new_tokens=64, seed=3)
+    ids = [[TOKENIZER.bos_id, *TOKENIZER.encode(text)] for text in evaluate.builtin_prompts()]
+    drawn = sampling.sample(model, params, ids, n=8, max_new_tokens=64, seed=3)
     mean = np.mean(rules.vader([TOKENIZER.decode(one.ids, continuation=True) for one in drawn]))
     assert 0.35 <= mean <= 0.55
 

@@ -44,6 +44,10 @@ def lonely(state):
   return state
 
 
+def said_once(token):
+  return sampling.Sampled([token], [-1.0], [-1.0], 'length')
+
+
 def environment(spec=f'{HERE}:scripted', turns=3, observation_tokens=64):
   return environments.Environment(spec, turns=turns, observation_tokens=observation_tokens)
 
@@ -65,17 +69,18 @@ class TestPlay:
     ]
     asked = []
 
-    def draw(behind, turn):
-      asked.append(len(behind))
-      return sampling.sample(model, params, behind, max_new_tokens=5, seed=turn, stop_ids=(tokenizer.eos_id,))
+    def draw(behind, n, turn):
+      asked.append((len(behind), n))
+      return sampling.sample(model, params, behind, n=n, max_new_tokens=5, seed=turn, stop_ids=(tokenizer.eos_id,))
 
     with jax.set_mesh(mesh):
       params = transformer.init_params(model, jax.random.key(0), mesh)
-      played = environment().play(prompts, tokenizer, draw)
-      assert asked == [4, 2, 2]
-      assert [(one.turns, one.reward, one.cut) for one in played] == [(3, 6.0, 0), (1, 1.0, 0), (3, 6.0, 0)]
+      played = environment().play(prompts, 2, tokenizer, draw)
+      assert asked == [(3, 2), (4, 1), (4, 1)]
+      wanted = [(3, 6.0, 0), (1, 1.0, 0), (3, 6.0, 0)]
+      assert [(one.turns, one.reward, one.cut) for one in played] == [one for one in wanted for _ in range(2)]
       assert 'said' not in records[0]
-      for prompt, one in zip(prompts, played):
+      for prompt, one in zip([one for one in prompts for _ in range(2)], played, strict=True):
         # Answers stand where they were given, between samples, as their text alone is tokenised.
         observed = [i for i, is_sampled in zip(one.ids, one.sampled) if not is_sampled]
         answers = [f' and {turn} {prompt.record["name"]}' for turn in range(1, one.turns)]
@@ -93,8 +98,8 @@ class TestPlay:
 
   def test_cuts_long_answers_and_says_so(self, tokenizer):
     prompts = [verdicts.Prompt([1], {'name': 'Tom', 'turns': 2}, 'here')]
-    draw = lambda behind, turn: [sampling.Sampled([400 + turn], [-1.0], False)]
-    (one,) = environment(observation_tokens=2).play(prompts, tokenizer, draw)
+    draw = lambda behind, n, turn: [said_once(400 + turn)]
+    (one,) = environment(observation_tokens=2).play(prompts, 1, tokenizer, draw)
     answer = tokenizer.encode(' and 1 Tom', continuation=True)
     assert one.ids == [400, *answer[:2], 401]
     assert one.sampled == [True, False, False, True]
@@ -120,9 +125,9 @@ class TestPlay:
       ],
   )
   def test_says_which_record_and_function_went_wrong(self, tokenizer, name, record, said):
-    draw = lambda behind, turn: [sampling.Sampled([400], [-1.0], False)]
+    draw = lambda behind, n, turn: [said_once(400)]
     with pytest.raises(types.RunError, match=f'environment {HERE}:{said}' if name in said else said):
-      environment(f'{HERE}:{name}').play([verdicts.Prompt([1], record, 'here')], tokenizer, draw)
+      environment(f'{HERE}:{name}').play([verdicts.Prompt([1], record, 'here')], 1, tokenizer, draw)
 
   @pytest.mark.parametrize(
       'spec,said',

@@ -1,6 +1,7 @@
 """What a model answers: where it stops, and to which records."""
 
 import json
+import sys
 import types as pytypes
 
 import pytest
@@ -12,6 +13,53 @@ from jaxalign.data import feedback
 from jaxalign.data import tokenizers
 
 STORIES = 'builtin:stories260K'
+
+
+class TestRespond:
+
+  def said(self, capsys, *flags, code=0):
+    args = 'jaxalign', '--mode=sample', f'--model={STORIES}', '--prompt=Once upon a time', '--max_new_tokens=24'
+    assert main.main([*args, *flags]) == code
+    found = capsys.readouterr()
+    return found.out if code == 0 else found.err.splitlines()[-1]
+
+  def test_leaves_out_the_text_that_ends_a_response(self, capsys):
+    whole = self.said(capsys, '--top_k=20')
+    end = whole.index(' little')
+    assert self.said(capsys, '--top_k=20', '--stop=nothing', '--stop= little') == whole[:end] + '\n'
+
+  def test_shows_the_same_text_as_it_is_written(self, capsys, monkeypatch):
+    flags = '--min_p=0.1', '--repetition_penalty=1.3', '--cache_dtype=int8', '--stop= girl!'
+    pieces, write = [], sys.stdout.write
+    whole = self.said(capsys, *flags, '--nostream')
+    monkeypatch.setattr(main.sys.stdout, 'write', lambda text: (pieces.append(text), write(text)))
+    self.said(capsys, *flags, '--stream')
+    assert ''.join(pieces) == whole
+    assert len(pieces) > 3
+
+  @pytest.mark.parametrize(
+      'flags,said',
+      [
+          (['--top_p=2'], '--top_p = 2.0: it must be above 0 and at most 1'),
+          (['--cache_dtype=int4'], '--cache_dtype = int4: it is int8 or left out'),
+          (['--stop='], '--stop: an empty text'),
+          (['--stream', '--samples_per_prompt=2'], '--stream shows one response'),
+      ],
+      ids=str,
+  )
+  def test_says_what_is_wrong_with_a_flag(self, capsys, flags, said):
+    assert said in self.said(capsys, *flags, code=2)
+
+
+class TestTeller:
+
+  def test_holds_back_what_may_still_change(self):
+    told = []
+    teller = respond._Teller(told.append, ['\n\nB', 'xy'])
+    for text in ('a', 'a\ufffd', 'aé\n', 'aé\n\n', 'aé\n\nA', 'aé\n\nAx', 'aé\n\nAxy'):
+      teller.read(text)
+    teller.end('aé\n\nA')
+    assert told == ['a', 'é', '\n\nA']
 
 
 class TestToRecords:

@@ -178,6 +178,52 @@ class TestReinforcePlusPlus:
     _assert_tokens(batch, found, _white(above))
 
 
+TOKENS_T = {place: RNG.normal(size=6).astype(np.float32) for place in PLACES}
+
+
+class TestRto:
+
+  def test_adds_what_tokens_earn_to_what_ppo_gives_them(self):
+    batch = _batch(2)
+    values_BT, ratio_BT, own_BT = (jnp.asarray(_spread(batch, x)) for x in (VALUES_T, REWARDS_T, TOKENS_T))
+    found = returns.rto(own_BT, SCORES, VALID, values_BT, ratio_BT, masked.rows(batch), beta=0.3, lam=0.8)
+    shaped = {place: x + TOKENS_T[place][: len(x)] for place, x in _shaped(0.3).items()}
+    _assert_tokens(batch, found.advantages, _white(_gold(shaped, VALUES_T, 1.0, 0.8)))
+
+
+class TestPrime:
+
+  def test_compares_outcomes_and_tokens_with_the_other_responses(self):
+    batch = _batch(3)
+    found = returns.prime(jnp.asarray(_spread(batch, TOKENS_T)), SCORES, VALID, masked.rows(batch), discount=0.9)
+    own = {(g, k): TOKENS_T[g, k][: LENGTHS[g][k] - (LENGTHS[g][k] > 2)].astype(np.float64) for g, k in PLACES}
+    wanted = {}
+    for g, k in PLACES:
+      others = [j for j in range(3) if j != k and VALID[g, j]]
+      left = own[g, k] - np.mean([own[g, j].mean() for j in others])
+      follows = np.array([sum(0.9 ** (s - t) * left[s] for s in range(t, len(left))) for t in range(len(left))])
+      wanted[g, k] = follows + SCORES[g, k] - np.mean([SCORES[g, j] for j in others])
+    for place, x in _read(batch, found).items():
+      if VALID[place]:
+        np.testing.assert_allclose(x, wanted[place], rtol=1e-4, atol=1e-5)
+
+
+class TestProcessSupervised:
+
+  def test_adds_up_the_normalised_steps_to_come(self):
+    batch = _batch(2)
+    marks = {place: (np.arange(6) % 2).astype(np.float32) for place in PLACES}
+    given = (jnp.asarray(_spread(batch, x)) for x in (TOKENS_T, marks))
+    found = returns.process_supervised(*given, VALID, masked.rows(batch))
+    length = lambda place: LENGTHS[place[0]][place[1]] - (LENGTHS[place[0]][place[1]] > 2)
+    steps = {p: [(t, float(TOKENS_T[p][t])) for t in range(1, length(p), 2)] for p in PLACES}
+    for place, x in _read(batch, found).items():
+      every = [r for k in range(3) if VALID[place[0], k] for _, r in steps[place[0], k]]
+      scaled = lambda r, every=every: (r - np.mean(every)) / (np.std(every, ddof=1) + 1e-4)
+      wanted = [sum(scaled(r) for s, r in steps[place] if s >= t) for t in range(len(x))]
+      np.testing.assert_allclose(x, wanted if VALID[place] else np.zeros(len(x)), rtol=1e-4, atol=1e-5)
+
+
 class TestPenalised:
 
   def test_takes_the_divergence_off_the_reward(self):

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign import choosing
+from jaxalign import decoding
 from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import sharding
@@ -124,6 +126,39 @@ def inside_loops(text):
 
 def shapes(line):
   return [tuple(map(int, dims.split(','))) for dims in re.findall(r'(?:bf16|f32|s32)\[([\d,]+)\]', line)]
+
+
+def placed(tree, where):
+  """Shapes and shardings, as a program gives them."""
+  return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where)
+
+
+class TestDecoding:
+
+  @pytest.mark.usefixtures('in_haste')
+  @pytest.mark.parametrize('cache_dtype', [None, 'int8'])
+  def test_of_8_billion_parameters_needs_little_more_than_the_cache(self, cache_dtype):
+    mesh = sharding.make_mesh('fsdp:2,tensor:8', devices=topology('v5e:4x4'))
+    llama = architecture.Config(128256, 32, 4096, 32, 8, 128, 14336, 131072, rope_theta=500000.0, tie_embeddings=False)
+    model = transformer.build(llama, mesh, dtype='bfloat16', length=1024)
+    program = decoding.Program((model,), choosing.Rule(1.0, top_k=50), (128001,), cache_dtype=cache_dtype)
+    params = jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), transformer.abstract_params(model, mesh))
+    with jax.set_mesh(mesh):
+      begun = decoding.start.lower(program, 64, (2048,), 1024).compile()
+      rows = placed(jax.eval_shape(lambda: decoding.start(program, 64, (2048,), 1024)), begun.output_shardings)
+      number, ended = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((64,), bool)
+      key = jax.eval_shape(lambda: jax.random.key(0))
+      write = decoding.write.lower(program, (params,), rows, key, ended, number, number).compile()
+    of_device = lambda x: np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    cache = sum(map(of_device, jax.tree.leaves(rows.readings[0].cache)))
+    assert cache < 1.1 * 2 * 32 * 64 * 2048 * 8 * 128 * (1 if cache_dtype else 2) / 16 * (1 + 4 / 128)
+    memory = write.memory_analysis()
+    assert memory.alias_size_in_bytes > 0.99 * cache  # it is written where it is
+    assert memory.temp_size_in_bytes < 0.6 * cache
+    text = write.as_text()
+    # A row's heads stay where they are.
+    gathered = [line for line in text.splitlines() if re.search(r' all-gather(-start)?\(', line)]
+    assert not [shape for line in gathered for shape in shapes(line) if 2048 in shape and 128 in shape]
 
 
 class TestStep:

@@ -85,10 +85,11 @@ def measure(spec: str, base: checkpoint.Loaded) -> dict[str, float]:
   loaded = recipe.load(spec, sharding.make_mesh())
   params, model = checkpoint.merged(loaded), transformer.without_adapters(loaded.model)
   tokenizer = loaded.tokenizer
-  prompts = [examples.prompt_ids(tokenizer, text) for text in evaluate.builtin_prompts() for _ in range(_PER_PROMPT)]
+  prompts = [examples.prompt_ids(tokenizer, text) for text in evaluate.builtin_prompts()]
   drawn = sampling.sample(
-      model, params, prompts, max_new_tokens=_NEW_TOKENS, temperature=1.0, seed=0, stop_ids=(tokenizer.eos_id,)
+      model, params, prompts, n=_PER_PROMPT, max_new_tokens=_NEW_TOKENS, seed=0, stop_ids=(tokenizer.eos_id,)
   )
+  prompts = [ids for ids in prompts for _ in range(_PER_PROMPT)]
   own = np.array([np.sum(one.logps, dtype=np.float64) for one in drawn])
   gap = own - _logps(base.model, base.params, [(prompt, one.ids) for prompt, one in zip(prompts, drawn)])
   sentiment = np.array(rules.vader([tokenizer.decode(one.ids, continuation=True) for one in drawn]))

@@ -88,7 +88,8 @@ def _stories(model, params, tokenizer, seed: int) -> list[str]:
   drawn = sampling.sample(
       model,
       params,
-      [[tokenizer.bos_id]] * _STORIES,
+      [[tokenizer.bos_id]],
+      n=_STORIES,
       max_new_tokens=_STORY_TOKENS,
       seed=seed,
       stop_ids=(tokenizer.bos_id, tokenizer.eos_id),
@@ -99,14 +100,20 @@ def _stories(model, params, tokenizer, seed: int) -> list[str]:
 
 def _continuations(model, params, tokenizer, texts: list[str], count: int, seed: int) -> list[list[str]]:
   """Distinct continuations of each text that come back as the tokens that were sampled."""
-  ids = [examples.prompt_ids(tokenizer, text) for text in texts for _ in range(count)]
   drawn = sampling.sample(
-      model, params, ids, max_new_tokens=_NEW_TOKENS, seed=seed, stop_ids=(tokenizer.bos_id, tokenizer.eos_id), rows=512
+      model,
+      params,
+      [examples.prompt_ids(tokenizer, text) for text in texts],
+      n=count,
+      max_new_tokens=_NEW_TOKENS,
+      seed=seed,
+      stop_ids=(tokenizer.bos_id, tokenizer.eos_id),
+      rows=512,
   )
   whole = [tokenizer.decode(one.ids, continuation=True) for one in drawn]
   same = [not one.finished and tokenizer.encode(text, continuation=True) == one.ids for one, text in zip(drawn, whole)]
-  kept = [sorted({whole[i] for i in range(first, first + count) if same[i]}) for first in range(0, len(ids), count)]
-  print(f'{len(ids)} samples, {sum(same)} kept: whole, and the same tokens when read again')
+  kept = [sorted({whole[i] for i in range(first, first + count) if same[i]}) for first in range(0, len(drawn), count)]
+  print(f'{len(drawn)} samples, {sum(same)} kept: whole, and the same tokens when read again')
   return kept
 
 
@@ -211,10 +218,10 @@ def make(source: pathlib.Path, output: pathlib.Path, seed: int) -> None:
       scored = lists(part, found)[:_LISTS]
       _write(output / f'lists-{name}.jsonl.gz', scored)
       _write(output / f'ratings-{name}.jsonl.gz', ratings(scored[:_RATED_LISTS]))
-    ids = [examples.prompt_ids(tokenizer, text) for text in held for _ in range(8)]
-    drawn = sampling.sample(model, params, ids, max_new_tokens=_NEW_TOKENS, seed=seed + 9)
+    ids = [examples.prompt_ids(tokenizer, text) for text in held]
+    drawn = sampling.sample(model, params, ids, n=8, max_new_tokens=_NEW_TOKENS, seed=seed + 9)
     base = np.mean(rules.vader([tokenizer.decode(one.ids, continuation=True) for one in drawn]))
-    print(f'{len(ids)} samples from the {len(held)} held-out prompts: mean sentiment {base:.3f}')
+    print(f'{len(drawn)} samples from the {len(held)} held-out prompts: mean sentiment {base:.3f}')
 
 
 def main() -> None:

@@ -122,20 +122,24 @@ def xla(q_BTNH, k_BTKH, v_BTKH, segments_BT, how: How):
 
 
 def dense(q_BTNH, k_BSKH, v_BSKH, allowed_BTS, how: How):
-  """Attention under any mask; queries that share a key head are rows of one matrix product."""
+  """Attention under any mask."""
+  return heads_first(q_BTNH, k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3), allowed_BTS, how)
+
+
+def heads_first(q_BTNH, k_BKHS, v_BKSH, allowed_BTS, how: How):
+  """The same of other layouts; queries that share a key head are rows of one matrix product."""
   B, T, N, H = q_BTNH.shape
-  S, K = k_BSKH.shape[1:3]
+  K, S = v_BKSH.shape[1:3]
   R = N // K
   q = q_BTNH.reshape(B, T, K, R, H).transpose(0, 2, 3, 1, 4).reshape(B, K, R * T, H)
-  k, v = k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)
-  logits = jnp.matmul(q, k, preferred_element_type=jnp.float32).reshape(B, K, R, T, S) * how.scale
+  logits = jnp.matmul(q, k_BKHS, preferred_element_type=jnp.float32).reshape(B, K, R, T, S) * how.scale
   if how.softcap:
     logits = how.softcap * jnp.tanh(logits / how.softcap)
   logits = jnp.where(allowed_BTS[:, None, None], logits, _OUT)
   exp = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
   total = jnp.sum(exp, axis=-1)
   # Divided after the product: H numbers a query instead of S.
-  out = jnp.matmul(exp.astype(v.dtype).reshape(B, K, R * T, S), v, preferred_element_type=jnp.float32)
+  out = jnp.matmul(exp.astype(v_BKSH.dtype).reshape(B, K, R * T, S), v_BKSH, preferred_element_type=jnp.float32)
   out = out.reshape(B, K, R, T, H) / total[..., None]
   return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
 

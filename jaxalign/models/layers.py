@@ -1,20 +1,18 @@
 """One layer of a transformer: attention and a feed-forward half, in the ways of its family."""
 
 from collections.abc import Callable
-import dataclasses
 import functools
 from typing import Any
 
 from flax import linen as nn
-from flax import struct
 import jax
 import jax.numpy as jnp
 
 from jaxalign import sharding
-from jaxalign import types
 from jaxalign.models import architecture
 from jaxalign.models import attention as attention_lib
 from jaxalign.models import experts
+from jaxalign.models import kv_cache
 from jaxalign.models import linear
 from jaxalign.models import lora as lora_lib
 from jaxalign.models import rotary
@@ -24,21 +22,6 @@ _ACTIVATIONS: dict[str, Callable] = {
     'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
     'gelu': functools.partial(jax.nn.gelu, approximate=False),
 }
-
-
-@struct.dataclass
-class KVCache:
-  """Keys and values of what has been read, and how much that is.
-
-  Attributes:
-    k_LBSKH: keys, rotated; slot s of a row is its token s.
-    v_LBSKH: values.
-    lengths_B: int32, tokens of each row.
-  """
-
-  k_LBSKH: types.Array
-  v_LBSKH: types.Array
-  lengths_B: types.Array
 
 
 def rms_norm(x, scale, config: architecture.Config):
@@ -96,7 +79,7 @@ class Block(nn.Module):
     if cache is None:
       out = attention_lib.attend(self.attention, q, k, v, segments_BT, how)
     else:
-      out, cache = _attend_cached(q, k, v, cache, layer, how)
+      out, cache = kv_cache.attend(self.attention, q, k, v, segments_BT, cache, layer, how)
     axes = 'heads', 'head_size', 'embed'
     return self._project('o', 'BTNH,NHD->BTD', out, (N, H, D), axes, c.out_bias), cache
 
@@ -136,18 +119,3 @@ class Block(nn.Module):
 
   def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int):
     return linear.weight(self, name, shape, axes, fan_in, self.dtype)
-
-
-def _attend_cached(q_BTNH, k_BTKH, v_BTKH, cache: KVCache, layer, how: attention_lib.How):
-  """Writes the new keys and values behind those of each row and attends to all of them."""
-  T = q_BTNH.shape[1]
-  rows_BT = jnp.arange(q_BTNH.shape[0])[:, None]
-  slots_BT = cache.lengths_B[:, None] + jnp.arange(T)[None, :]
-  write = lambda old, new: old.at[layer, rows_BT, slots_BT].set(
-      new.astype(old.dtype), mode='drop', indices_are_sorted=True, unique_indices=True
-  )
-  cache = dataclasses.replace(cache, k_LBSKH=write(cache.k_LBSKH, k_BTKH), v_LBSKH=write(cache.v_LBSKH, v_BTKH))
-  behind_BTS = slots_BT[:, :, None] - jnp.arange(cache.k_LBSKH.shape[2])[None, None, :]
-  allowed_BTS = (behind_BTS >= 0) & (behind_BTS < how.window) if how.window else behind_BTS >= 0
-  read = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).astype(q_BTNH.dtype)
-  return attention_lib.dense(q_BTNH, read(cache.k_LBSKH), read(cache.v_LBSKH), allowed_BTS, how), cache

@@ -18,6 +18,7 @@ from jaxalign import sharding
 from jaxalign import types
 from jaxalign.models import architecture
 from jaxalign.models import attention as attention_lib
+from jaxalign.models import kv_cache
 from jaxalign.models import layers
 from jaxalign.models import linear
 from jaxalign.models import lora as lora_lib
@@ -30,13 +31,6 @@ REMAT: dict[str, Callable | None] = {
     'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     'full': jax.checkpoint_policies.nothing_saveable,
 }
-
-
-def init_cache(config: architecture.Config, rows: int, length: int, dtype: jax.typing.DTypeLike) -> layers.KVCache:
-  """An empty cache for `rows` rows of up to `length` tokens; what is read beyond that is lost."""
-  shape = (config.num_layers, rows, length, config.num_kv_heads, config.head_size)
-  place = lambda x: sharding.constrain(x, 'layers', 'batch', None, None, None)
-  return layers.KVCache(place(jnp.zeros(shape, dtype)), place(jnp.zeros(shape, dtype)), jnp.zeros(rows, jnp.int32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -79,8 +73,10 @@ class Transformer(nn.Module):
     config: sizes.
     dtype: of the computation; parameters are float32, but for a frozen base (`lora.Lora.base`).
     remat: a key of REMAT.
-    attention: one of `attention.KERNELS`, for whole sequences; with a cache attention is dense.
+    attention: one of `attention.KERNELS`, for whole sequences; behind what is in a cache attention is dense.
     lora: what is adapted, None for nothing; with dropout `apply` takes `rngs={'dropout': key}`.
+    apart: layers have parameters and caches of their own, see `apart`: nothing is copied out of stacks, as scanning
+      does on CPUs, but a program grows with the number of layers.
   """
 
   config: architecture.Config
@@ -88,6 +84,7 @@ class Transformer(nn.Module):
   remat: str = 'none'
   attention: str = 'xla'
   lora: lora_lib.Lora | None = None
+  apart: bool = False
 
   @property
   def base_dtype(self) -> Any:
@@ -97,7 +94,7 @@ class Transformer(nn.Module):
     return jnp.dtype(self.dtype if self.lora.base in ('', *quant.KINDS) else self.lora.base)
 
   @nn.compact
-  def __call__(self, inputs_BT, positions_BT, segments_BT, cache: layers.KVCache | None = None):
+  def __call__(self, inputs_BT, positions_BT, segments_BT, cache: kv_cache.Cache | None = None):
     """Reads tokens and returns what the head reads.
 
     Args:
@@ -105,7 +102,7 @@ class Transformer(nn.Module):
       positions_BT: int32, from 0 in each segment.
       segments_BT: int32; 0 is padding. With a cache a row is one segment, and tokens of segment 0 can only follow its
         last: they are not counted in its length.
-      cache: None reads whole sequences; otherwise the tokens follow those in the cache.
+      cache: None reads whole sequences; otherwise the tokens follow those in the cache, see `KVCache.mode`.
 
     Returns:
       Hidden states after the final norm, `[B, T, D]`; with a cache, these and the new cache.
@@ -122,23 +119,37 @@ class Transformer(nn.Module):
     x_BTD = sharding.constrain(_look_up(self.dtype, embed_VD, inputs_BT), 'batch', 'length', 'hidden')
     if c.scale_embeddings:
       x_BTD = x_BTD * jnp.asarray(c.embed_dim**0.5, self.dtype)
-    # The cache is carried, not scanned: as a scanned output it would exist twice.
-    carry = x_BTD, cache, 0
     rotations = {kind: rotary.rotations(c, kind, positions_BT) for kind in set(c.kinds)}
-    for part in self._parts():
-      carry, _ = part(carry, rotations, segments_BT)
-    x_BTD, cache, _ = carry
+    if self.apart:
+      caches: Any = cache or [None] * c.num_layers
+      found = []
+      for block, own in zip(self._layers(), caches, strict=True):
+        x_BTD, own, _ = block((x_BTD, own, 0), rotations, segments_BT)
+        found.append(own)
+      cache = cache and tuple(found)
+    else:
+      # The cache is carried, not scanned: as a scanned output it would exist twice.
+      carry = x_BTD, cache, 0
+      for part in self._parts():
+        carry, _ = part(carry, rotations, segments_BT)
+      x_BTD, cache, _ = carry
     x_BTD = layers.rms_norm(x_BTD, linear.param(self, 'final_norm', layers.norm_init(c), (c.embed_dim,), ('norm',)), c)
     if cache is None:
       return x_BTD
-    return x_BTD, dataclasses.replace(cache, lengths_B=cache.lengths_B + jnp.sum(segments_BT > 0, axis=1))
+    return x_BTD, kv_cache.longer(cache, jnp.sum(segments_BT > 0, axis=1))
+
+  def _block(self) -> Callable[..., nn.Module]:
+    policy = REMAT[self.remat]
+    block = layers.Block if policy is None else nn.remat(layers.Block, policy=policy, prevent_cse=False)
+    return functools.partial(block, config=self.config, dtype=self.dtype, attention=self.attention, lora=self.lora)
+
+  def _layers(self) -> list[nn.Module]:
+    """Each layer."""
+    return [self._block()(kind=kind, name=f'layer_{i}') for i, kind in enumerate(self.config.kinds)]
 
   def _parts(self) -> list[nn.Module]:
     """The repeated pattern of layers, scanned so that a program does not grow with it, and the layers that are left."""
-    c = self.config
-    policy = REMAT[self.remat]
-    block = layers.Block if policy is None else nn.remat(layers.Block, policy=policy, prevent_cse=False)
-    make = functools.partial(block, config=c, dtype=self.dtype, attention=self.attention, lora=self.lora)
+    c, make = self.config, self._block()
     parts: list[nn.Module] = []
     if c.repeats:
       scanned = nn.scan(
@@ -157,6 +168,17 @@ class Transformer(nn.Module):
 def output_matrix(params: types.PyTree) -> types.Array:
   """The matrix `[D, V]` from hidden states to logits: the head, or the transposed embedding."""
   return params['head'] if 'head' in params else params['embed'].T
+
+
+def apart(params: types.PyTree, config: architecture.Config) -> types.PyTree:
+  """Parameters as the model `apart` has them."""
+  rest, found = {name: x for name, x in params.items() if name not in ('layers', 'rest')}, {}
+  for i in range(config.num_layers):
+    repeat, place = divmod(i, len(config.pattern))
+    whole = repeat < config.repeats
+    own = params['layers' if whole else 'rest'][str(place)]
+    found[f'layer_{i}'] = jax.tree.map(lambda x, repeat=repeat: x[repeat], own) if whole else own
+  return rest | found
 
 
 def scores(params: types.PyTree, hidden_BTD: types.Array) -> types.Array:

@@ -11,6 +11,7 @@ import pytest
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign.models import architecture
+from jaxalign.models import kv_cache
 from jaxalign.models import transformer
 
 pytestmark = pytest.mark.usefixtures('optimised')
@@ -84,7 +85,7 @@ class TestTransformer:
   @pytest.mark.parametrize('pieces', [(9,), (4, 5), (6, 1, 1, 1)])
   def test_reads_the_same_through_a_cache_in_pieces(self, pieces):
     inputs = ids(3, 9)
-    cache = transformer.init_cache(TINY, 3, 12, jnp.float32)
+    cache = kv_cache.init(TINY, 3, 12, jnp.float32)
     found, start = [], 0
     for size in pieces:
       part = inputs[:, start : start + size]
@@ -95,13 +96,24 @@ class TestTransformer:
     np.testing.assert_allclose(np.concatenate(found, axis=1), read(inputs), atol=3e-6)
     np.testing.assert_array_equal(cache.lengths_B, [9, 9, 9])
 
+  def test_reads_almost_the_same_through_a_cache_of_8_bits(self):
+    inputs = ids(3, 9)
+    found, cache = [], kv_cache.init(TINY, 3, 12, jnp.int8)
+    for start in range(9):
+      positions = np.full((3, 1), start)
+      out, cache = apply(MODEL, PARAMS, inputs[:, start : start + 1], positions, np.ones_like(positions), cache)
+      found.append(out)
+    errors = np.concatenate(found, axis=1) - read(inputs)
+    assert 1e-5 < np.sqrt(np.mean(errors**2)) / read(inputs).std() < 0.01  # 8 bits round by up to 1/254
+    assert cache.k_LBKSH.dtype == jnp.int8
+
   def test_continues_rows_of_different_lengths_each_behind_its_own_end(self):
     whole = ids(2, 8)
     lengths = np.array([3, 6])
     prompt = np.where(np.arange(6)[None] < lengths[:, None], whole[:, :6], 0)
     segments = (np.arange(6)[None] < lengths[:, None]).astype(np.int32)
     positions = np.broadcast_to(np.arange(6), (2, 6))
-    cache = transformer.init_cache(TINY, 2, 10, jnp.float32)
+    cache = kv_cache.init(TINY, 2, 10, jnp.float32)
     _, cache = apply(MODEL, PARAMS, prompt, positions, segments, cache)
     for step in range(2):
       here = (lengths + step)[:, None]
