@@ -26,13 +26,14 @@ class Rollout:
   Attributes:
     prompts: ids of each prompt, G of them.
     responses: ids of each response, G K of them.
-    sampler_logps: log-probability of each of these ids when it was sampled, in nats.
+    sampler_logps: log-probability of each of these ids that was sampled, when it was, in nats.
     finished: whether each response ended by itself.
     rewards_GK: float64, NaN where every reward abstained.
     labels: of responses by name, float32 `[G, K]`, see `credit`.
-    token_labels: of tokens by name, float32, an array for each response.
+    token_labels: of tokens that were sampled by name, float32, an array for each response.
     counted: whether each response is trained on.
     said: mean and deviation of each reward, by name.
+    sampled: of each response which ids were; None where all of them were. The others are an environment's.
   """
 
   prompts: list[list[int]]
@@ -44,6 +45,7 @@ class Rollout:
   token_labels: Mapping[str, list[np.ndarray]]
   counted: list[bool]
   said: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  sampled: list[list[bool]] | None = None
 
   def to_text(self, tokenizer: tokenizers.Tokenizer) -> str:
     """A line of JSON for each response, in words and in what it takes to go on from there."""
@@ -52,6 +54,7 @@ class Rollout:
       prompt, reward = self.prompts[n // samples], float(self.rewards_GK.reshape(-1)[n])
       advantages = self.token_labels.get('advantages')
       line: dict[str, Any] = {
+          'group': n // samples,
           'prompt': tokenizer.decode(prompt),
           'response': tokenizer.decode(ids, continuation=True),
           'reward': None if math.isnan(reward) else reward,
@@ -64,6 +67,8 @@ class Rollout:
           'labels': {name: float(x_GK.reshape(-1)[n]) for name, x_GK in self.labels.items()},
           'token_labels': {name: each[n].tolist() for name, each in self.token_labels.items()},
       }
+      if self.sampled is not None:
+        line['sampled'] = list(map(int, self.sampled[n]))
       lines.append(json.dumps(line) + '\n')
     return ''.join(lines)
 
@@ -73,7 +78,8 @@ class Rollout:
     for n, response in enumerate(self.responses):
       own = {name: each[n] for name, each in self.token_labels.items()}
       own['sampler_logps'] = np.array(self.sampler_logps[n], np.float32)
-      sequences.append(sequence(self.prompts[n // samples], response, own, counted=self.counted[n]))
+      sampled = None if self.sampled is None else self.sampled[n]
+      sequences.append(sequence(self.prompts[n // samples], response, own, counted=self.counted[n], sampled=sampled))
     groups = []
     for g in range(len(self.prompts)):
       labels = {name: x_GK[g].tolist() for name, x_GK in self.labels.items()}
@@ -82,7 +88,7 @@ class Rollout:
 
   def metrics(self) -> dict[str, float]:
     """What it says of the policy that it was sampled from, by name."""
-    lengths, rewards = [len(ids) for ids in self.responses], np.ma.masked_invalid(self.rewards_GK)
+    lengths, rewards = [len(logps) for logps in self.sampler_logps], np.ma.masked_invalid(self.rewards_GK)
     kl = {'objective/kl': float(self.labels['kl'].mean())} if 'kl' in self.labels else {}
     return {
         'reward': float(rewards.mean()),
@@ -112,6 +118,7 @@ def of_text(text: str, samples: int) -> Rollout:
       {name: table(each(name, 'labels'), np.float32) for name in lines[0]['labels']},
       {name: [np.array(one, np.float32) for one in each(name, 'token_labels')] for name in lines[0]['token_labels']},
       of['counted'],
+      sampled=[list(map(bool, one)) for one in of['sampled']] if 'sampled' in of else None,
   )
 
 
@@ -142,12 +149,18 @@ class Groups:
 
 
 def sequence(
-    prompt: list[int], response: list[int], labels: Mapping[str, np.ndarray], *, counted: bool = True
+    prompt: list[int],
+    response: list[int],
+    labels: Mapping[str, np.ndarray],
+    *,
+    counted: bool = True,
+    sampled: list[bool] | None = None,
 ) -> examples.Sequence:
-  """A prompt and what was sampled behind it, whose tokens carry labels, and are learned from where it is counted."""
+  """A prompt and a response, whose tokens that were sampled carry labels, and are learned from where it is counted."""
   ids = np.array(prompt + response, np.int32)
   labels = labels if counted else {name: x[:0] for name, x in labels.items()}
-  return examples.Sequence(ids, (np.arange(len(ids)) >= len(prompt)) & counted, labels)
+  mask = np.concatenate([np.zeros(len(prompt), bool), np.array(sampled or [True] * len(response), bool)])
+  return examples.Sequence(ids, mask & counted, labels)
 
 
 # (parameters, batch) -> [A, B, T] by name

@@ -33,11 +33,11 @@ def check_fit(
     options: rollouts.Options, prompts: dataset_lib.Joined, packing: loader_lib.Packing, context: int
 ) -> None:
   """Raises UsageError where the longest rollout that there can be does not fit a step, or the model's context."""
-  longest, groups = int(prompts.lengths_NK.max()) + 1 + options.max_new_tokens, options.prompts // options.minibatches
+  longest, groups = int(prompts.lengths_NK.max()) + 1 + options.longest, options.prompts // options.minibatches
   if longest > context:
     raise types.UsageError(
-        f'a prompt of {longest - options.max_new_tokens} tokens and rollouts.Options.max_new_tokens ='
-        f' {options.max_new_tokens} exceed the context of the model, {context}'
+        f'a prompt of {longest - options.longest} tokens and {_limits(options)} exceed the context of the model,'
+        f' {context}'
     )
   try:
     steps = packing_lib.pack(
@@ -56,6 +56,14 @@ def check_fit(
         f' {packing.micro_batches} x {packing.rows} rows of {packing.row_length} tokens: raise'
         ' loader.Packing.micro_batches or rows, or lower rollouts.Options.prompts'
     )
+
+
+def _limits(options: rollouts.Options) -> str:
+  """What makes a response as long as the longest."""
+  limit = f'rollouts.Options.max_new_tokens = {options.max_new_tokens}'
+  if options.world is None:
+    return limit
+  return f'{limit}, turns = {options.turns} and observation_tokens = {options.observation_tokens}'
 
 
 class Iterations:

@@ -14,8 +14,8 @@ from jaxalign import choosing
 from jaxalign import recipe as recipe_lib
 from jaxalign import sampling
 from jaxalign import types
-from jaxalign.data import chat as chat_lib
 from jaxalign.data import examples
+from jaxalign.data import prompts as prompts_lib
 from jaxalign.data import records
 from jaxalign.data import sources
 from jaxalign.data import tokenizers
@@ -258,18 +258,8 @@ def _draw(
       max_new_tokens=options.max_new_tokens,
       **options.rule._asdict(),
       seed=seed,
-      stop_ids=_stop_ids(loaded.tokenizer, is_chat),
+      stop_ids=prompts_lib.stop_ids(loaded.tokenizer, is_chat),
       stop=sampling.Stop(options.stop, lambda ids: loaded.tokenizer.decode(ids, continuation=not is_chat)),
       cache_dtype=options.cache_dtype,
       watch=watch,
   )
-
-
-def _stop_ids(tokenizer: tokenizers.Tokenizer, chat: bool) -> tuple[int, ...]:
-  """EOS and, in a chat, the special token with which the template ends a turn, where that is another."""
-  if not chat:
-    return (tokenizer.eos_id,)
-  template = chat_lib.pick(None, tokenizer.chat_template)
-  text = chat_lib.end_of_turn(template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
-  ends = tokenizer.encode(text, continuation=True, special=True)[:1]
-  return tuple({tokenizer.eos_id, *(i for i in ends if i in tokenizer.special_tokens.values())})

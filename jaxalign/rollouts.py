@@ -15,15 +15,18 @@ import jax
 import numpy as np
 
 from jaxalign import credit as credit_lib
+from jaxalign import environments
 from jaxalign import episodes
 from jaxalign import forward
 from jaxalign import judging
 from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign import types
+from jaxalign import verdicts
 from jaxalign.data import dataset as dataset_lib
 from jaxalign.data import loader as loader_lib
 from jaxalign.data import packing as packing_lib
+from jaxalign.data import prompts as prompts_lib
 from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.models import transformer
@@ -39,7 +42,8 @@ class Options:
     prompts: of a rollout.
     samples: responses to each prompt, K.
     max_new_tokens: length at which a response is cut.
-    rewards: what scores responses, each as `--reward` names it, see `rewards.functions.parse`.
+    rewards: what scores responses, each as `--reward` names it, see `rewards.functions.parse`; with an environment
+      there may be none.
     scorings: of models among them, by directory, what their own runs say of how they score; nothing binds it.
     combine: of several rewards, see `rewards.functions.combine`.
     advantage_fn: from `advantages`, or any function that `credit` can call: what it reads its parameters name.
@@ -55,6 +59,11 @@ class Options:
       `step.make_step`; TRL's `target_kl` of old, times 1.5.
     mask_truncated: whether a response that was cut at `max_new_tokens` is not trained on; its reward still counts in
       its group. DAPO's overlong filtering, TRL's `mask_truncated_completions`.
+    environment: what answers the policy, see `environments.Environment`; '' for nothing, and a single turn. Its rewards
+      are added up, and come first among `rewards`, which read a whole episode, what was answered included.
+    turns: the most of an episode, each of up to `max_new_tokens`.
+    observation_tokens: the most that an answer of the environment has.
+    template: see `chat.pick`, of answers where prompts are messages: what `prompts.alone.template` is.
   """
 
   prompts: int
@@ -73,9 +82,13 @@ class Options:
   refill: int = 0
   max_kl: float | None = None
   mask_truncated: bool = False
+  environment: str = ''
+  turns: int = 4
+  observation_tokens: int = 64
+  template: str | None = None
 
   def __post_init__(self):
-    if not self.rewards:
+    if not self.rewards and not self.environment:
       raise types.UsageError(
           'rollouts.Options.rewards: nothing scores the responses; give --reward=MODULE:FUNCTION or DIR'
       )
@@ -102,6 +115,22 @@ class Options:
   def credit(self) -> credit_lib.Credit:
     """What makes labels of what was sampled."""
     return credit_lib.Credit(self.advantage_fn)
+
+  @functools.cached_property
+  def world(self) -> environments.Environment | None:
+    """The environment, None where there is none."""
+    limits = {'turns': self.turns, 'observation_tokens': self.observation_tokens}
+    return environments.Environment(self.environment, template=self.template, **limits) if self.environment else None
+
+  @property
+  def longest(self) -> int:
+    """Tokens of the longest response, answers of the environment included."""
+    return self.max_new_tokens if self.world is None else self.world.longest(self.max_new_tokens)
+
+  @property
+  def most_sampled(self) -> int:
+    """Those of them that are sampled."""
+    return self.max_new_tokens * (1 if self.world is None else self.world.turns)
 
   @property
   def updates(self) -> int:
@@ -163,7 +192,9 @@ class Maker:
     """
     self._options, self._prompts, self._weights = options, prompts, list(weights)
     self._packing, self._models, self._tokenizer, self._mesh, self._seed = packing, models, tokenizer, mesh, seed
-    self._judge = judging.Judge(options.rewards, options.combine, prompts, records, tokenizer)
+    self._asked = functools.partial(verdicts.of_record, prompts, records)
+    self._stop_ids = prompts_lib.stop_ids(tokenizer, self._asked(0).is_chat, options.template)
+    self._judge = judging.Judge(options.rewards, options.combine, tokenizer, options.world)
     self._wanted = options.credit.reads & credit_lib.OF_PROGRAM | ({'logps_BT'} if options.updates > 1 else set())
     ref_model = models.ref if 'log_ratio_BT' in self._wanted else None
     run = lambda params, batch: forward.annotations(
@@ -205,7 +236,7 @@ class Maker:
     options, samples, drawn = self._options, self._options.samples, judged.drawn
     total = self._judge.known(judged, self._prompts.where(chosen[0]))
     rollout = episodes.Rollout(
-        [self._ids(i) for i in chosen],
+        [self._asked(i).ids for i in chosen],
         [one.ids for one in drawn],
         [one.logps for one in drawn],
         [one.finished for one in drawn],
@@ -213,7 +244,8 @@ class Maker:
         {},
         {},
         [one.finished or not options.mask_truncated for one in drawn],
-        self._judge.said(judged.values_RN) | said,
+        self._judge.said(judged) | said,
+        [environments.sampled_of(one) for one in drawn] if options.world is not None else None,
     )
     fields = self._fields(rollout, judged.values_RN) | {'loss_state': params.loss_state}
     if self._wanted:
@@ -236,7 +268,7 @@ class Maker:
 
   def _fields(self, rollout: episodes.Rollout, values_RN: np.ndarray) -> dict[str, Any]:
     """What `credit` may read of responses without a model."""
-    samples, lengths = self._options.samples, [len(ids) for ids in rollout.responses]
+    samples, lengths = self._options.samples, [len(logps) for logps in rollout.sampler_logps]
     known = lambda x: np.nan_to_num(x).astype(np.float32)
     return {
         'rewards_GK': known(rollout.rewards_GK),
@@ -245,7 +277,7 @@ class Maker:
         'weights_R': self._judge.weights_R,
         'tokens_GK': np.array(lengths, np.float32).reshape(-1, samples),
         'finished_GK': np.array(rollout.finished, np.float32).reshape(-1, samples),
-        'rows': credit_lib.rows(lengths, samples, self._options.max_new_tokens),
+        'rows': credit_lib.rows(lengths, samples, self._options.most_sampled),
     }
 
   def _annotations(self, rollout: episodes.Rollout, params: Params) -> dict[str, np.ndarray]:
@@ -254,7 +286,7 @@ class Maker:
     each: list[dict[str, np.ndarray]] = [{} for _ in rollout.responses]
     for group, slot, found in episodes.annotated(params, all_counted.groups(), self._run, self._packing, self._mesh):
       each[group * self._options.samples + slot] = found
-    tables = {name: credit_lib.table([one[name] for one in each], self._options.max_new_tokens) for name in each[0]}
+    tables = {name: credit_lib.table([one[name] for one in each], self._options.most_sampled) for name in each[0]}
     named = {'logps_BT': tables['logps']}
     if 'values' in tables:
       named['values_BT'] = tables['values']
@@ -264,13 +296,13 @@ class Maker:
 
   def _labelled(self, rollout: episodes.Rollout, made: dict[str, np.ndarray]) -> episodes.Rollout:
     """The rollout with labels of responses and of tokens."""
-    of_responses, of_tokens, most = {}, {}, self._options.max_new_tokens
+    of_responses, of_tokens, most = {}, {}, self._options.most_sampled
     for name, x in made.items():
       if x.shape == rollout.rewards_GK.shape and name != 'advantages':
         of_responses[name] = x
       else:
         rows_BT = np.repeat(x.reshape(-1, 1), most, axis=1) if x.shape == rollout.rewards_GK.shape else x
-        of_tokens[name] = [rows_BT[n, : len(ids)] for n, ids in enumerate(rollout.responses)]
+        of_tokens[name] = [rows_BT[n, : len(logps)] for n, logps in enumerate(rollout.sampler_logps)]
     return dataclasses.replace(rollout, labels=of_responses, token_labels=of_tokens)
 
   def _drawn(self, iteration: int, turn: int) -> list[int]:
@@ -283,25 +315,25 @@ class Maker:
       found += order[first : first + self._options.prompts - len(found)].tolist()
     return found
 
-  def _ids(self, index: int) -> list[int]:
-    return self._prompts[index].sequences[0].ids[: self._prompts[index].prompt_tokens].tolist()
-
   def _judged(self, panel, chosen, params, model, name, count: int, temperature: float | None = None) -> judging.Judged:
     """Samples `count` responses to each prompt and has them scored; `name` makes the random numbers its own."""
-    options = self._options
-    drawn = sampling.sample(
-        model,
-        params,
-        list(map(self._ids, chosen)),
-        n=count,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature if temperature is None else temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=_seed(self._seed, name),
-        stop_ids=(self._tokenizer.eos_id,),
-    )
-    return self._judge(panel, chosen, drawn)
+    options, asked = self._options, list(map(self._asked, chosen))
+
+    def draw(prompts: list[list[int]], n: int, turn: int) -> list[sampling.Sampled]:
+      return sampling.sample(
+          model,
+          params,
+          prompts,
+          n=n,
+          max_new_tokens=options.max_new_tokens,
+          temperature=options.temperature if temperature is None else temperature,
+          top_k=options.top_k,
+          top_p=options.top_p,
+          seed=_seed(self._seed, (*name, 'turn', turn) if turn else name),
+          stop_ids=self._stop_ids,
+      )
+
+    return self._judge(panel, asked, environments.respond(options.world, asked, count, self._tokenizer, draw))
 
 
 def _seed(seed: int, name: tuple[int | str, ...]) -> int:
