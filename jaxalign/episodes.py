@@ -34,6 +34,7 @@ class Rollout:
     counted: whether each response is trained on.
     said: mean and deviation of each reward, by name.
     sampled: of each response which ids were; None where all of them were. The others are an environment's.
+    version: optimizer steps of the policy that wrote them.
   """
 
   prompts: list[list[int]]
@@ -46,6 +47,7 @@ class Rollout:
   counted: list[bool]
   said: Mapping[str, float] = dataclasses.field(default_factory=dict)
   sampled: list[list[bool]] | None = None
+  version: int = 0
 
   def to_text(self, tokenizer: tokenizers.Tokenizer) -> str:
     """A line of JSON for each response, in words and in what it takes to go on from there."""
@@ -55,6 +57,7 @@ class Rollout:
       advantages = self.token_labels.get('advantages')
       line: dict[str, Any] = {
           'group': n // samples,
+          'policy_version': self.version,
           'prompt': tokenizer.decode(prompt),
           'response': tokenizer.decode(ids, continuation=True),
           'reward': None if math.isnan(reward) else reward,
@@ -119,6 +122,7 @@ def of_text(text: str, samples: int) -> Rollout:
       {name: [np.array(one, np.float32) for one in each(name, 'token_labels')] for name in lines[0]['token_labels']},
       of['counted'],
       sampled=[list(map(bool, one)) for one in of['sampled']] if 'sampled' in of else None,
+      version=lines[0]['policy_version'],
   )
 
 
@@ -128,10 +132,26 @@ class Groups:
   def __init__(self, groups: Sequence[examples.Group]):
     self._groups = list(groups)
     self.label_names = tuple(self._groups[0].labels)
-    self.group_size = len(self._groups[0].sequences)
+    self.group_size = max(len(group.sequences) for group in self._groups)
     self.token_label_names = tuple(self._groups[0].sequences[0].labels)
-    self.lengths_NK = np.array([[len(one.ids) - 1 for one in group.sequences] for group in self._groups], np.int32)
+    self.lengths_NK = np.zeros((len(self._groups), self.group_size), np.int32)
+    for n, group in enumerate(self._groups):
+      self.lengths_NK[n, : len(group.sequences)] = [len(one.ids) - 1 for one in group.sequences]
     self.keys_NK = np.zeros(self.lengths_NK.shape, np.uint64)
+
+  def with_texts(self, texts: Sequence[examples.Group]) -> 'Groups':
+    """The same and texts behind them, groups of one; tokens have the label `is_text`, and texts 0 for all others."""
+
+    def marked(group: examples.Group, is_text: float) -> examples.Group:
+      sequences = []
+      for one in group.sequences:
+        tokens = np.zeros(int(one.mask.sum()), np.float32)
+        own = dict.fromkeys(self.token_label_names, tokens) if is_text else one.labels
+        sequences.append(dataclasses.replace(one, labels={**own, 'is_text': tokens + is_text}))
+      labels = {name: [0.0] * len(sequences) for name in self.label_names} if is_text else group.labels
+      return dataclasses.replace(group, sequences=tuple(sequences), labels=labels)
+
+    return Groups([*(marked(group, 0.0) for group in self._groups), *(marked(group, 1.0) for group in texts)])
 
   def __len__(self) -> int:
     return len(self._groups)

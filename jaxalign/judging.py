@@ -18,16 +18,21 @@ class Judged(NamedTuple):
   Attributes:
     drawn: N responses.
     values_RN: float64 of each reward, NaN where it abstains.
+    tokens: of each response the sum of what rewards say of its sampled tokens, with their weights, NaN where none does.
+    tells_R: whether each reward says something of tokens.
   """
 
   drawn: list[environments.Response]
   values_RN: np.ndarray
+  tokens: list[np.ndarray]
+  tells_R: np.ndarray
 
   def replace(self, group: int, other: 'Judged', its: int, samples: int) -> None:
     """Puts another one's responses to its prompt `its` in place of those to the prompt `group`."""
     own, new = (slice(at * samples, (at + 1) * samples) for at in (group, its))
     self.drawn[own] = other.drawn[new]
     self.values_RN[:, own] = other.values_RN[:, new]
+    self.tokens[own] = other.tokens[new]
 
 
 class Judge:
@@ -66,12 +71,31 @@ class Judge:
     """What the rewards make of responses to these prompts, as many to each."""
     values = panel(verdicts.responses(asked, self._tokenizer, drawn))
     played = environments.rewards_of(drawn)
-    rows = ([] if played is None else [played]) + [values[name].values for name in self._of_panel]
-    return Judged(list(drawn), np.stack(rows))
+    found = ([] if played is None else [functions.Scores(played)]) + [values[name] for name in self._of_panel]
+    tells_R = np.array([one.tokens is not None for one in found])
+    return Judged(list(drawn), np.stack([one.values for one in found]), self._tokens(found, drawn), tells_R)
+
+  def _tokens(self, found: Sequence[functions.Scores], drawn: Sequence[environments.Response]) -> list[np.ndarray]:
+    """See `Judged`."""
+    sums = []
+    for n, response in enumerate(drawn):
+      sampled = np.array(environments.sampled_of(response), bool)
+      own = [w * one.tokens[n][sampled] for one, w in zip(found, self.weights_R) if one.tokens is not None]
+      table = np.stack(own) if own else np.full((1, int(sampled.sum())), np.nan)
+      silent = np.isnan(table).all(axis=0)
+      sums.append(np.where(silent, np.nan, np.nansum(table, axis=0)))
+    return sums
 
   def total(self, values_RN: np.ndarray) -> np.ndarray:
     """All rewards of a response as one number, `[N]`, NaN where every one abstained."""
     return functions.combine(list(values_RN), self.weights_R.tolist(), self._combine)
+
+  def outcomes(self, judged: Judged) -> np.ndarray:
+    """The same of those that say nothing of tokens; 0 where there is no such reward."""
+    others = np.flatnonzero(~judged.tells_R)
+    if not others.size:
+      return np.zeros(len(judged.drawn))
+    return functions.combine(list(judged.values_RN[others]), self.weights_R[others].tolist(), self._combine)
 
   def known(self, judged: Judged, where: str) -> np.ndarray:
     """The same; RunError where every reward abstained on all responses, the first of which is to `where`."""

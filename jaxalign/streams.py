@@ -14,6 +14,7 @@ import numpy as np
 from jaxalign import credit
 from jaxalign import forward
 from jaxalign import iterations
+from jaxalign import making
 from jaxalign import metrics
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
@@ -173,10 +174,11 @@ def open_prompts(
   logging.info('the loss reads %s', ', '.join(sorted(needs.fields)))
   logging.info('advantages read %s', ', '.join(sorted(options.credit.reads)))
   packing = iterations.packing_of(options, recipe.packing)
-  iterations.check_fit(options, prompts, packing, model.config.max_length)
+  texts = _texts(job, options, tokenizer, packing.row_length)
+  iterations.check_fit(options, prompts, packing, model.config.max_length, texts)
   ref = options.credit.reads & credit.OF_REFERENCE
   shared: dict[str, Any] = {'tokenizer': tokenizer, 'mesh': job.mesh, 'seed': job.seed, 'packing': packing}
-  maker = rollouts.Maker(
+  maker = making.Maker(
       options,
       prompts,
       [sources.open_source(spec, job.data_dir) for spec, _ in mixture],
@@ -192,10 +194,19 @@ def open_prompts(
   # Loaded once, for rollouts and for who judges held-out prompts.
   read = [prompts, *filter(None, [asked])]
   models = functools.cache(_scorers(options, tokenizer, read, packing, job.mesh) if scored else dict)
-  made = iterations.Iterations(options, maker, folder=job.workdir / 'rollouts', scorers=models, **shared)
+  folder = job.workdir / 'rollouts'
+  made = iterations.Iterations(options, maker, folder=folder, scorers=models, texts=texts, **shared)
   has_reference = needs.reference or bool(ref)
   report, share = _report(datasets, held_sets), options.prompts / len(prompts)
   return Online(made, needs, has_reference, asked, report, share, models)
+
+
+def _texts(job: recipe_lib.Job, options: rollouts.Options, tokenizer, row_length: int) -> dataset.Joined | None:
+  """Texts that are learned beside a rollout, if any."""
+  if options.texts_fn is None:
+    return None
+  read = lambda spec: recipe_lib.open_source(job, options.texts_fn, tokenizer, spec, row_length)
+  return dataset.Joined([read(spec) for spec in sources.parse_all(options.texts_data)])
 
 
 def _needs_of_rollouts(recipe: recipe_lib.Recipe, options: rollouts.Options) -> tracing.Needs:
@@ -206,7 +217,7 @@ def _needs_of_rollouts(recipe: recipe_lib.Recipe, options: rollouts.Options) -> 
       recipe.loss_fn,
       group_size=options.samples,
       labels=of_responses,
-      token_labels=(*of_tokens, 'sampler_logps', 'old_logps'),
+      token_labels=(*of_tokens, 'sampler_logps', 'old_logps', *(['is_text'] if options.texts else [])),
       outputs=outputs,
   )
   if 'values_BT' in options.credit.reads and not outputs:

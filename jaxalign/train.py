@@ -123,7 +123,8 @@ class _Newest:
     if self._live is not None:
       followed = jax.tree.leaves(self._state.reference)
       ref = lora.join(self._state.reference if followed else self._live.moving, self._live.fixed)
-    return rollouts.Params(whole(policy), None if critic is None else whole(critic), ref, self._state.loss_state)
+    own = None if critic is None else whole(critic)
+    return rollouts.Params(whole(policy), own, ref, self._state.loss_state, int(self._state.step))
 
 
 class _Opened(NamedTuple):

@@ -32,6 +32,7 @@ ROWS = (
     ('environments',),
     ('judging',),
     ('rollouts',),
+    ('making',),
     ('iterations',),
     ('checkpoint',),
     ('loop', 'recipe'),

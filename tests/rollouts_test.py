@@ -12,6 +12,7 @@ import pytest
 from jaxalign import advantages
 from jaxalign import iterations
 from jaxalign import main
+from jaxalign import making
 from jaxalign import masked
 from jaxalign import recipe as recipe_lib
 from jaxalign import rollouts
@@ -68,7 +69,7 @@ def make(loaded, prompts, tmp_path):
     iterations.check_fit(options, prompts[0], packing, loaded.model.config.max_length)
     shared = {'tokenizer': loaded.tokenizer, 'mesh': MESH, 'seed': 0, 'packing': packing}
     models = rollouts.Models(loaded.model, None, loaded.model)
-    maker = rollouts.Maker(options, *prompts, weights=[1.0], models=models, **shared)
+    maker = making.Maker(options, *prompts, weights=[1.0], models=models, **shared)
     return iterations.Iterations(options, maker, folder=folder, **shared)
 
   return made
