@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import json
+import time
 from typing import Any
 from typing import NamedTuple
 
@@ -108,6 +109,7 @@ class Maker:
         temperature=options.temperature,
     )
     self._run = jax.jit(run, out_shardings=sharding.named(mesh))
+    self._seconds: dict[str, float] = {}  # of the newest rollout, by what they were spent on
 
   def make(self, panel: functions.Panel, iteration: int, params: rollouts.Params) -> episodes.Rollout:
     """The rollout of this number: samples, scores, replaces what tells nothing, and gives credit."""
@@ -134,6 +136,7 @@ class Maker:
 
   def draw(self, iteration: int, params: rollouts.Params) -> Drawn:
     """Samples all that a rollout wants: responses of the policy, and others to the same prompts."""
+    start = time.perf_counter()
     options, chosen = self._options, self._prompts_of(iteration, 0)
     policy = self._models.policy, params.policy
     wanted: dict[str, tuple[Any, ...]] = {OWN: (*policy, options.samples, (iteration,), None)}
@@ -145,15 +148,19 @@ class Maker:
         name: self._sampled(chosen, of, model, seed, count, temperature)
         for name, (model, of, count, seed, temperature) in wanted.items()
     }
+    self._seconds['time/sampling'] = time.perf_counter() - start
     return Drawn(chosen, responses, params.version)
 
   def judge(self, panel: functions.Panel, drawn: Drawn) -> dict[str, judging.Judged]:
     """What rewards make of them, by the same names."""
-    asked = self._all_asked(drawn.chosen)
-    return {name: self._judge(panel, asked, responses) for name, responses in drawn.responses.items()}
+    start, asked = time.perf_counter(), self._all_asked(drawn.chosen)
+    found = {name: self._judge(panel, asked, responses) for name, responses in drawn.responses.items()}
+    self._seconds['time/judging'] = time.perf_counter() - start
+    return found
 
   def finish(self, drawn: Drawn, judged: Mapping[str, judging.Judged], params: rollouts.Params) -> episodes.Rollout:
     """What the responses are trained on, `params` being those that training on them begins with."""
+    start = time.perf_counter()
     options, samples, own = self._options, self._options.samples, judged[OWN]
     total = self._judge.known(own, self._prompts.where(drawn.chosen[0]))
     stale = {'rollouts/staleness': float(params.version - drawn.version)} if options.asynchronous else {}
@@ -180,7 +187,8 @@ class Maker:
     made = options.credit.labels(fields)
     if options.updates > 1:
       made['old_logps'] = fields['logps_BT']
-    return self._labelled(rollout, made)
+    self._seconds['time/credit'] = time.perf_counter() - start
+    return self._labelled(dataclasses.replace(rollout, said={**rollout.said, **self._seconds}), made)
 
   def _fields(self, rollout: episodes.Rollout, judged: judging.Judged) -> dict[str, Any]:
     """What `credit` may read of responses without a model."""
