@@ -4,6 +4,7 @@
     python -m jaxalign.main --algo=sft --model=DIR --data=jsonl:train.jsonl --eval_data=jsonl:test.jsonl --steps=500
     python -m jaxalign.main --mode=eval --checkpoint=runs/a
     python -m jaxalign.main --mode=sample --checkpoint=runs/a --prompt='Once upon a time'
+    python -m jaxalign.main --mode=sample --checkpoint=runs/a --prompt='Once' --decode=best_of_n --reward=runs/rm
     python -m jaxalign.main --mode=score --checkpoint=runs/rm --data=jsonl:pairs.jsonl
     python -m jaxalign.main --mode=score --reward=my_rewards.py:score --data=jsonl:samples.jsonl
     python -m jaxalign.main --mode=show --algo=dpo --data=jsonl:pairs.jsonl
@@ -39,6 +40,7 @@ from jaxalign import respond
 from jaxalign import resume
 from jaxalign import score
 from jaxalign import sharding
+from jaxalign import steering
 from jaxalign import streams
 from jaxalign import types
 from jaxalign.data import sources
@@ -277,13 +279,15 @@ def _sample(args: flags.FlagValues) -> None:
   spec = _model_of(args)
   if bool(args.prompt) == bool(args.data):
     raise types.UsageError("--mode=sample needs --prompt='...' (repeatable), or --data=SPEC with prompts: one of them")
-  is_single = len(args.prompt) == args.samples_per_prompt == 1
+  is_single = len(args.prompt) == args.samples_per_prompt == 1 and not args.decode and not args.reward
   if args.stream and not is_single:
-    raise types.UsageError('--stream shows one response: give one --prompt, and no --data or --samples_per_prompt')
-  options = command.sampling_options(args)
+    raise types.UsageError(
+        '--stream shows one response: give one --prompt, and no --data, --samples_per_prompt, --decode or --reward'
+    )
+  options, draw_fn = steering.configured(args, command.sampling_options(args), _scorings)
   _start(args)
   if args.data:
-    found = respond.to_records(_job(args, {'model_spec': spec, 'eval_data': ''}), options)
+    found = respond.to_records(_job(args, {'model_spec': spec, 'eval_data': ''}), options, draw_fn)
     lines = [sources.to_json(record) + '\n' for record in found]
   else:
     mesh = sharding.make_mesh(args.mesh, args.dcn_mesh)
@@ -291,7 +295,7 @@ def _sample(args: flags.FlagValues) -> None:
     if is_shown:
       _stream(args, spec, mesh, options)
       return
-    responses = respond.respond(spec, mesh, args.prompt, options, seed=args.seed or 0)
+    responses = respond.respond(spec, mesh, args.prompt, options, seed=args.seed or 0, draw_fn=draw_fn)
     prompts = [prompt for prompt in args.prompt for _ in range(args.samples_per_prompt)]
     write = '{0}\n\n{2}\n\n' if args.chat else '{0}{1}\n'
     lines = [write.format(prompt, text, text.strip()) for prompt, text in zip(prompts, responses)]

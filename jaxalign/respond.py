@@ -1,9 +1,11 @@
 """Responses of a model to prompts: of the command line, or of the records of a data set."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 from typing import Any
+from typing import NamedTuple
 
 from absl import logging
 import jax
@@ -67,6 +69,40 @@ class Options:
     return text[: min((text.index(stop) for stop in self.stop if stop in text), default=len(text))]
 
 
+class Asked(NamedTuple):
+  """Prompts that responses are sampled to.
+
+  Attributes:
+    prompts: texts or messages, as they were given.
+    ids: tokens of each.
+    where: each in words, for messages.
+    fields: columns of their records by name, None where a record has no such column.
+    is_chat: whether they are messages, or are said in a chat.
+  """
+
+  prompts: Sequence[Any]
+  ids: Sequence[list[int]]
+  where: Sequence[str]
+  fields: Mapping[str, Sequence[Any]]
+  is_chat: bool
+
+
+class Drawn(NamedTuple):
+  """As many responses to each prompt as were asked for, and columns by name that say something of each."""
+
+  responses: list[sampling.Sampled]
+  columns: Mapping[str, Sequence[Any]] = {}
+
+
+# (the model, prompts, options, seed) -> responses, on the current mesh.
+Draw = Callable[[checkpoint.Loaded, Asked, Options, int], Drawn]
+
+
+def plainly(loaded: checkpoint.Loaded, asked: Asked, options: Options, seed: int) -> Drawn:
+  """Draws from the model alone."""
+  return Drawn(draw(loaded, asked.ids, options, seed, asked.is_chat))
+
+
 def respond(
     spec: str,
     mesh: jax.sharding.Mesh,
@@ -75,6 +111,7 @@ def respond(
     *,
     seed: int,
     tell: Callable[[str], None] | None = None,
+    draw_fn: Draw = plainly,
 ) -> list[str]:
   """Samples responses to each prompt from a checkpoint or a Hugging Face directory.
 
@@ -84,7 +121,8 @@ def respond(
     prompts: texts.
     options: how.
     seed: of sampling.
-    tell: of a single response, called with more of its text as it is written.
+    tell: of a single response, called with more of its text as it is written; it is then drawn plainly.
+    draw_fn: what draws them.
 
   Returns:
     Those of the first prompt, then those of the next.
@@ -104,7 +142,16 @@ def respond(
           f'--prompt: {longest} tokens and --max_new_tokens={options.max_new_tokens} exceed the context of the model,'
           f' {context}'
       )
-    return texts(loaded, ids, options, seed=seed, tell=tell)
+    if tell is not None:
+      return texts(loaded, ids, options, seed=seed, tell=tell)
+    where = [f'--prompt={prompt!r}' for prompt in prompts]
+    drawn = draw_fn(loaded, Asked(prompts, ids, where, {}, options.chat), options, seed)
+    return [text_of(loaded.tokenizer, one, options, options.chat) for one in drawn.responses]
+
+
+def text_of(tokenizer: tokenizers.Tokenizer, one: sampling.Sampled, options: Options, is_chat: bool) -> str:
+  """What a response says."""
+  return options.before_stop(tokenizer.decode(one.ids, continuation=not is_chat))
 
 
 def texts(
@@ -119,7 +166,7 @@ def texts(
   teller = _Teller(tell, options.stop) if tell is not None else None
   decode = lambda ids: loaded.tokenizer.decode(ids, continuation=not options.chat)
   watch = None if teller is None else lambda _, ids: teller.read(decode(ids))
-  found = [options.before_stop(decode(one.ids)) for one in _draw(loaded, prompts, options, seed, options.chat, watch)]
+  found = [options.before_stop(decode(one.ids)) for one in draw(loaded, prompts, options, seed, options.chat, watch)]
   if teller is not None:
     teller.end(found[0])
   return found
@@ -144,15 +191,17 @@ class _Teller:
       self._told = len(text)
 
 
-def to_records(job: recipe_lib.Job, options: Options) -> list[dict[str, Any]]:
+def to_records(job: recipe_lib.Job, options: Options, draw_fn: Draw = plainly) -> list[dict[str, Any]]:
   """Samples responses to the column `prompt` (text or messages) of each record of `--data`.
 
   Args:
     job: names model, data, mesh and seed.
     options: how; `chat` says whether a prompt of text is what a user says.
+    draw_fn: what draws them.
 
   Returns:
-    The records with a column `samples`, a list of texts, in place of any other list and its scores; a prompt that was
+    The records with a column `samples`, a list of texts, in place of any other list and its scores, and those columns
+    that `draw_fn` gives; a prompt that was
     said in a chat is then messages. Where a sample was cut, `append_eos` is false, so that no end is learned of the
     record. Records whose prompt leaves no room in the context are left out and counted.
 
@@ -163,16 +212,17 @@ def to_records(job: recipe_lib.Job, options: Options) -> list[dict[str, Any]]:
   with jax.set_mesh(job.mesh):
     loaded = policy(job.model, job.mesh)
     room = loaded.model.config.max_length - options.max_new_tokens
-    kept, ids, is_chat = _prompts(job, loaded.tokenizer, options.chat, room)
-    drawn = _draw(loaded, ids, options, job.seed, is_chat)
+    kept, asked = _prompts(job, loaded.tokenizer, options.chat, room)
+    drawn, columns = draw_fn(loaded, asked, options, job.seed)
   for index, record in enumerate(kept):
-    own = drawn[index * options.per_prompt : (index + 1) * options.per_prompt]
+    of_record = slice(index * options.per_prompt, (index + 1) * options.per_prompt)
+    own = drawn[of_record]
     if options.chat and isinstance(record['prompt'], str):
       record['prompt'] = records.messages(record, 'prompt', 'user')
     for name in ('completions', 'scores', 'ranks', *(['append_eos'] if 'samples' in record else [])):
       record.pop(name, None)  # They say something of another list.
-    decode = lambda ids: loaded.tokenizer.decode(ids, continuation=not is_chat)
-    record['samples'] = [options.before_stop(decode(one.ids)) for one in own]
+    record['samples'] = [text_of(loaded.tokenizer, one, options, asked.is_chat) for one in own]
+    record |= {name: list(values[of_record]) for name, values in columns.items()}
     if not all(one.finished for one in own):
       record['append_eos'] = False
   return kept
@@ -180,9 +230,9 @@ def to_records(job: recipe_lib.Job, options: Options) -> list[dict[str, Any]]:
 
 def _prompts(
     job: recipe_lib.Job, tokenizer: tokenizers.Tokenizer, chat: bool, room: int
-) -> tuple[list[dict[str, Any]], list[list[int]], bool]:
-  """The records of `--data` whose prompt fits, the ids of each prompt, and whether they are chats."""
-  kept, ids, chats, left = [], [], set(), []
+) -> tuple[list[dict[str, Any]], Asked]:
+  """The records of `--data` whose prompt fits, and their prompts."""
+  kept, ids, where, chats, left = [], [], [], set(), []
   for source in (sources.open_source(spec, job.data_dir) for spec in sources.parse_all(job.data)):
     for index in range(len(source)):
       record = source[index]
@@ -195,6 +245,7 @@ def _prompts(
       if 0 < len(one) <= room:
         kept.append(record)
         ids.append(one)
+        where.append(source.where(index))
         chats.add(chat or not isinstance(record['prompt'], str))
       else:
         left.append(source.where(index))
@@ -202,7 +253,9 @@ def _prompts(
     logging.warning('%d records left out: no prompt of 1 to %d tokens (first %s)', len(left), room, left[0])
   if len(chats) != 1:
     raise types.RunError(f'--data={job.data}: {"prompts are text and messages" if chats else "no record is left"}')
-  return kept, ids, chats.pop()
+  names = dict.fromkeys(name for record in kept for name in record if name != 'prompt')
+  fields = {name: [record.get(name) for record in kept] for name in names}
+  return kept, Asked([record['prompt'] for record in kept], ids, where, fields, chats.pop())
 
 
 def policy(spec: str, mesh: jax.sharding.Mesh) -> checkpoint.Loaded:
@@ -219,14 +272,16 @@ def _ids(tokenizer: tokenizers.Tokenizer, prompt: Any, chat: bool) -> list[int]:
   return examples.prompt_ids(tokenizer, records.messages({'prompt': prompt}, 'prompt', 'user'))
 
 
-def _draw(
+def draw(
     loaded: checkpoint.Loaded,
     prompts: Sequence[Sequence[int]],
     options: Options,
     seed: int,
     is_chat: bool,
     watch: Callable[[int, list[int]], None] | None = None,
+    guidance: sampling.Guidance | None = None,
 ) -> list[sampling.Sampled]:
+  """Responses to prompts that are tokens, on the current mesh; see `sampling.sample`."""
   return sampling.sample(
       loaded.model,
       loaded.params,
@@ -239,6 +294,7 @@ def _draw(
       stop=sampling.Stop(options.stop, lambda ids: loaded.tokenizer.decode(ids, continuation=not is_chat)),
       cache_dtype=options.cache_dtype,
       watch=watch,
+      guidance=guidance,
   )
 
 

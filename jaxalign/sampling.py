@@ -168,8 +168,12 @@ def _opened(model, params, stop_ids, guidance: Guidance | None, cache_dtype, rul
     raise types.UsageError(f'models that guide each other have one vocabulary; these have {sorted(sizes)} tokens')
   models = tuple(map(_prepared, models))
   program = decoding.Program(models, rule, tuple(stop_ids), guidance.process, cache_dtype)
-  all_params = (params, *(guide.params for guide in guidance.guides))
-  return program, list(map(decoding.prepare, models, all_params)), [guide.prompts for guide in guidance.guides]
+  prepared: list[types.PyTree] = [decoding.prepare(models[0], params)]
+  for its_model, guide in zip(models[1:], guidance.guides, strict=True):
+    # The policy may guide itself, behind another prompt.
+    is_policy = guide.params is params and its_model == models[0]
+    prepared.append(prepared[0] if is_policy else decoding.prepare(its_model, guide.params))
+  return program, prepared, [guide.prompts for guide in guidance.guides]
 
 
 def check_cache_dtype(cache_dtype: str | None) -> None:

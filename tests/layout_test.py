@@ -25,9 +25,9 @@ ROWS = (
     ('masked',),
     ('losses', 'sharding'),
     ('advantages', 'data', 'metrics', 'models', 'optim', 'rewards', 'tracing', 'vocab'),
-    ('choosing', 'divergence', 'logps', 'returns'),
+    ('candidates', 'choosing', 'divergence', 'logps', 'returns'),
     ('decoding', 'forward'),
-    ('objectives', 'reference', 'sampling'),
+    ('guidance', 'objectives', 'reference', 'sampling'),
     ('credit', 'episodes', 'step'),
     ('judging',),
     ('rollouts',),
@@ -41,6 +41,7 @@ ROWS = (
     ('train',),
     ('bound', 'catalog', 'command'),
     ('config',),
+    ('steering',),
     ('main',),
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
