@@ -14,7 +14,10 @@ _TESTED_IN['pointwise'] = 'reward'
 
 
 def algorithms(root: pathlib.Path = ROOT) -> dict[str, str]:
-  """Name and description of each algorithm, or of what another folder holds: the gin files with a header '# NAME: DESCRIPTION', but for base.gin."""
+  """Name and description of each algorithm, or of what another folder holds.
+
+  They are the gin files with a header '# NAME: DESCRIPTION', but for base.gin.
+  """
   found = {}
   for path in sorted(root.glob('*.gin')):
     if path.stem != 'base':

@@ -154,23 +154,23 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         flags.DEFINE_string,
         'decode',
         '',
-        'For --mode=sample: alignment without training, a file of gin_configs/decode: best_of_n, mbr and vote choose one'
-        ' of several candidates; rad, cd, dera, contrastive and proxy are guided by other models; urial shows examples'
-        ' first. Its parameters are bound by --gin. Default: none.',
+        'For --mode=sample: alignment without training, a file of gin_configs/decode: best_of_n, mbr and vote choose'
+        ' one of several candidates; rad, cd, dera, contrastive and proxy are guided by other models; urial shows'
+        ' examples first. Its parameters are bound by --gin. Default: none.',
     ),
     (
         flags.DEFINE_multi_string,
         'guide',
         [],
-        'For --decode: a model that guides, as --model, with the same tokenizer. Repeatable: proxy wants the tuned, then'
-        ' the base model.',
+        'For --decode: a model that guides, as --model, with the same tokenizer. Repeatable: proxy wants the tuned,'
+        ' then the base model.',
     ),
     (
         flags.DEFINE_multi_string,
         'reward',
         [],
-        'What judges responses: those that an online algorithm or --mode=sample samples (there --decode=best_of_n and mbr'
-        ' choose by it, and the mean is logged), or with --mode=score those of --data. A'
+        'What judges responses: those that an online algorithm or --mode=sample samples (there --decode=best_of_n and'
+        ' mbr choose by it, and the mean is logged), or with --mode=score those of --data. A'
         ' function is MODULE:FUNCTION or path/to/file.py:FUNCTION; options and a weight may follow, as in'
         " 'my.py:score(goal=3, processes=4, timeout=10):0.5'; jaxalign.rewards.rules, lengths and instructions have"
         ' some. A model is DIR, a'

@@ -1,9 +1,9 @@
 """Training-free alignment, token by token: pure functions of the policy's logits and of models that guide it.
 
-Each is `steering.Options.process`: (float32 logits `[B, V]` of the policy, a `decoding.View` of each guide, in order) ->
-logits `[B, V]`. How many guides there are its parameters without a default say; `reward` and `value` have heads that
-score, `shown` is the policy itself behind the prompt that `steering.Options.prompt_fn` writes, any other is a model
-that writes.
+Each may be `steering.Options.process`: (float32 logits `[B, V]` of the policy, a `decoding.View` of each guide) ->
+logits `[B, V]`. Which guides there are the names of its parameters say: `reward` and `value` have heads that score,
+`shown` is the policy itself behind the prompt that `steering.Options.prompt_fn` writes, any other is a model that
+writes.
 """
 
 from collections.abc import Mapping
@@ -30,9 +30,7 @@ EXAMPLES = (
 )
 
 
-def rad(
-    logits_BV: types.Array, reward: decoding.View, *, beta: float, top_k: int, output: int = 0
-) -> types.Array:
+def rad(logits_BV: types.Array, reward: decoding.View, *, beta: float, top_k: int, output: int = 0) -> types.Array:
   """Reward-augmented decoding: l_v + beta r(x, y<t, v) for the k likeliest tokens v; no other is drawn.
 
   Args:
@@ -149,7 +147,7 @@ def urial(
     examples: of a query and its answer each.
 
   References:
-    Lin et al., 2023, https://arxiv.org/abs/2312.01552; the headings are theirs, the examples here are others, and shorter.
+    Lin et al., 2023, https://arxiv.org/abs/2312.01552; the headings are theirs, the examples shorter and others.
   """
   headings = {'user': '# Query:\n', 'assistant': '# Answer:\n'}
   shown = [(role, text) for pair in examples for role, text in zip(headings, pair, strict=True)]

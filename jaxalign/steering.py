@@ -70,7 +70,7 @@ class Options:
       raise types.UsageError(f'steering.Options.n = {self.n}: {problem}')
     self._check_guides()
     if self.choose_fn is not None:
-      self._check_choice()
+      self._check_choice(self.choose_fn)
 
   @property
   def roles(self) -> list[str]:
@@ -90,13 +90,13 @@ class Options:
       wanted = f'one --guide=DIR for each of {" and ".join(roles)}, in this order' if roles else 'no --guide'
       raise types.UsageError(f'--guide: {wanted} is wanted; given: {given}')
 
-  def _check_choice(self) -> None:
+  def _check_choice(self, choose_fn: Callable[..., int]) -> None:
     """Raises UsageError where there is no reward to choose by, or the function cannot be called."""
-    read = candidates.reads(self.choose_fn)
+    read = candidates.reads(choose_fn)
     if 'rewards_N' in read and not self.rewards:
       raise types.UsageError('--reward: candidates are chosen by it; give --reward=MODULE:FUNCTION or --reward=DIR')
-    one = {'rewards_N': np.zeros(1), 'texts': [''], 'tokens': [[]]}
-    self.choose_fn(**{name: one[name] for name in read})
+    one: dict[str, Any] = {'rewards_N': np.zeros(1), 'texts': [''], 'tokens': [[]]}
+    choose_fn(**{name: one[name] for name in read})
 
 
 def configured(
@@ -156,6 +156,12 @@ class Steered:
   def __call__(
       self, loaded: checkpoint.Loaded, asked: respond.Asked, options: respond.Options, seed: int
   ) -> respond.Drawn:
+    """Draws; columns are log_ratios (of the draw to the policy, in nats) and, with rewards, scores.
+
+    Raises:
+      UsageError: a guide is not what is wanted, or a prompt is too long for it.
+      RunError: a reward fails.
+    """
     rewards = [functions.parse(spec) for spec in self.own.rewards]
     models = self._scorers(rewards, loaded, asked, options)
     with functions.Panel(rewards, models, together=True) as panel:
@@ -179,14 +185,16 @@ class Steered:
       self, loaded: checkpoint.Loaded, asked: respond.Asked, options: respond.Options
   ) -> sampling.Guidance | None:
     """The guides, loaded."""
-    process = self.own.process
+    process, prompt_fn = self.own.process, self.own.prompt_fn
     if process is None:
       return None
     directories = iter(self.own.guides)
-    guides = [
-        _shown(self.own.prompt_fn, loaded, asked) if role == guidance.SHOWN else _guide(next(directories), role, loaded)
-        for role in self.own.roles
-    ]
+    guides = []
+    for role in self.own.roles:
+      if role == guidance.SHOWN and prompt_fn is not None:
+        guides.append(_shown(prompt_fn, loaded, asked))
+      else:
+        guides.append(_guide(next(directories), role, loaded))
     for role, guide in zip(self.own.roles, guides):
       longest, context = max(map(len, guide.prompts or asked.ids)), guide.model.config.max_length
       if longest + options.max_new_tokens > context:
@@ -212,14 +220,14 @@ class Steered:
     if choose is None:
       return list(range(len(drawn)))
     tokens = [one.ids[:-1] if one.stop_reason == 'eos' else one.ids for one in drawn]
-    known = {'rewards_N': rewards_N, 'texts': judged.responses, 'tokens': tokens}
+    known: dict[str, Any] = {'rewards_N': rewards_N, 'texts': judged.responses, 'tokens': tokens}
     fields = {name: known[name] for name in candidates.reads(choose)}
     groups = [slice(start, start + n) for start in range(0, len(drawn), n)]
     return [own.start + choose(**{name: values[own] for name, values in fields.items()}) for own in groups]
 
   def _report(self, kept: Sequence[int], ratios: np.ndarray, rewards_N: np.ndarray | None) -> None:
     """Logs how many, the mean reward, and the KL."""
-    said = [f'{len(kept)} responses'] + [f'each of n = {self.own.n}'] * (self.own.choose_fn is not None)
+    said = [f'{len(kept)} kept'] + [f'each of {self.own.n} candidates'] * (self.own.choose_fn is not None)
     if rewards_N is not None:
       mean = lambda values: 'none' if np.isnan(values).all() else f'{np.nanmean(values):.4g}'
       said.append(f'mean reward {mean(rewards_N[kept])}')
