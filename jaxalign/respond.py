@@ -219,7 +219,7 @@ def to_records(job: recipe_lib.Job, options: Options, draw_fn: Draw = plainly) -
     own = drawn[of_record]
     if options.chat and isinstance(record['prompt'], str):
       record['prompt'] = records.messages(record, 'prompt', 'user')
-    for name in ('completions', 'scores', 'ranks', *(['append_eos'] if 'samples' in record else [])):
+    for name in ('completions', 'scores', 'ranks', 'log_ratios', *(['append_eos'] if 'samples' in record else [])):
       record.pop(name, None)  # They say something of another list.
     record['samples'] = [text_of(loaded.tokenizer, one, options, asked.is_chat) for one in own]
     record |= {name: list(values[of_record]) for name, values in columns.items()}

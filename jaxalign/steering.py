@@ -62,6 +62,8 @@ class Options:
     for name in ('guides', 'stop', 'rewards'):
       if isinstance(getattr(self, name), str):
         raise types.UsageError(f"steering.Options.{name} = {getattr(self, name)!r}: write a list, ('...',)")
+    for spec in self.rewards:
+      functions.parse(spec)
     functions.check_how(self.combine)
     if self.combine != 'sum' and not self.rewards:
       raise types.UsageError(f'--combine={self.combine}: it goes with --reward')

@@ -208,6 +208,7 @@ class TestRefuses:
           (['--decode=rad', '--guide={aligned}'], '`reward` has a head that scores'),
           (['--decode=dera', '--guide={aligned}', '--gin=guidance.rad.beta=1.0'], 'not used by this run: guidance.rad'),
           (['--decode=vote', "--gin=candidates.vote.parser='x'"], "candidates.vote.parser = 'x': write MODULE"),
+          (['--decode=vote', "--gin=a/candidates.vote.parser='x:y'"], 'not used by this run: a/candidates.vote.parser'),
           (['--decode=vote', '--temperature=0'], '--temperature=0 draws the same 32 times'),
           (['--decode=vote', '--gin=steering.Options.n=0'], r'steering.Options.n = 0: it is at least 1'),
           (['--decode=dera', "--gin=steering.Options.guides='x'"], "guides = 'x': write a list"),
