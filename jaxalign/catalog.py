@@ -1,6 +1,7 @@
 """What gin_configs holds: an algorithm in each file at its top, ways to decode, and files of models and data sets."""
 
 from collections.abc import Collection
+from collections.abc import Sequence
 import difflib
 import pathlib
 import re
@@ -8,6 +9,8 @@ import re
 from jaxalign import types
 
 ROOT = pathlib.Path(__file__).parent / 'gin_configs'
+# By which online runs are judged by their own rewards on the prompts of --eval_data.
+HELD_OUT_PROMPTS = 'options/held_out_prompts.gin'
 # Where in tests/losses the losses of a module are tested, if not in methods_test.py.
 _TESTED_IN = {name: name for name in ('supervised', 'reward', 'policy', 'rewarded', 'actor_critic')}
 _TESTED_IN['pointwise'] = 'reward'
@@ -81,3 +84,9 @@ def table() -> str:
 def exists(name: str) -> bool:
   """Whether the package has this gin file, named from its gin folder."""
   return (ROOT / name).is_file()
+
+
+def own_files(folder: str, specs: Sequence[str], ends: Sequence[str] = ('',)) -> list[str]:
+  """The package's gin files for a named model or data set; none for what is the user's, or for several at once."""
+  names = {re.split(r'[:\[]', spec.removeprefix('builtin:'))[0] for spec in specs if not pathlib.Path(spec).exists()}
+  return [file for name in names for end in ends if len(names) == 1 and exists(file := f'{folder}/{name}{end}.gin')]

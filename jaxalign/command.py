@@ -182,6 +182,14 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
     ),
     (
         flags.DEFINE_string,
+        'environment',
+        '',
+        'For online algorithms: what answers the policy, for up to rollouts.Options.turns turns; its rewards are'
+        ' added up, and those of --reward, if any, to them. MODULE:FUNCTION as for --reward, a step(state, text) ->'
+        ' (observation, reward, done); jaxalign.rewards.environments has some.',
+    ),
+    (
+        flags.DEFINE_string,
         'combine',
         'sum',
         'For --reward: sum (weighted), normalised (each over all responses first), or gated (the others count where'
@@ -210,7 +218,7 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
 
 # Flags that a mode does not read are refused. (What trains is also what is shown.)
 _OPTIMIZING = ('workdir', 'steps', 'log_every', 'eval_every', 'save_every')
-_OF_TRAINING = ('algo', 'model', 'tokenizer', 'data', 'lora', *_OPTIMIZING)
+_OF_TRAINING = ('algo', 'model', 'tokenizer', 'data', 'lora', 'environment', *_OPTIMIZING)
 _OF_DATA = ('eval_data', 'data_dir', 'cache_dir', 'skip_bad_records', 'gin_file', 'gin')
 _OF_DRAWING = ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'stop', 'cache_dtype')
 _OF_SAMPLING = ('prompt', 'chat', 'samples_per_prompt', 'stream', 'decode', 'guide', *_OF_DRAWING)
@@ -289,14 +297,16 @@ def check_mode(args: flags.FlagValues) -> None:
 
 
 def reward_bindings(args: flags.FlagValues, options: str = 'rollouts.Options') -> list[str]:
-  """The gin bindings of `--reward` and `--combine`, for rollouts or other options.
+  """The gin bindings of `--reward`, `--environment` and `--combine`, for rollouts or other options.
 
   Raises:
     UsageError: a reward is not of the form that is wanted, or there is no such function or directory.
   """
   for spec in args.reward:
     functions.parse(spec)
-  bindings = [f'{options}.rewards = {tuple(args.reward)!r}'] if args.reward else []
+  bindings = [f'{options}.environment = {args.environment!r}'] if args.environment else []
+  if args.reward or args.environment:  # which rewards of its own, so that those of the data are not wanted
+    bindings.append(f'{options}.rewards = {tuple(args.reward)!r}')
   return bindings + ([f'{options}.combine = {args.combine!r}'] if args['combine'].present else [])
 
 

@@ -45,6 +45,7 @@ from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import recipe
 from jaxalign import reference
+from jaxalign import returns
 from jaxalign import rollouts
 from jaxalign import score
 from jaxalign import steering
@@ -56,15 +57,18 @@ from jaxalign.data import loader
 from jaxalign.data import prompts
 from jaxalign.data import scored
 from jaxalign.data import texts
+from jaxalign.losses import actor_critic
 from jaxalign.losses import batchwise
 from jaxalign.losses import compose
 from jaxalign.losses import listwise
 from jaxalign.losses import parts
 from jaxalign.losses import pointwise
 from jaxalign.losses import policy
+from jaxalign.losses import policy_parts
 from jaxalign.losses import preference
 from jaxalign.losses import reference_free
 from jaxalign.losses import reward
+from jaxalign.losses import rewarded
 from jaxalign.losses import shaped
 from jaxalign.losses import supervised
 from jaxalign.losses import unpaired

@@ -26,13 +26,15 @@ class Rollout:
   Attributes:
     prompts: ids of each prompt, G of them.
     responses: ids of each response, G K of them.
-    sampler_logps: log-probability of each of these ids when it was sampled, in nats.
+    sampler_logps: log-probability of each of these ids that was sampled, when it was, in nats.
     finished: whether each response ended by itself.
     rewards_GK: float64, NaN where every reward abstained.
     labels: of responses by name, float32 `[G, K]`, see `credit`.
-    token_labels: of tokens by name, float32, an array for each response.
+    token_labels: of tokens that were sampled by name, float32, an array for each response.
     counted: whether each response is trained on.
     said: mean and deviation of each reward, by name.
+    sampled: of each response which ids were; None where all of them were. The others are an environment's.
+    version: optimizer steps of the policy that wrote them.
   """
 
   prompts: list[list[int]]
@@ -44,6 +46,8 @@ class Rollout:
   token_labels: Mapping[str, list[np.ndarray]]
   counted: list[bool]
   said: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  sampled: list[list[bool]] | None = None
+  version: int = 0
 
   def to_text(self, tokenizer: tokenizers.Tokenizer) -> str:
     """A line of JSON for each response, in words and in what it takes to go on from there."""
@@ -52,6 +56,8 @@ class Rollout:
       prompt, reward = self.prompts[n // samples], float(self.rewards_GK.reshape(-1)[n])
       advantages = self.token_labels.get('advantages')
       line: dict[str, Any] = {
+          'group': n // samples,
+          'policy_version': self.version,
           'prompt': tokenizer.decode(prompt),
           'response': tokenizer.decode(ids, continuation=True),
           'reward': None if math.isnan(reward) else reward,
@@ -64,6 +70,8 @@ class Rollout:
           'labels': {name: float(x_GK.reshape(-1)[n]) for name, x_GK in self.labels.items()},
           'token_labels': {name: each[n].tolist() for name, each in self.token_labels.items()},
       }
+      if self.sampled is not None:
+        line['sampled'] = list(map(int, self.sampled[n]))
       lines.append(json.dumps(line) + '\n')
     return ''.join(lines)
 
@@ -73,7 +81,8 @@ class Rollout:
     for n, response in enumerate(self.responses):
       own = {name: each[n] for name, each in self.token_labels.items()}
       own['sampler_logps'] = np.array(self.sampler_logps[n], np.float32)
-      sequences.append(sequence(self.prompts[n // samples], response, own, counted=self.counted[n]))
+      sampled = None if self.sampled is None else self.sampled[n]
+      sequences.append(sequence(self.prompts[n // samples], response, own, counted=self.counted[n], sampled=sampled))
     groups = []
     for g in range(len(self.prompts)):
       labels = {name: x_GK[g].tolist() for name, x_GK in self.labels.items()}
@@ -82,7 +91,7 @@ class Rollout:
 
   def metrics(self) -> dict[str, float]:
     """What it says of the policy that it was sampled from, by name."""
-    lengths, rewards = [len(ids) for ids in self.responses], np.ma.masked_invalid(self.rewards_GK)
+    lengths, rewards = [len(logps) for logps in self.sampler_logps], np.ma.masked_invalid(self.rewards_GK)
     kl = {'objective/kl': float(self.labels['kl'].mean())} if 'kl' in self.labels else {}
     return {
         'reward': float(rewards.mean()),
@@ -112,6 +121,8 @@ def of_text(text: str, samples: int) -> Rollout:
       {name: table(each(name, 'labels'), np.float32) for name in lines[0]['labels']},
       {name: [np.array(one, np.float32) for one in each(name, 'token_labels')] for name in lines[0]['token_labels']},
       of['counted'],
+      sampled=[list(map(bool, one)) for one in of['sampled']] if 'sampled' in of else None,
+      version=lines[0]['policy_version'],
   )
 
 
@@ -121,10 +132,26 @@ class Groups:
   def __init__(self, groups: Sequence[examples.Group]):
     self._groups = list(groups)
     self.label_names = tuple(self._groups[0].labels)
-    self.group_size = len(self._groups[0].sequences)
+    self.group_size = max(len(group.sequences) for group in self._groups)
     self.token_label_names = tuple(self._groups[0].sequences[0].labels)
-    self.lengths_NK = np.array([[len(one.ids) - 1 for one in group.sequences] for group in self._groups], np.int32)
+    self.lengths_NK = np.zeros((len(self._groups), self.group_size), np.int32)
+    for n, group in enumerate(self._groups):
+      self.lengths_NK[n, : len(group.sequences)] = [len(one.ids) - 1 for one in group.sequences]
     self.keys_NK = np.zeros(self.lengths_NK.shape, np.uint64)
+
+  def with_texts(self, texts: Sequence[examples.Group]) -> 'Groups':
+    """The same and texts behind them, groups of one; tokens have the label `is_text`, and texts 0 for all others."""
+
+    def marked(group: examples.Group, is_text: float) -> examples.Group:
+      sequences = []
+      for one in group.sequences:
+        tokens = np.zeros(int(one.mask.sum()), np.float32)
+        own = dict.fromkeys(self.token_label_names, tokens) if is_text else one.labels
+        sequences.append(dataclasses.replace(one, labels={**own, 'is_text': tokens + is_text}))
+      labels = {name: [0.0] * len(sequences) for name in self.label_names} if is_text else group.labels
+      return dataclasses.replace(group, sequences=tuple(sequences), labels=labels)
+
+    return Groups([*(marked(group, 0.0) for group in self._groups), *(marked(group, 1.0) for group in texts)])
 
   def __len__(self) -> int:
     return len(self._groups)
@@ -142,12 +169,18 @@ class Groups:
 
 
 def sequence(
-    prompt: list[int], response: list[int], labels: Mapping[str, np.ndarray], *, counted: bool = True
+    prompt: list[int],
+    response: list[int],
+    labels: Mapping[str, np.ndarray],
+    *,
+    counted: bool = True,
+    sampled: list[bool] | None = None,
 ) -> examples.Sequence:
-  """A prompt and what was sampled behind it, whose tokens carry labels, and are learned from where it is counted."""
+  """A prompt and a response, whose tokens that were sampled carry labels, and are learned from where it is counted."""
   ids = np.array(prompt + response, np.int32)
   labels = labels if counted else {name: x[:0] for name, x in labels.items()}
-  return examples.Sequence(ids, (np.arange(len(ids)) >= len(prompt)) & counted, labels)
+  mask = np.concatenate([np.zeros(len(prompt), bool), np.array(sampled or [True] * len(response), bool)])
+  return examples.Sequence(ids, mask & counted, labels)
 
 
 # (parameters, batch) -> [A, B, T] by name

@@ -1,8 +1,6 @@
 """Evaluation: sums over held-out data, samples from fixed prompts, and the mode that does both from a checkpoint."""
 
 from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
@@ -10,15 +8,15 @@ import math
 import pathlib
 from typing import Any
 from typing import NamedTuple
-from typing import TypeVar
 
 import jax
 import numpy as np
 
 from jaxalign import checkpoint
+from jaxalign import environments
 from jaxalign import episodes
 from jaxalign import forward
-from jaxalign import masked
+from jaxalign import held_out
 from jaxalign import metrics
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
@@ -27,15 +25,17 @@ from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import streams as streams_lib
 from jaxalign import types
+from jaxalign import verdicts
+from jaxalign.data import dataset as dataset_lib
 from jaxalign.data import examples
-from jaxalign.data import loader
+from jaxalign.data import prompts as prompts_lib
+from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.models import lora
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
+from jaxalign.rewards import modelled
 from jaxalign.rewards import rules
-
-_T = TypeVar('_T')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,11 @@ class Samples:
       model's context.
     count: number of prompts.
     per_prompt: responses to each.
-    max_new_tokens: length at which a response is cut.
+    max_new_tokens: length at which a response is cut; None for that of rollouts, or 64 where there are none.
     temperature: of sampling, 0 is greedy.
-    judge: a reward, see `functions.Reward`, called with prompts and responses (texts) and ids; None judges nothing.
+    judge: a reward, see `functions.Reward`, called with prompts and responses (texts), ids, and the columns of held-out
+      records; None takes the rewards of a run that trains on what it samples, and judges nothing in others.
+    pass_at: each k of `verdicts.pass_at` that is wanted, up to `per_prompt`.
     shown: prompts that are written to samples.md.
     prefix: what asks for a good response where training wrote tags before prompts: it is put before each of `prompts`,
       and of held-out data those are taken that begin with it.
@@ -59,12 +61,21 @@ class Samples:
   prompts: Callable[[], Sequence[str]] | None = None
   count: int = 8
   per_prompt: int = 1
-  max_new_tokens: int = 64
+  max_new_tokens: int | None = None
   temperature: float = 1.0
   judge: Callable[..., Sequence[float | None]] | None = None
+  pass_at: tuple[int, ...] = ()
   shown: int = 8
   prefix: str = ''
   suffix: str = ''
+
+  def __post_init__(self):
+    for k in self.pass_at:
+      if not 1 <= k <= self.per_prompt:
+        raise types.UsageError(
+            f'evaluate.Samples.pass_at = {self.pass_at}: {k} is not from 1 to evaluate.Samples.per_prompt ='
+            f' {self.per_prompt}'
+        )
 
 
 class Sampled(NamedTuple):
@@ -74,43 +85,8 @@ class Sampled(NamedTuple):
   shown: list[tuple[str, str]]
 
 
-def held_out(
-    eval_step: Callable[[types.PyTree, types.Batch], Mapping[str, masked.Sum]],
-    params: types.PyTree,
-    batches: Iterable[types.Batch],
-) -> dict[str, float]:
-  """Means over held-out batches of every metric of the objective, from sums: memory does not grow with the data.
-
-  Returns:
-    'eval/NAME' for each metric, `eval/n` (groups, or target tokens), and for accuracies their binomial standard error.
-  """
-  host: dict[str, Any] = {}
-  for sums in _one_behind(eval_step(params, batch) for batch in batches):
-    for name, pair in jax.device_get(sums).items():
-      # In double precision: weights are counts, which float32 rounds from 2^24 on.
-      new = jax.tree.map(np.float64, pair)
-      host[name] = jax.tree.map(np.add, host[name], new) if name in host else new
-  values = {f'eval/{name}': float(pair.mean()) for name, pair in host.items()}
-  values['eval/n'] = float(host['loss'].weight)
-  for name in ('rewards/accuracies', 'accuracy', 'length_only/accuracies'):
-    if name in host:
-      p = min(1.0, max(0.0, values[f'eval/{name}']))
-      values[f'eval/{name}_stderr'] = math.sqrt(p * (1 - p) / max(host[name].weight, 1.0))
-  return values
-
-
-def _one_behind(items: Iterable[_T]) -> Iterator[_T]:
-  """The same items, each when the next has been asked for, so that fetching one does not hold up the device."""
-  waiting: list[_T] = []
-  for item in items:
-    waiting.append(item)
-    if len(waiting) > 1:
-      yield waiting.pop(0)
-  yield from waiting
-
-
 # (prompts, responses) -> the summed log-probability of each response under a reference, in nats
-RefLogps = Callable[[list[list[int]], list[list[int]]], np.ndarray]
+RefLogps = Callable[[list[list[int]], Sequence[environments.Response]], np.ndarray]
 
 
 def sample(
@@ -118,81 +94,90 @@ def sample(
     params: types.PyTree,
     tokenizer: tokenizers.Tokenizer,
     samples: Samples,
-    prompts: list[list[int]],
+    prompts: Sequence[verdicts.Prompt],
     seed: int,
+    rewards: Sequence[functions.Reward | modelled.Model] = (),
+    how: str = 'sum',
     ref_logps: RefLogps | None = None,
+    world: environments.Environment | None = None,
+    scorers: Callable[[], Mapping[str, functions.Scorer]] = dict,
 ) -> Sampled:
   """Samples `per_prompt` responses to each prompt and judges them.
 
+  Args:
+    model: of the policy.
+    params: its parameters.
+    tokenizer: of the model.
+    samples: how many, how long (which is set); its judge is not read.
+    prompts: what is responded to.
+    seed: of sampling.
+    rewards: who judges.
+    how: several are combined, see `functions.combine`.
+    ref_logps: for the divergence from a reference.
+    world: what answers the policy, for as many turns as it has.
+    scorers: loads the models among the rewards, by name.
+
   Returns:
-    metrics: `reward` and `reward_std` where there is a judge that does not abstain throughout, `distinct_2` (distinct
-    token pairs over all pairs, low where a model repeats itself), `mean_length` in tokens; with `ref_logps` and
-    temperature 1 `kl`, the mean over the responses of log policy - log reference in nats, which estimates
-    KL(policy || reference), with its standard error; and the first response to the first `shown` prompts.
+    metrics: `reward`, `reward_std` and `pass@K` where rewards do not abstain throughout, `distinct_2` (distinct token
+      pairs over all pairs, low where a model repeats itself), `mean_length` in tokens; with `ref_logps` and temperature
+      1 `kl`, the mean over the responses of log policy - log reference in nats, which estimates KL(policy ||
+      reference), with its standard error; and the first response to the first `shown` prompts.
   """
-  repeated = [ids for ids in prompts for _ in range(samples.per_prompt)]
-  drawn = sampling.sample(
+  stop_ids = prompts_lib.stop_ids(tokenizer, prompts[0].is_chat, world.template if world is not None else None)
+  assert samples.max_new_tokens is not None
+  draw = lambda behind, n, turn: sampling.sample(
       model,
       params,
-      prompts,
-      n=samples.per_prompt,
+      behind,
+      n=n,
       max_new_tokens=samples.max_new_tokens,
       temperature=samples.temperature,
-      seed=seed,
-      stop_ids=(tokenizer.eos_id,),
+      seed=seed + turn,
+      stop_ids=stop_ids,
   )
-  texts = [tokenizer.decode(one.ids, continuation=True) for one in drawn]
-  values = {
-      'distinct_2': rules.distinct(2, [one.ids for one in drawn]),
-      'mean_length': float(np.mean([len(one.ids) for one in drawn])),
-  }
-  if samples.judge is not None:
-    rewards = _judged(samples.judge, [tokenizer.decode(one) for one in repeated], texts, [one.ids for one in drawn])
-    if rewards.size:
-      values |= {'reward': float(rewards.mean()), 'reward_std': float(rewards.std())}
+  drawn = environments.respond(world, prompts, samples.per_prompt, tokenizer, draw)
+  ids = [one.ids for one in drawn]
+  values = {'distinct_2': rules.distinct(2, ids), 'mean_length': float(np.mean([len(one.logps) for one in drawn]))}
+  responses, given = verdicts.responses(prompts, tokenizer, drawn), environments.rewards_of(drawn)
+  values |= verdicts.measured(rewards, how, samples.pass_at, responses, len(prompts), given, scorers())
   if ref_logps is not None and samples.temperature == 1:
     own = np.array([np.sum(one.logps, dtype=np.float64) for one in drawn])
-    gaps = own - ref_logps(repeated, [one.ids for one in drawn])
+    gaps = own - ref_logps([one.ids for one in prompts for _ in range(samples.per_prompt)], drawn)
     values |= {'kl': float(gaps.mean()), 'kl_stderr': float(gaps.std() / math.sqrt(len(gaps)))}
-  firsts = range(0, len(repeated), samples.per_prompt)
-  shown = [(tokenizer.decode(repeated[i]), texts[i]) for i in firsts][: samples.shown]
-  return Sampled(values, shown)
+  said = [tokenizer.decode(one.ids) for one in prompts]
+  return Sampled(values, list(zip(said, responses.responses[:: samples.per_prompt]))[: samples.shown])
 
 
-def _judged(judge: Callable, prompts: list[str], texts: list[str], ids: list[list[int]]) -> np.ndarray:
-  """What the judge makes of those responses on which it does not abstain."""
-  reward = functions.Reward('evaluate.Samples.judge', judge)
-  where = [f'sample {i}' for i in range(len(texts))]
-  with functions.Panel([reward], together=True) as panel:
-    (judged,) = panel(functions.Responses(prompts, texts, {}, where, ids)).values()
-  return judged.values[~np.isnan(judged.values)]
-
-
-def prompt_ids(
-    samples: Samples, tokenizer: tokenizers.Tokenizer, held: loader.Loader | None, context: int
-) -> list[list[int]]:
-  """Token ids of the prompts that are sampled, none where there is nothing to take them from.
+def prompts_of(
+    samples: Samples,
+    tokenizer: tokenizers.Tokenizer,
+    groups: dataset_lib.Joined | None,
+    records: Sequence[sources.Source],
+    room: int,
+) -> list[verdicts.Prompt]:
+  """The prompts that are sampled, none where there is nothing to take them from.
 
   Args:
     samples: how many, and whence.
     tokenizer: turns texts into ids.
-    held: the held-out data.
-    context: tokens of the longest sequence that the model is meant for.
+    groups: the held-out data, tokenised.
+    records: the sources of which they were made.
+    room: tokens of the longest prompt.
   """
   suffix = examples.to_ids(tokenizer, samples.suffix, continuation=True, special=False)
   if samples.prompts is not None:
     texts = list(samples.prompts())[: samples.count]
-    return [examples.prompt_ids(tokenizer, samples.prefix + text) + suffix for text in texts]
-  if held is None:
-    return []
-  found: list[list[int]] = []
-  for index in range(len(held.dataset)):
+    ids = [examples.prompt_ids(tokenizer, samples.prefix + text) + suffix for text in texts]
+    return [verdicts.Prompt(one, {}, f'evaluate.Samples.prompts[{number}]') for number, one in enumerate(ids)]
+  found: list[verdicts.Prompt] = []
+  if groups is None:
+    return found
+  for index in range(len(groups)):
     if len(found) == samples.count:
       break
-    group = held.dataset[index]
-    ids = group.sequences[0].ids[: max(1, group.prompt_tokens)].tolist()
-    if len(ids + suffix) + samples.max_new_tokens <= context and tokenizer.decode(ids).startswith(samples.prefix):
-      found.append(ids + suffix)
+    one = verdicts.of_record(groups, records, index)
+    if len(one.ids + suffix) <= room and tokenizer.decode(one.ids).startswith(samples.prefix):
+      found.append(one._replace(ids=one.ids + suffix))
   return found
 
 
@@ -260,8 +245,20 @@ class Evaluator:
     self._kept = kept
     self._packing, self._mesh = dataclasses.replace(recipe.packing, groups_per_step=None), job.mesh
     self._model, self._tokenizer, self._streams, self._seed = model, tokenizer, streams, job.seed
-    self._samples, self._frozen = samples, frozen
-    self._prompts = prompt_ids(samples, tokenizer, streams.held, model.config.max_length) if samples is not None else []
+    self._samples, self._frozen, self._scorers = samples, frozen, streams.scorers
+    self._prompts: list[verdicts.Prompt] = []
+    self._rewards: list[functions.Reward | modelled.Model] = []
+    self._how, self._world = 'sum', None
+    if recipe.rollouts is not None:
+      self._how, self._world = recipe.rollouts.combine, recipe.rollouts.world
+    if samples is not None:
+      specs = sources.parse_all(job.eval_data) if streams.asked is not None else []
+      records = [sources.open_source(spec, job.data_dir) for spec in specs]
+      most = samples.max_new_tokens or (64 if recipe.rollouts is None else recipe.rollouts.max_new_tokens)
+      self._samples = dataclasses.replace(samples, max_new_tokens=most)
+      longest = most if self._world is None else self._world.longest(most)
+      self._prompts = prompts_of(samples, tokenizer, streams.asked, records, model.config.max_length - longest)
+      self._rewards = _rewards(samples, recipe)
 
   def held_out(self, params: types.PyTree, loss_state: types.PyTree, ref: types.PyTree = ()) -> dict[str, float]:
     """Metrics of the held-out data, none where there is no such data; `ref` is of a reference that follows."""
@@ -269,7 +266,7 @@ class Evaluator:
       return {}
     ref = ref if jax.tree.leaves(ref) else self._ref
     run = lambda params, batch: self._step(params, self._frozen, batch, loss_state, ref)
-    return held_out(run, params, self._streams.held_batches())
+    return held_out.means(run, params, self._streams.held_batches())
 
   def _ref_logps(self, ref: types.PyTree) -> RefLogps | None:
     """Under the reference of the step, `ref` where it follows the policy, or else under what was kept."""
@@ -279,7 +276,9 @@ class Evaluator:
     params = lora.join(ref if jax.tree.leaves(ref) else self._ref, self._frozen) if own is None else own
 
     def summed(prompts, responses):
-      sequences = (episodes.sequence(*pair, {}) for pair in zip(prompts, responses, strict=True))
+      sampled = environments.sampled_of
+      pairs = zip(prompts, responses, strict=True)
+      sequences = (episodes.sequence(prompt, one.ids, {}, sampled=sampled(one)) for prompt, one in pairs)
       groups = episodes.Groups([examples.Group((one,), {}) for one in sequences])
       found = np.zeros(len(responses))
       for group, _, of in episodes.annotated(params, groups, self._ref_run, self._packing, self._mesh):
@@ -294,10 +293,17 @@ class Evaluator:
     """Held-out metrics and samples, with their divergence from a reference where they are `compared` with it."""
     sampled = Sampled({}, [])
     if self._samples is not None and self._prompts:
+      args = self._samples, self._prompts, self._seed, self._rewards, self._how
       whole = lora.join(forward.divided(params)[0], self._frozen)
-      judge = self._ref_logps(ref) if compared else None
-      sampled = sample(self._model, whole, self._tokenizer, self._samples, self._prompts, self._seed, judge)
+      ref_logps = self._ref_logps(ref) if compared else None
+      sampled = sample(self._model, whole, self._tokenizer, *args, ref_logps, self._world, self._scorers)
     return Whole(self.held_out(params, loss_state, ref), sampled)
+
+
+def _rewards(samples: Samples, recipe: recipe_lib.Recipe) -> list[functions.Reward | modelled.Model]:
+  if samples.judge is not None:
+    return [functions.Reward('evaluate.Samples.judge', samples.judge)]
+  return [functions.parse(spec) for spec in recipe.rollouts.rewards] if recipe.rollouts is not None else []
 
 
 def evaluate(
@@ -305,7 +311,7 @@ def evaluate(
 ) -> dict[str, float]:
   """Evaluates a checkpoint on `--eval_data` (by default that of its run), with its own reference, on any mesh.
 
-  Of a run that trained on what it sampled, prompts alone are held out (`samples`).
+  Of a run that trained on what it sampled, prompts alone are held out (`samples`), judged by its rewards.
 
   Returns:
     Metrics by name, as in summary.json.
@@ -320,7 +326,8 @@ def evaluate(
     loaded = checkpoint.load(directory, job.mesh)
     streams: streams_lib.Streams | streams_lib.Online
     if recipe.rollouts is not None:
-      streams = streams_lib.open_prompts(job, recipe, loaded.tokenizer, loaded.model, train=False)
+      scored = samples is not None and samples.judge is None
+      streams = streams_lib.open_prompts(job, recipe, loaded.tokenizer, loaded.model, scored=scored)
     else:
       streams = streams_lib.open_streams(job, recipe, loaded.tokenizer, train=False)
     known = streams.reference or recipe.rollouts is not None

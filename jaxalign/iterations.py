@@ -3,13 +3,17 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from concurrent import futures
 import dataclasses
+import functools
 import pathlib
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jaxalign import episodes
+from jaxalign import making
 from jaxalign import metrics
 from jaxalign import rollouts
 from jaxalign import types
@@ -24,25 +28,33 @@ _MAX_RESPONSES = 32  # of a row; static, as lengths differ from rollout to rollo
 
 def packing_of(options: rollouts.Options, packing: loader_lib.Packing) -> loader_lib.Packing:
   """The packing of an update's batch."""
-  groups = options.prompts // options.minibatches
+  groups = options.prompts // options.minibatches + options.texts
   most = packing.max_responses or max(_MAX_RESPONSES, options.samples)
   return dataclasses.replace(packing, groups_per_step=groups, max_responses=most)
 
 
 def check_fit(
-    options: rollouts.Options, prompts: dataset_lib.Joined, packing: loader_lib.Packing, context: int
+    options: rollouts.Options,
+    prompts: dataset_lib.Joined,
+    packing: loader_lib.Packing,
+    context: int,
+    texts: dataset_lib.Joined | None = None,
 ) -> None:
   """Raises UsageError where the longest rollout that there can be does not fit a step, or the model's context."""
-  longest, groups = int(prompts.lengths_NK.max()) + 1 + options.max_new_tokens, options.prompts // options.minibatches
+  longest, groups = int(prompts.lengths_NK.max()) + 1 + options.longest, options.prompts // options.minibatches
   if longest > context:
     raise types.UsageError(
-        f'a prompt of {longest - options.max_new_tokens} tokens and rollouts.Options.max_new_tokens ='
-        f' {options.max_new_tokens} exceed the context of the model, {context}'
+        f'a prompt of {longest - options.longest} tokens and {_limits(options)} exceed the context of the model,'
+        f' {context}'
     )
+  lengths = np.full((groups, options.samples), longest - 1)
+  if texts is not None:
+    of_text = np.eye(1, options.samples, dtype=int) * int(texts.lengths_NK.max())
+    lengths = np.concatenate([lengths, np.repeat(of_text, options.texts, axis=0)])
   try:
     steps = packing_lib.pack(
-        np.full((groups, options.samples), longest - 1),
-        np.arange(groups),
+        lengths,
+        np.arange(len(lengths)),
         rows=packing.rows,
         row_length=packing.row_length,
         max_responses=packing.max_responses or 1,
@@ -58,13 +70,21 @@ def check_fit(
     )
 
 
+def _limits(options: rollouts.Options) -> str:
+  """What makes a response as long as the longest."""
+  limit = f'rollouts.Options.max_new_tokens = {options.max_new_tokens}'
+  if options.world is None:
+    return limit
+  return f'{limit}, turns = {options.turns} and observation_tokens = {options.observation_tokens}'
+
+
 class Iterations:
   """The rollouts of a run, and batches of them."""
 
   def __init__(
       self,
       options: rollouts.Options,
-      maker: rollouts.Maker,
+      maker: making.Maker,
       *,
       packing: loader_lib.Packing,
       tokenizer: tokenizers.Tokenizer,
@@ -72,6 +92,7 @@ class Iterations:
       seed: int,
       folder: pathlib.Path,
       scorers: Callable[[], Mapping[str, functions.Scorer]] = dict,
+      texts: dataset_lib.Joined | None = None,
   ):
     """Keeps what all of them share.
 
@@ -84,8 +105,9 @@ class Iterations:
       seed: of the order within a rollout.
       folder: where rollouts are kept.
       scorers: loads the models among the rewards, see `scorers.checked`, when the first rollout begins.
+      texts: that nobody sampled, of which each step has some; None for none.
     """
-    self._options, self._maker, self._packing, self._scorers = options, maker, packing, scorers
+    self._options, self._maker, self._packing, self._scorers, self._texts = options, maker, packing, scorers, texts
     self._tokenizer, self._mesh, self._seed, self._folder = tokenizer, mesh, seed, folder
     self.said: dict[tuple[int, int], dict[str, float]] = {}  # metrics of the newest rollouts by data state
 
@@ -103,14 +125,49 @@ class Iterations:
       (iteration, update) to resume from once the batch has been consumed, and the batch.
     """
     rewards = [functions.parse(spec) for spec in self._options.rewards]
-    with functions.Panel(rewards, self._scorers(), together=True) as panel:
+    asynchronous = self._options.asynchronous
+    with functions.Panel(rewards, self._scorers(), together=True) as panel, futures.ThreadPoolExecutor(1) as thread:
+      begun = functools.partial(self._begun, panel, thread)
+      # What a run that is resumed had sampled before the updates that it has made.
+      ahead = begun(iteration, None) if asynchronous and iteration and not update else None
       while True:
-        rollout = self._read(iteration) if update else self._made(panel, iteration, params())
+        if update:
+          rollout = self._read(iteration)
+        elif asynchronous:
+          rollout = self._finished(iteration, ahead or begun(iteration, params()), params())
+        else:
+          rollout = self._kept(iteration, self._maker.make(panel, iteration, params()))
+        if asynchronous:
+          ahead = begun(iteration + 1, None if update else params())
         yield from self._of(rollout, iteration, update)
         iteration, update = iteration + 1, 0
 
+  def _begun(self, panel: functions.Panel, thread: futures.Executor, iteration: int, params) -> '_Ahead':
+    """What is sampled for a rollout, and who judges it meanwhile; without `params` what was kept of that."""
+    path = self._folder / f'{iteration:06d}.drawn.json'
+    if params is None:
+      drawn = making.Drawn.of_text(_text(path))
+    else:
+      drawn = self._maker.draw(iteration, params)
+      self._write(path, drawn.to_text())
+
+    def judged():
+      with jax.set_mesh(self._mesh):
+        return self._maker.judge(panel, drawn)
+
+    if jax.process_count() == 1:
+      return _Ahead(drawn, thread.submit(judged))
+    # Processes must agree on the order of what they do together.
+    done: futures.Future = futures.Future()
+    done.set_result(judged())
+    return _Ahead(drawn, done)
+
+  def _finished(self, iteration: int, ahead: '_Ahead', params: rollouts.Params) -> episodes.Rollout:
+    return self._kept(iteration, self._maker.finish(ahead.drawn, ahead.judged.result(), params))
+
   def _of(self, rollout: episodes.Rollout, iteration: int, update: int):
-    groups, number = rollout.groups(), 0
+    """The batches of a rollout's updates that have not been made."""
+    groups, number = self._with_texts(rollout.groups(), iteration), 0
     loader = loader_lib.Loader([groups], [1.0], packing=self._packing, mesh=self._mesh, seed=0)  # type: ignore[list-item]
     for epoch in range(self._options.epochs):
       order = np.argsort(np.random.default_rng([self._seed, iteration, epoch]).random(len(groups)))
@@ -124,19 +181,40 @@ class Iterations:
           self.said = {**dict(list(self.said.items())[-3:]), place: rollout.metrics()}
           yield place, batch
 
-  def _made(self, panel: functions.Panel, iteration: int, params: rollouts.Params) -> episodes.Rollout:
-    rollout = self._maker.make(panel, iteration, params)
+  def _with_texts(self, groups: episodes.Groups, iteration: int) -> episodes.Groups:
+    """The next texts beside what was sampled."""
+    if self._texts is None:
+      return groups
+    count = self._options.texts * self._options.minibatches
+    sizes = self._texts.sizes
+    chosen = packing_lib.in_turn(sizes, [1.0] * len(sizes), self._seed, iteration * count, count)
+    return groups.with_texts([self._texts[i] for i in chosen])
+
+  def _kept(self, iteration: int, rollout: episodes.Rollout) -> episodes.Rollout:
+    self._write(self._path(iteration), rollout.to_text(self._tokenizer))
+    return rollout
+
+  def _write(self, path: pathlib.Path, text: str) -> None:
     if jax.process_index() == 0:
       self._folder.mkdir(parents=True, exist_ok=True)
-      metrics.write_text(self._path(iteration), rollout.to_text(self._tokenizer))
-    return rollout
+      metrics.write_text(path, text)
 
   def _path(self, iteration: int) -> pathlib.Path:
     return self._folder / f'{iteration:06d}.jsonl'
 
   def _read(self, iteration: int) -> episodes.Rollout:
-    path = self._path(iteration)
-    try:
-      return episodes.of_text(path.read_text(encoding='utf-8'), self._options.samples)
-    except OSError as err:
-      raise types.RunError(f'{path}: the rollout that the run was at cannot be read ({err.strerror})') from err
+    return episodes.of_text(_text(self._path(iteration)), self._options.samples)
+
+
+class _Ahead(NamedTuple):
+  """What was sampled, and what rewards will have made of it."""
+
+  drawn: making.Drawn
+  judged: futures.Future
+
+
+def _text(path: pathlib.Path) -> str:
+  try:
+    return path.read_text(encoding='utf-8')
+  except OSError as err:
+    raise types.RunError(f'{path}: the rollout that the run was at cannot be read ({err.strerror})') from err

@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxalign import sampling
+from jaxalign import environments
 from jaxalign import types
-from jaxalign.data import dataset as dataset_lib
-from jaxalign.data import sources
+from jaxalign import verdicts
 from jaxalign.data import tokenizers
 from jaxalign.rewards import functions
 
@@ -19,16 +18,21 @@ class Judged(NamedTuple):
   Attributes:
     drawn: N responses.
     values_RN: float64 of each reward, NaN where it abstains.
+    tokens: of each response the sum of what rewards say of its sampled tokens, with their weights, NaN where none does.
+    tells_R: whether each reward says something of tokens.
   """
 
-  drawn: list[sampling.Sampled]
+  drawn: list[environments.Response]
   values_RN: np.ndarray
+  tokens: list[np.ndarray]
+  tells_R: np.ndarray
 
   def replace(self, group: int, other: 'Judged', its: int, samples: int) -> None:
     """Puts another one's responses to its prompt `its` in place of those to the prompt `group`."""
     own, new = (slice(at * samples, (at + 1) * samples) for at in (group, its))
     self.drawn[own] = other.drawn[new]
     self.values_RN[:, own] = other.values_RN[:, new]
+    self.tokens[own] = other.tokens[new]
 
 
 class Judge:
@@ -42,49 +46,56 @@ class Judge:
       self,
       specs: Sequence[str],
       combine: str,
-      prompts: dataset_lib.Joined,
-      records: Sequence[sources.Source],
       tokenizer: tokenizers.Tokenizer,
+      world: environments.Environment | None = None,
   ):
     """Parses them.
 
     Args:
       specs: as for `--reward`.
       combine: see `functions.combine`.
-      prompts: tokenised.
-      records: the sources that they came from, for the fields that rewards read.
       tokenizer: of the policy.
+      world: whose rewards come first, with weight 1.
     """
     rewards = [functions.parse(spec) for spec in specs]
-    self._names, self.weights_R = [one.name for one in rewards], np.array([one.weight for one in rewards], np.float32)
-    titles = [one.title for one in rewards]
+    self._of_panel, own = [one.name for one in rewards], [] if world is None else [world.title]
+    self.weights_R = np.array([1.0] * len(own) + [one.weight for one in rewards], np.float32)
+    titles = own + [one.title for one in rewards]
     # A function that is given twice, with other options, is told apart by its place.
     self._titles = [f'{t}_{i}' if titles.count(t) > 1 else t for i, t in enumerate(titles)]
-    self._combine, self._prompts, self._records, self._tokenizer = combine, prompts, records, tokenizer
+    self._combine, self._tokenizer = combine, tokenizer
 
-  def __call__(self, panel: functions.Panel, chosen: Sequence[int], drawn: list[sampling.Sampled]) -> Judged:
-    """What the rewards make of responses to the prompts of these numbers, as many to each."""
-    scores = panel(self._responses(chosen, drawn))
-    return Judged(drawn, np.stack([scores[name].values for name in self._names]))
+  def __call__(
+      self, panel: functions.Panel, asked: Sequence[verdicts.Prompt], drawn: Sequence[environments.Response]
+  ) -> Judged:
+    """What the rewards make of responses to these prompts, as many to each."""
+    values = panel(verdicts.responses(asked, self._tokenizer, drawn))
+    played = environments.rewards_of(drawn)
+    found = ([] if played is None else [functions.Scores(played)]) + [values[name] for name in self._of_panel]
+    tells_R = np.array([one.tokens is not None for one in found])
+    return Judged(list(drawn), np.stack([one.values for one in found]), self._tokens(found, drawn), tells_R)
 
-  def _responses(self, chosen: Sequence[int], drawn: list[sampling.Sampled]) -> functions.Responses:
-    records = [self._records[source].at(place) for source, place in map(self._prompts.place, chosen)]
-    groups = map(self._prompts.__getitem__, chosen)
-    each = lambda values: [value for value in values for _ in range(len(drawn) // len(chosen))]
-    names = sorted({name for record in records for name in record} - {'prompt'})
-    return functions.Responses(
-        prompts=each(record.get('prompt', record.get('messages')) for record in records),
-        responses=[self._tokenizer.decode(one.ids, continuation=True) for one in drawn],
-        fields={name: each(record.get(name) for record in records) for name in names},
-        where=each(self._prompts.where(i) for i in chosen),
-        ids=[one.ids for one in drawn],
-        prompt_ids=each(group.sequences[0].ids[: group.prompt_tokens].tolist() for group in groups),
-        finished=[one.finished for one in drawn],
-    )
+  def _tokens(self, found: Sequence[functions.Scores], drawn: Sequence[environments.Response]) -> list[np.ndarray]:
+    """See `Judged`."""
+    sums = []
+    for n, response in enumerate(drawn):
+      sampled = np.array(environments.sampled_of(response), bool)
+      own = [w * one.tokens[n][sampled] for one, w in zip(found, self.weights_R) if one.tokens is not None]
+      table = np.stack(own) if own else np.full((1, int(sampled.sum())), np.nan)
+      silent = np.isnan(table).all(axis=0)
+      sums.append(np.where(silent, np.nan, np.nansum(table, axis=0)))
+    return sums
 
   def total(self, values_RN: np.ndarray) -> np.ndarray:
     """All rewards of a response as one number, `[N]`, NaN where every one abstained."""
     return functions.combine(list(values_RN), self.weights_R.tolist(), self._combine)
+
+  def outcomes(self, judged: Judged) -> np.ndarray:
+    """The same of those that say nothing of tokens; 0 where there is no such reward."""
+    others = np.flatnonzero(~judged.tells_R)
+    if not others.size:
+      return np.zeros(len(judged.drawn))
+    return functions.combine(list(judged.values_RN[others]), self.weights_R[others].tolist(), self._combine)
 
   def known(self, judged: Judged, where: str) -> np.ndarray:
     """The same; RunError where every reward abstained on all responses, the first of which is to `where`."""
@@ -98,10 +109,11 @@ class Judge:
     total_GK = np.ma.masked_invalid(self.total(judged.values_RN).reshape(-1, samples))
     return np.ma.filled(total_GK.max(axis=1) == total_GK.min(axis=1), True)
 
-  def said(self, values_RN: np.ndarray) -> dict[str, float]:
-    """Mean and deviation of each reward where it does not abstain, by name."""
-    found: dict[str, float] = {}
-    for name, values_N in zip(self._titles, values_RN, strict=True):
+  def said(self, judged: Judged) -> dict[str, float]:
+    """Mean and deviation of each reward where it does not abstain, by name, and what is to be said of episodes."""
+    played = [one for one in judged.drawn if isinstance(one, environments.Episode)]
+    found = environments.said(played) if played else {}
+    for name, values_N in zip(self._titles, judged.values_RN, strict=True):
       known = values_N[~np.isnan(values_N)]
       if known.size:
         found |= {f'rewards/{name}/mean': float(known.mean()), f'rewards/{name}/std': float(known.std())}

@@ -13,6 +13,7 @@
 Exit codes: 0, 2 for a wrong flag or binding, 1 for a run that failed.
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
@@ -131,27 +132,37 @@ def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
     raise types.UsageError(f'--algo is needed: {", ".join(catalog.algorithms())} (--list describes them)')
   catalog.check_algorithm(args.algo)
   bindings = [*args.gin, *command.lora_bindings(args.lora), *command.reward_bindings(args)]
-  for flag in ('steps', 'log_every', 'eval_every', 'save_every'):
-    if args[flag].value is not None:
-      bindings.append(f'loop.Options.{flag} = {args[flag].value}')
+  often = ('steps', 'log_every', 'eval_every', 'save_every')
+  bindings += [f'loop.Options.{flag} = {args[flag].value}' for flag in often if args[flag].value is not None]
   parse = lambda files: config.parse(args.algo, files=files, user_files=args.gin_file, bindings=bindings)
-  files = _own_files('models', [args.model or recipe_lib.DEFAULT_MODEL])
+  files = catalog.own_files('models', [args.model or recipe_lib.DEFAULT_MODEL])
   parse(files)
   # Which data there are by default is bound in gin, so it is known only now.
   data = args.data or config.query('recipe.Recipe.data')
-  data_files = _own_files('data', [spec for spec, _ in sources.parse_mixture(data)])
+  online = catalog.is_online(args.algo)
+  data_files = catalog.own_files(
+      'data', [spec for spec, _ in sources.parse_mixture(data)], ['', '_online'][: 1 + online]
+  )
+  if online and (args.reward or args.environment or args.eval_data):
+    data_files.append(catalog.HELD_OUT_PROMPTS)
   if data_files:
     parse([*files, *data_files])
   recipe = config.recipe()
-  if recipe.rollouts is None and args.reward:
-    raise types.UsageError(f'--reward={args.reward[0]}: --algo={args.algo} samples nothing that could be judged')
-  _check_model(args, recipe, is_named=bool(files))
+  given = [*map('--reward={}'.format, args.reward), *map('--environment={}'.format, filter(None, [args.environment]))]
+  if recipe.rollouts is None and given:
+    raise types.UsageError(f'{given[0]}: --algo={args.algo} samples nothing that could be judged')
+  recipe_lib.check_model(recipe, args.model, args.tokenizer, is_named=bool(files))
+  return _with_scorings(recipe, lambda: parse([*files, *data_files]))
+
+
+def _with_scorings(recipe: recipe_lib.Recipe, parse: Callable[[], None]) -> recipe_lib.Recipe:
+  """The same, whose rollouts know how models among their rewards score; `parse` parses it again."""
   scorings = _scorings(recipe.rollouts.rewards) if recipe.rollouts is not None else {}
-  if scorings:  # Their recipes have taken the place of this one.
-    parse([*files, *data_files])
-    recipe = config.recipe()
-  if recipe.rollouts is None:
+  if not scorings:
     return recipe
+  parse()  # Their recipes have taken the place of this one.
+  recipe = config.recipe()
+  assert recipe.rollouts is not None
   return dataclasses.replace(recipe, rollouts=dataclasses.replace(recipe.rollouts, scorings=scorings))
 
 
@@ -160,37 +171,11 @@ def _scorings(rewards: Sequence[str]) -> dict[str, modelled.Scoring]:
   found = {}
   for model in map(functions.parse, filter(functions.is_model, rewards)):
     for directory in model.directories if isinstance(model, modelled.Model) else ():
-      run = _run_of(directory)
+      run = recipe_lib.run_of(directory)
       if run.get('scored_fn'):
         config.parse_saved([run['bindings']], [], [])
         found[directory] = config.scoring()
   return found
-
-
-def _run_of(spec: str) -> dict[str, Any]:
-  """The run.json of a checkpoint, empty for other directories."""
-  path = recipe_lib.model_directory(spec)
-  return checkpoint.read_json(checkpoint.find(path)[0] / 'run.json') if checkpoint.is_checkpoint(path) else {}
-
-
-def _own_files(folder: str, specs: Sequence[str]) -> list[str]:
-  """The package's gin file for a named model or data set; none for what is the user's, or for several at once."""
-  names = {re.split(r'[:\[]', spec.removeprefix('builtin:'))[0] for spec in specs if not pathlib.Path(spec).exists()}
-  return [f'{folder}/{name}.gin' for name in names if len(names) == 1 and catalog.exists(f'{folder}/{name}.gin')]
-
-
-def _check_model(args: flags.FlagValues, recipe: recipe_lib.Recipe, is_named: bool) -> None:
-  """Raises UsageError where `--model` and the recipe disagree on where weights come from."""
-  if not args.model or args.model.startswith('builtin:') and recipe.model is None:
-    return
-  if is_named and recipe.model is None:
-    raise types.UsageError(f'--model={args.model}: write builtin:{args.model}, it is in the package')
-  if recipe.model is not None and not is_named:
-    raise types.UsageError(f'--model={args.model}: recipe.Recipe.model is bound too, to random weights; leave one out')
-  if is_named and not args.tokenizer:
-    raise types.UsageError(
-        f'--model={args.model} has random weights and no tokenizer; give --tokenizer (as builtin:stories260K)'
-    )
 
 
 def _job(args: flags.FlagValues, defaults: Mapping[str, Any]) -> recipe_lib.Job:
@@ -235,19 +220,11 @@ def _train(args: flags.FlagValues) -> None:
   bindings = config.bindings()
   summary = resume.finished(job, bindings, config.query('loop.Options.steps'))
   if summary is None:
-    _check_writable(job.workdir)
+    resume.check_writable(job.workdir)
     configured = lambda: (bindings, config.checked_operative())
     summary = config.get('train.train')(job, recipe=recipe, config=configured)
   if jax.process_index() == 0:
     sys.stdout.write(json.dumps(summary, indent=1) + '\n')
-
-
-def _check_writable(workdir: pathlib.Path) -> None:
-  """Raises UsageError where `--workdir` cannot be made or written; makes nothing."""
-  there = next(path for path in (workdir, *workdir.parents) if path.exists())
-  if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-    problem = 'may not be written' if there.is_dir() else 'is a file'
-    raise types.UsageError(f'--workdir={workdir}: {there} {problem}')
 
 
 def _restored(args: flags.FlagValues) -> tuple[pathlib.Path, dict]:
@@ -265,9 +242,12 @@ def _evaluate(args: flags.FlagValues) -> None:
   _start(args)
   # What training used, and beneath it what was bound for evaluation alone.
   saved = [run['bindings'], (folder / 'config.gin').read_text(encoding='utf-8')]
-  config.parse_saved(saved, args.gin_file, args.gin)
+  if args.eval_data and catalog.is_online(run['algo']):
+    saved.append(f"include '{catalog.HELD_OUT_PROMPTS}'")
+  parse = lambda: config.parse_saved(saved, args.gin_file, args.gin)
+  parse()
   config.check_reachable('evaluate.evaluate', 'recipe.Recipe')
-  recipe = config.recipe()
+  recipe = _with_scorings(config.recipe(), parse)
   job = _job(args, _of(recipe) | run)
   values = config.get('evaluate.evaluate')(job, args.checkpoint, recipe=recipe)
   config.checked_operative()
@@ -286,36 +266,14 @@ def _sample(args: flags.FlagValues) -> None:
     )
   options, draw_fn = steering.configured(args, command.sampling_options(args), _scorings)
   _start(args)
-  if args.data:
-    found = respond.to_records(_job(args, {'model_spec': spec, 'eval_data': ''}), options, draw_fn)
-    lines = [sources.to_json(record) + '\n' for record in found]
-  else:
+  if not args.data:
+    as_written = is_single and (sys.stdout.isatty() if args.stream is None else args.stream)
     mesh = sharding.make_mesh(args.mesh, args.dcn_mesh)
-    is_shown = is_single and (sys.stdout.isatty() if args.stream is None else args.stream)
-    if is_shown:
-      _stream(args, spec, mesh, options)
-      return
-    responses = respond.respond(spec, mesh, args.prompt, options, seed=args.seed or 0, draw_fn=draw_fn)
-    prompts = [prompt for prompt in args.prompt for _ in range(args.samples_per_prompt)]
-    write = '{0}\n\n{2}\n\n' if args.chat else '{0}{1}\n'
-    lines = [write.format(prompt, text, text.strip()) for prompt, text in zip(prompts, responses)]
+    respond.write(spec, mesh, args.prompt, options, seed=args.seed or 0, as_written=as_written, draw_fn=draw_fn)
+    return
+  found = respond.to_records(_job(args, {'model_spec': spec, 'eval_data': ''}), options, draw_fn)
   if jax.process_index() == 0:
-    sys.stdout.writelines(lines)
-
-
-def _stream(args: flags.FlagValues, spec: str, mesh: jax.sharding.Mesh, options: respond.Options) -> None:
-  """Shows one response as it is written."""
-
-  def tell(text: str) -> None:
-    if jax.process_index() == 0:
-      sys.stdout.write(text)
-      sys.stdout.flush()
-
-  (prompt,) = args.prompt
-  # Behind the prompt, once it is known to be one.
-  told = iter([prompt + ('\n\n' if args.chat else '')])
-  respond.respond(spec, mesh, [prompt], options, seed=args.seed or 0, tell=lambda text: tell(next(told, '') + text))
-  tell(next(told, '') + ('\n\n' if args.chat else '\n'))
+    sys.stdout.writelines(sources.to_json(record) + '\n' for record in found)
 
 
 def _score(args: flags.FlagValues) -> None:
@@ -341,7 +299,7 @@ def _score(args: flags.FlagValues) -> None:
 
 def _scoring_recipe(args: flags.FlagValues, spec: str) -> recipe_lib.Recipe | None:
   """The recipe of the run that trained a model, and of --gin_file, where it says what is read to score a response."""
-  run = _run_of(spec)
+  run = recipe_lib.run_of(spec)
   if args.gin_file and not run.get('bindings'):
     raise types.UsageError(f'--gin_file: it is read behind the bindings of a run, and {spec} is of none')
   if not args.gin_file and not run.get('scored_fn'):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import resource
 import sys
 import time
@@ -56,8 +57,8 @@ class Writer:
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     self._file.write(json.dumps({'step': step, **finite}) + '\n')
     self._file.flush()
-    for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+    for name, value in values.items():  # TensorBoard would tell of every name that it has to change.
+      self._board.add_scalar(re.sub(r'[^-/\w.]', '_', name), value, step)
 
   def close(self) -> None:
     """Closes the files."""

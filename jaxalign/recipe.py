@@ -150,6 +150,26 @@ def model_directory(spec: str) -> pathlib.Path:
   return path
 
 
+def run_of(spec: str) -> dict[str, Any]:
+  """The run.json of a checkpoint, empty for other directories."""
+  path = model_directory(spec)
+  return checkpoint.read_json(checkpoint.find(path)[0] / 'run.json') if checkpoint.is_checkpoint(path) else {}
+
+
+def check_model(recipe: Recipe, model: str | None, tokenizer: str | None, *, is_named: bool) -> None:
+  """Raises UsageError where `--model` and the recipe disagree on where weights come from."""
+  if not model or model.startswith('builtin:') and recipe.model is None:
+    return
+  if is_named and recipe.model is None:
+    raise types.UsageError(f'--model={model}: write builtin:{model}, it is in the package')
+  if recipe.model is not None and not is_named:
+    raise types.UsageError(f'--model={model}: recipe.Recipe.model is bound too, to random weights; leave one out')
+  if is_named and not tokenizer:
+    raise types.UsageError(
+        f'--model={model} has random weights and no tokenizer; give --tokenizer (as builtin:stories260K)'
+    )
+
+
 def origin(job: Job, recipe: Recipe) -> dict[str, Any] | None:
   """The config.json that the model's weights came with, for their way back; None for random weights."""
   if recipe.model is not None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import sys
 from typing import Any
 from typing import NamedTuple
 
@@ -15,8 +16,8 @@ from jaxalign import choosing
 from jaxalign import recipe as recipe_lib
 from jaxalign import sampling
 from jaxalign import types
-from jaxalign.data import chat as chat_lib
 from jaxalign.data import examples
+from jaxalign.data import prompts as prompts_lib
 from jaxalign.data import records
 from jaxalign.data import sources
 from jaxalign.data import tokenizers
@@ -152,6 +153,35 @@ def respond(
 def text_of(tokenizer: tokenizers.Tokenizer, one: sampling.Sampled, options: Options, is_chat: bool) -> str:
   """What a response says."""
   return options.before_stop(tokenizer.decode(one.ids, continuation=not is_chat))
+
+
+def write(
+    spec: str,
+    mesh: jax.sharding.Mesh,
+    prompts: Sequence[str],
+    options: Options,
+    *,
+    seed: int,
+    as_written: bool,
+    draw_fn: Draw = plainly,
+) -> None:
+  """Prints each prompt and what `respond` makes of it; `as_written`, a single response is shown while it grows."""
+  between, end = ('\n\n', '\n\n') if options.chat else ('', '\n')
+
+  def tell(text: str) -> None:
+    if jax.process_index() == 0:
+      sys.stdout.write(text)
+      sys.stdout.flush()
+
+  # The prompt is shown once it is known to be one.
+  told = iter([prompts[0] + between])
+  shown = (lambda text: tell(next(told, '') + text)) if as_written else None
+  found = respond(spec, mesh, prompts, options, seed=seed, tell=shown, draw_fn=draw_fn)
+  if as_written:
+    tell(next(told, '') + end)
+    return
+  for prompt, text in zip([prompt for prompt in prompts for _ in range(options.per_prompt)], found, strict=True):
+    tell(prompt + between + (text.strip() if options.chat else text) + end)
 
 
 def texts(
@@ -290,19 +320,9 @@ def draw(
       max_new_tokens=options.max_new_tokens,
       **options.rule._asdict(),
       seed=seed,
-      stop_ids=_stop_ids(loaded.tokenizer, is_chat),
+      stop_ids=prompts_lib.stop_ids(loaded.tokenizer, is_chat),
       stop=sampling.Stop(options.stop, lambda ids: loaded.tokenizer.decode(ids, continuation=not is_chat)),
       cache_dtype=options.cache_dtype,
       watch=watch,
       guidance=guidance,
   )
-
-
-def _stop_ids(tokenizer: tokenizers.Tokenizer, chat: bool) -> tuple[int, ...]:
-  """EOS and, in a chat, the special token with which the template ends a turn, where that is another."""
-  if not chat:
-    return (tokenizer.eos_id,)
-  template = chat_lib.pick(None, tokenizer.chat_template)
-  text = chat_lib.end_of_turn(template, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
-  ends = tokenizer.encode(text, continuation=True, special=True)[:1]
-  return tuple({tokenizer.eos_id, *(i for i in ends if i in tokenizer.special_tokens.values())})

@@ -1,6 +1,8 @@
 """Whether a workdir holds the run that is asked for, another one, or one that is over."""
 
 from collections.abc import Sequence
+import os
+import pathlib
 import re
 from typing import Any
 
@@ -18,6 +20,14 @@ _RESUMABLE = (
     'loop.Options.save_every',
     'checkpoint.Options.keep',
 )
+
+
+def check_writable(workdir: pathlib.Path) -> None:
+  """Raises UsageError where `--workdir` cannot be made or written; makes nothing."""
+  there = next(path for path in (workdir, *workdir.parents) if path.exists())
+  if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    problem = 'may not be written' if there.is_dir() else 'is a file'
+    raise types.UsageError(f'--workdir={workdir}: {there} {problem}')
 
 
 def finished(job: recipe.Job, bindings: str, steps: int) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from jaxalign import credit
 from jaxalign import forward
 from jaxalign import iterations
+from jaxalign import making
 from jaxalign import metrics
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
@@ -42,11 +44,18 @@ class Streams:
     report: counts of records, truncated and dropped, by name.
   """
 
+  scorers = dict  # No models are among the rewards of what is not online.
+
   train: loader_lib.Loader | None
   held: loader_lib.Loader | None
   needs: tracing.Needs
   live: bool
   report: dict[str, int]
+
+  @property
+  def asked(self) -> dataset.Joined | None:
+    """What prompts are taken from for samples: the held-out data."""
+    return self.held.dataset if self.held is not None else None
 
   @property
   def reference(self) -> bool:
@@ -84,7 +93,7 @@ class Streams:
 
 
 class Online:
-  """The same for a run that trains on what it samples; nothing is held out but prompts (`evaluate.Samples`).
+  """The same for a run that trains on what it samples; of what is held out it reads prompts alone.
 
   A data state is (rollout, updates by it).
 
@@ -94,17 +103,26 @@ class Online:
     live: the same: nothing is cached, as responses are new.
     held: None.
     cached: False.
+    asked: prompts that are held out; None where there are none.
     report: counts of prompts by name.
+    scorers: loads the models among the rewards.
   """
 
   held = None
   cached = False
 
   def __init__(
-      self, made: iterations.Iterations, needs: tracing.Needs, reference: bool, report: dict[str, int], share: float
+      self,
+      made: iterations.Iterations,
+      needs: tracing.Needs,
+      reference: bool,
+      asked: dataset.Joined | None,
+      report: dict[str, int],
+      share: float,
+      scorers: Callable[[], Mapping[str, functions.Scorer]] = dict,
   ):
     self.needs, self.reference, self.live, self.report = needs, reference, reference, report
-    self._iterations, self._share = made, share
+    self._iterations, self._share, self.asked, self.scorers = made, share, asked, scorers
 
   def said(self, place: tuple[int, int]) -> dict[str, float]:
     """The report, and what was sampled for the step that led to a data state."""
@@ -132,9 +150,9 @@ def open_prompts(
     model: transformer.Transformer,
     critic: transformer.Transformer | None = None,
     *,
-    train: bool = True,
+    scored: bool = True,
 ) -> Online:
-  """Opens the prompts in `--data` for rollouts of `model`.
+  """Opens the prompts in `--data` for rollouts of `model`, and those in `--eval_data`.
 
   Args:
     job: names the data.
@@ -142,7 +160,7 @@ def open_prompts(
     tokenizer: of the model.
     model: of the policy.
     critic: gives values where it has parameters of its own.
-    train: whether there will be rollouts, so that models among the rewards are wanted.
+    scored: whether rewards are asked, so that models among them are wanted.
 
   Raises:
     UsageError: loss or advantages read what a rollout does not give, or it does not fit a step, or no model judges it.
@@ -150,26 +168,17 @@ def open_prompts(
   options = recipe.rollouts
   assert options is not None
   datasets = recipe_lib.open_data(job, recipe, tokenizer, job.data)
+  held_sets = recipe_lib.open_data(job, recipe, tokenizer, job.eval_data) if job.eval_data else []
   mixture, prompts = sources.parse_mixture(job.data), dataset.Joined(datasets)
-  outputs = recipe.score_outputs or int(bool(recipe.critic))
-  of_responses, of_tokens = options.credit.names(options.samples, len(options.rewards))
-  needs = tracing.trace(
-      recipe.loss_fn,
-      group_size=options.samples,
-      labels=of_responses,
-      token_labels=(*of_tokens, 'sampler_logps', 'old_logps'),
-      outputs=outputs,
-  )
-  if 'values_BT' in options.credit.reads and not outputs:
-    problem = 'reads values_BT of a critic: bind recipe.Recipe.critic, or recipe.Recipe.score_outputs = 1 for a head'
-    raise types.UsageError(f'rollouts.Options.advantage_fn {problem}')
+  needs = _needs_of_rollouts(recipe, options)
   logging.info('the loss reads %s', ', '.join(sorted(needs.fields)))
   logging.info('advantages read %s', ', '.join(sorted(options.credit.reads)))
   packing = iterations.packing_of(options, recipe.packing)
-  iterations.check_fit(options, prompts, packing, model.config.max_length)
+  texts = _texts(job, options, tokenizer, packing.row_length)
+  iterations.check_fit(options, prompts, packing, model.config.max_length, texts)
   ref = options.credit.reads & credit.OF_REFERENCE
   shared: dict[str, Any] = {'tokenizer': tokenizer, 'mesh': job.mesh, 'seed': job.seed, 'packing': packing}
-  maker = rollouts.Maker(
+  maker = making.Maker(
       options,
       prompts,
       [sources.open_source(spec, job.data_dir) for spec, _ in mixture],
@@ -181,15 +190,46 @@ def open_prompts(
       ),
       **shared,
   )
-  models = _scorers(options, tokenizer, prompts, packing, job.mesh) if train else dict
-  made = iterations.Iterations(options, maker, folder=job.workdir / 'rollouts', scorers=models, **shared)
+  asked = dataset.Joined(held_sets) if held_sets else None
+  # Loaded once, for rollouts and for who judges held-out prompts.
+  read = [prompts, *filter(None, [asked])]
+  models = functools.cache(_scorers(options, tokenizer, read, packing, job.mesh) if scored else dict)
+  folder = job.workdir / 'rollouts'
+  made = iterations.Iterations(options, maker, folder=folder, scorers=models, texts=texts, **shared)
   has_reference = needs.reference or bool(ref)
-  return Online(made, needs, has_reference, _report(datasets, []), options.prompts / len(prompts))
+  report, share = _report(datasets, held_sets), options.prompts / len(prompts)
+  return Online(made, needs, has_reference, asked, report, share, models)
 
 
-def _scorers(options: rollouts.Options, tokenizer, prompts: dataset.Joined, packing: loader_lib.Packing, mesh):
+def _texts(job: recipe_lib.Job, options: rollouts.Options, tokenizer, row_length: int) -> dataset.Joined | None:
+  """Texts that are learned beside a rollout, if any."""
+  if options.texts_fn is None:
+    return None
+  read = lambda spec: recipe_lib.open_source(job, options.texts_fn, tokenizer, spec, row_length)
+  return dataset.Joined([read(spec) for spec in sources.parse_all(options.texts_data)])
+
+
+def _needs_of_rollouts(recipe: recipe_lib.Recipe, options: rollouts.Options) -> tracing.Needs:
+  """What the loss reads; raises UsageError where advantages read a critic that is not there."""
+  outputs = recipe.score_outputs or int(bool(recipe.critic))
+  of_responses, of_tokens = options.credit.names(options.samples, len(options.rewards) + bool(options.environment))
+  needs = tracing.trace(
+      recipe.loss_fn,
+      group_size=options.samples,
+      labels=of_responses,
+      token_labels=(*of_tokens, 'sampler_logps', 'old_logps', *(['is_text'] if options.texts else [])),
+      outputs=outputs,
+  )
+  if 'values_BT' in options.credit.reads and not outputs:
+    problem = 'reads values_BT of a critic: bind recipe.Recipe.critic, or recipe.Recipe.score_outputs = 1 for a head'
+    raise types.UsageError(f'rollouts.Options.advantage_fn {problem}')
+  return needs
+
+
+def _scorers(options: rollouts.Options, tokenizer, prompts: list[dataset.Joined], packing: loader_lib.Packing, mesh):
   """What loads the models among the rewards; raises UsageError where one cannot score what is sampled."""
-  sampled = scorers.Sampled(tokenizer, int(prompts.lengths_NK.max()), options.max_new_tokens, packing.row_length)
+  longest = max(int(one.lengths_NK.max()) for one in prompts)
+  sampled = scorers.Sampled(tokenizer, longest, options.longest, packing.row_length)
   rewards = [functions.parse(spec) for spec in options.rewards]
   return scorers.checked(rewards, mesh, own=options.scorings, sampled=sampled)
 

@@ -11,6 +11,7 @@ from absl import logging
 import jax
 
 from jaxalign import checkpoint
+from jaxalign import collapse
 from jaxalign import evaluate
 from jaxalign import forward
 from jaxalign import loop
@@ -80,7 +81,7 @@ def train(
         step_fn=_jit_step(job, counter.counted(step), state, frozen, live and live.moving),
         evaluate=lambda now: evaluator.held_out(now.params, now.loss_state, now.reference),
         store=store,
-        writer=metrics.Writer(job.workdir, int(state.step)),
+        writer=(metrics.Writer if recipe.rollouts is None else collapse.Writer)(job.workdir, int(state.step)),
         clock=metrics.Clock(data_state['num_tokens']),
         epoch_of=streams.epochs,
         constants=lambda place: {'compilations': counter.count, **streams.said(place)},
@@ -122,7 +123,8 @@ class _Newest:
     if self._live is not None:
       followed = jax.tree.leaves(self._state.reference)
       ref = lora.join(self._state.reference if followed else self._live.moving, self._live.fixed)
-    return rollouts.Params(whole(policy), None if critic is None else whole(critic), ref, self._state.loss_state)
+    own = None if critic is None else whole(critic)
+    return rollouts.Params(whole(policy), own, ref, self._state.loss_state, int(self._state.step))
 
 
 class _Opened(NamedTuple):
@@ -265,6 +267,8 @@ def _finish(job, state, before: evaluate.Whole, after: evaluate.Whole, tools, st
       'compilations': counter.count,
       'peak_memory_bytes': metrics.peak_memory_bytes(),
   }
+  if isinstance(tools.writer, collapse.Writer):
+    summary['collapse'] = ', '.join(tools.writer.seen)
   if jax.process_index() == 0:
     if after.sampled.shown:
       evaluate.write_samples(job.workdir / 'samples.md', before.sampled, after.sampled)

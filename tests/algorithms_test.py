@@ -19,6 +19,8 @@ SAID = {
 }
 # What algorithms sample that train on their own samples.
 FEW = ('prompts = 4', 'samples = 2', 'max_new_tokens = 16')
+# What trains the model that says something of tokens, for those that read it.
+JUDGED_BY = {'rto': 'dpo', 'prime': 'dpo', 'grpo_process': 'prm'}
 LOG_2 = math.log(2)
 # The loss before the first update, where the policy is its own reference and a new head is zero.
 FIRST_LOSS = {
@@ -76,7 +78,12 @@ def test_trains_from_the_loss_that_its_file_promises(algo, cache, tmp_path, caps
     (tmp_path / 'own.jsonl').write_text(8 * (json.dumps(pair) + '\n'))
     more = [f'--data=jsonl:{tmp_path / "own.jsonl"}']
   if catalog.is_online(algo):
-    rewards = ('tests.runs:vowels', *(['jaxalign.rewards.lengths:repetition:-1'] if 'lagrangian' in algo else []))
+    rewards = ['tests.runs:vowels']
+    if algo == 'lagrangian_grpo':
+      rewards.append('jaxalign.rewards.lengths:repetition:-1')
+    if algo in JUDGED_BY:
+      assert main.main(flags(JUDGED_BY[algo], cache, tmp_path / 'judge')) == 0
+      rewards.append(str(tmp_path / 'judge'))
     more = [*(f'--reward={one}' for one in rewards), *(f'--gin=rollouts.Options.{one}' for one in FEW)]
   assert main.main([*flags(algo, cache, tmp_path / 'w'), *more]) == 0, capsys.readouterr().err
   lines = runs.logged(tmp_path / 'w')

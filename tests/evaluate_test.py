@@ -1,29 +1,24 @@
 """Evaluation: sums over held-out batches, what is sampled and how it is judged, samples.md."""
 
 import dataclasses
-import math
 import types as pytypes
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxalign import config
 from jaxalign import evaluate
-from jaxalign import masked
 from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
 from jaxalign import types
+from jaxalign import verdicts
 from jaxalign.data import examples
 from jaxalign.data import texts
 from jaxalign.data import tokenizers
 from jaxalign.models import architecture
 from jaxalign.models import transformer
-
-
-def weighted(total, weight):
-  return masked.Weighted(jnp.float32(total), jnp.float32(weight))
+from jaxalign.rewards import functions
 
 
 @pytest.fixture(scope='module')
@@ -40,62 +35,16 @@ def model_and_params():
     yield model, transformer.init_params(model, jax.random.key(0), mesh)
 
 
-class TestHeldOut:
-
-  def run(self, *batches):
-    return evaluate.held_out(lambda params, batch: batch, {}, iter(batches))
-
-  def test_divides_one_sum_by_one_weight(self):
-    values = self.run({'loss': weighted(2.0, 1.0)}, {'loss': weighted(1.0, 3.0)})
-    assert values['eval/loss'] == pytest.approx(3 / 4)
-    assert values['eval/n'] == 4
-
-  def test_weighs_each_metric_by_its_own_weight(self):
-    batch = {'loss': weighted(2.0, 1.0), 'entropy': weighted(30.0, 10.0), 'never': weighted(0.0, 0.0)}
-    values = self.run(batch, batch)
-    assert (values['eval/entropy'], values['eval/never']) == (3.0, 0.0)
-
-  def test_says_how_sure_an_accuracy_is(self):
-    names = 'rewards/accuracies', 'accuracy', 'length_only/accuracies'
-    values = self.run({'loss': weighted(1.0, 50.0), **{name: weighted(40.0, 50.0) for name in names}})
-    for name in names:
-      assert values[f'eval/{name}_stderr'] == pytest.approx(math.sqrt(0.8 * 0.2 / 50))
-    assert 'eval/loss_stderr' not in values
-
-  def test_counts_beyond_what_float32_can(self):
-    values = self.run(*[{'loss': weighted(2**24, 2**24)}, *[{'loss': weighted(0.0, 1.0)}] * 3])
-    assert values['eval/n'] == 2**24 + 3
-
-  def test_adds_bins_over_batches_before_it_takes_their_gaps(self):
-    of = lambda gap, count: {
-        'loss': weighted(0.0, sum(count)),
-        'ece': masked.Calibration(np.float32(gap), np.float32(count)),
-        'largest_class': masked.Largest(np.float32(count)),
-    }
-    values = self.run(of([0.5, -1.0], [2, 2]), of([-0.5, -1.0], [4, 0]))
-    assert values['eval/ece'] == pytest.approx((0.0 + 2.0) / 8)
-    assert values['eval/largest_class'] == pytest.approx(6 / 8)
-
-  def test_holds_two_batches_at_a_time(self):
-    made = []
-
-    def batches():
-      for n in range(50):
-        made.append(n)
-        yield n
-
-    for done, batch in enumerate(evaluate._one_behind(batches())):
-      assert batch == done
-      assert len(made) - done <= 2
-    assert len(made) == 50
-
-
 class TestSample:
 
   def draw(self, model_and_params, tokenizer, **options):
+    judge, records = options.pop('judge', None), options.pop('records', [{}, {}, {}])
     samples = evaluate.Samples(**({'max_new_tokens': 6, 'per_prompt': 2} | options))
-    prompts = [examples.prompt_ids(tokenizer, text) for text in ('Once upon a time', 'The cat', 'Tom')]
-    return evaluate.sample(*model_and_params, tokenizer, samples, prompts, seed=1)
+    texts = ('Once upon a time', 'The cat', 'Tom')
+    ids = [examples.prompt_ids(tokenizer, text) for text in texts]
+    prompts = [verdicts.Prompt(one, record, f'here {n}') for n, (one, record) in enumerate(zip(ids, records))]
+    rewards = [functions.Reward('judge', judge)] if judge is not None else []
+    return evaluate.sample(*model_and_params, tokenizer, samples, prompts, 1, rewards)
 
   def test_judges_every_response_and_shows_the_first_of_each_prompt(self, model_and_params, tokenizer):
     judged = []
@@ -124,8 +73,20 @@ class TestSample:
     assert 'reward' not in self.draw(model_and_params, tokenizer, judge=lambda responses: [None] * 6).metrics
 
   def test_says_where_the_judge_fails(self, model_and_params, tokenizer):
-    with pytest.raises(types.RunError, match='reward evaluate.Samples.judge, sample 2: it returned nan where a finite'):
+    with pytest.raises(types.RunError, match='reward judge, here 1: it returned nan where a finite'):
       self.draw(model_and_params, tokenizer, judge=lambda responses: [0.0, 0.0, float('nan'), 0.0, 0.0, 0.0])
+
+  def test_tells_the_judge_columns_and_says_how_often_one_of_several_is_right(self, model_and_params, tokenizer):
+    told = []
+
+    def judge(responses, prompts, answer):
+      told.extend(zip(prompts, answer))
+      return [0.0, 0.0, -1.0, 1.0, 1.0, 1.0]
+
+    records = [{'prompt': f'asked {n}', 'answer': n} for n in range(3)]
+    found = self.draw(model_and_params, tokenizer, judge=judge, records=records, pass_at=(1, 2)).metrics
+    assert told == [(f'asked {n}', n) for n in (0, 0, 1, 1, 2, 2)]
+    assert (found['pass@1'], found['pass@2']) == (pytest.approx(0.5), pytest.approx(2 / 3))
 
   def test_measures_without_a_judge(self, model_and_params, tokenizer):
     found = self.draw(model_and_params, tokenizer)
@@ -139,29 +100,40 @@ class TestSample:
     assert found.metrics['distinct_2'] < 0.3
 
 
-class TestPromptIds:
+class Held(list):
+  """Groups, each of a record of the same number."""
+
+  place, where = staticmethod(lambda index: (0, index)), staticmethod('here {}'.format)
+
+
+class TestPromptsOf:
 
   def held(self, *lengths):
     sequence = lambda n: examples.Sequence(np.arange(n + 2, dtype=np.int32), np.arange(n + 2) >= n)
-    dataset = [examples.Group((sequence(n), sequence(n)), {}, prompt_tokens=n) for n in lengths]
-    return pytypes.SimpleNamespace(dataset=dataset)
+    return Held([examples.Group((sequence(n), sequence(n)), {}, prompt_tokens=n) for n in lengths])
+
+  def ids_of(self, samples, tokenizer, held, context):
+    records = [pytypes.SimpleNamespace(at=lambda place: {'n': place})]
+    found = evaluate.prompts_of(samples, tokenizer, held, records, context - (samples.max_new_tokens or 64))
+    assert samples.prompts is not None or all(f'here {one.record["n"]}' == one.where for one in found)
+    return [one.ids for one in found]
 
   def test_takes_texts_where_there_are_some(self, tokenizer):
     samples = evaluate.Samples(prompts=lambda: ['The cat', 'Tom', 'Lily'], count=2)
-    found = evaluate.prompt_ids(samples, tokenizer, self.held(5), 512)
+    found = self.ids_of(samples, tokenizer, self.held(5), 512)
     assert found == [[tokenizer.bos_id, *tokenizer.encode(text)] for text in ('The cat', 'Tom')]
 
   def test_takes_prompts_of_the_held_out_data_otherwise(self, tokenizer):
-    found = evaluate.prompt_ids(evaluate.Samples(count=2), tokenizer, self.held(5, 3, 4), 512)
+    found = self.ids_of(evaluate.Samples(count=2), tokenizer, self.held(5, 3, 4), 512)
     assert found == [[0, 1, 2, 3, 4], [0, 1, 2]]
 
   def test_passes_over_those_that_leave_no_room_for_a_response(self, tokenizer):
-    found = evaluate.prompt_ids(evaluate.Samples(count=2, max_new_tokens=60), tokenizer, self.held(5, 3, 4, 2), 64)
+    found = self.ids_of(evaluate.Samples(count=2, max_new_tokens=60), tokenizer, self.held(5, 3, 4, 2), 64)
     assert found == [[0, 1, 2], [0, 1, 2, 3]]
 
   def test_asks_for_good_responses_as_training_tagged_them(self, tokenizer):
     samples = evaluate.Samples(prompts=lambda: ['Tom'], prefix='Good: ', suffix='\n\nWell:')
-    (found,) = evaluate.prompt_ids(samples, tokenizer, None, 512)
+    (found,) = self.ids_of(samples, tokenizer, None, 512)
     suffix = tokenizer.encode('\n\nWell:', continuation=True)
     assert found == [tokenizer.bos_id, *tokenizer.encode('Good: Tom'), *suffix]
     assert tokenizer.decode(found) == 'Good: Tom\n\nWell:'
@@ -169,21 +141,21 @@ class TestPromptIds:
   def test_takes_held_out_prompts_that_are_tagged_as_good(self, tokenizer):
     pair = lambda text: {'prompt': text, 'chosen': ' yes', 'rejected': ' no'}
     tagged = lambda text: texts.tagged(pair(text), tokenizer, row_length=99)[::-1]
-    held = pytypes.SimpleNamespace(dataset=[*tagged('Tom'), *tagged('The cat')])
-    found = evaluate.prompt_ids(evaluate.Samples(prefix='Good: '), tokenizer, held, 512)
+    held = Held([*tagged('Tom'), *tagged('The cat')])
+    found = self.ids_of(evaluate.Samples(prefix='Good: '), tokenizer, held, 512)
     assert [tokenizer.decode(ids) for ids in found] == ['Good: Tom', 'Good: The cat']
 
   def test_leaves_out_what_hindsight_writes_between(self, tokenizer):
     pair = {'prompt': 'Tom', 'chosen': ' yes', 'rejected': ' no'}
     group = texts.hindsight(pair, tokenizer, row_length=99, bad=' Bad:', good=' Good:')
-    held = pytypes.SimpleNamespace(dataset=[group])
+    held = Held([group])
     samples = evaluate.Samples(suffix=' Good:', max_new_tokens=20)
-    (found,) = evaluate.prompt_ids(samples, tokenizer, held, 512)
+    (found,) = self.ids_of(samples, tokenizer, held, 512)
     assert tokenizer.decode(found) == 'Tom Good:'
     # Its tokens are those that training reads before a good response.
     ids, suffix = group.sequences[0].ids.tolist(), found[group.prompt_tokens :]
     assert any(ids[i : i + len(suffix)] == suffix for i in range(group.prompt_tokens, len(ids)))
-    assert evaluate.prompt_ids(samples, tokenizer, held, 20 + len(found) - 1) == []
+    assert self.ids_of(samples, tokenizer, held, 20 + len(found) - 1) == []
 
   @pytest.mark.parametrize('algo', ['csft', 'c_rlft', 'hindsight'])
   def test_files_of_tags_sample_with_them(self, algo, tokenizer):
@@ -193,12 +165,19 @@ class TestPromptIds:
     groups = example_fn.example_fn(record, tokenizer, row_length=99)
     group = groups[0] if isinstance(groups, list) else groups
     read = tokenizer.decode(group.sequences[0].ids[:-1])
-    (asked,) = evaluate.prompt_ids(dataclasses.replace(samples, prompts=lambda: ['Tom']), tokenizer, None, 512)
+    (asked,) = self.ids_of(dataclasses.replace(samples, prompts=lambda: ['Tom']), tokenizer, None, 512)
     assert read.endswith(tokenizer.decode(asked).removeprefix('Tom') + ' yes')
     assert samples.prefix or samples.suffix
 
   def test_finds_none_where_nothing_is_held_out(self, tokenizer):
-    assert evaluate.prompt_ids(evaluate.Samples(), tokenizer, None, 512) == []
+    assert self.ids_of(evaluate.Samples(), tokenizer, None, 512) == []
+
+
+class TestSamples:
+
+  def test_refuse_to_look_for_one_of_more_than_there_are(self):
+    with pytest.raises(types.UsageError, match=r'pass_at = \(1, 4\): 4 is not from 1 to .*per_prompt = 3'):
+      evaluate.Samples(per_prompt=3, pass_at=(1, 4))
 
 
 class TestBuiltinPrompts:

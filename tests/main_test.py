@@ -107,6 +107,23 @@ class TestConfigure:
     samples = config.get('evaluate.Samples')()
     assert samples.judge is None and samples.prompts is None
 
+  @pytest.mark.parametrize('flag', ['--reward=jaxalign.rewards.rules:json_valid', '--eval_data=jsonl:mine.jsonl'])
+  def test_has_online_runs_judged_by_their_own_rewards_where_rewards_or_prompts_are_named(self, flag):
+    configured('--algo=grpo', flag)
+    samples = config.get('evaluate.Samples')()
+    assert samples.judge is None and samples.prompts is None
+    configured('--algo=grpo', flag, '--gin=evaluate.Samples.prompts = @evaluate.builtin_prompts')
+    assert config.get('evaluate.Samples')().prompts is not None
+    configured('--algo=dpo', '--eval_data=builtin:sentiment:test')
+    assert config.get('evaluate.Samples')().judge is not None
+
+  def test_takes_of_a_task_what_online_runs_want_beside_what_all_want(self):
+    offline, online = (configured(f'--algo={algo}', '--data=builtin:addition') for algo in ('sft', 'grpo'))
+    assert offline.eval_data == online.eval_data == 'builtin:addition:test'
+    assert (offline.packing.rows, online.packing.rows) == (32, 128)
+    assert online.rollouts.rewards == ('jaxalign.rewards.rules:exact_match',)
+    assert config.get('evaluate.Samples')().judge(['46 '], answer=['46']) == [1.0]
+
   def test_lets_the_user_win_over_the_data(self):
     recipe = configured('--algo=dpo', '--gin=loader.Packing.rows = 4', "--gin=recipe.Recipe.eval_data = ''")
     assert (recipe.packing.rows, recipe.packing.groups_per_step, recipe.eval_data) == (4, 32, '')

@@ -1,8 +1,6 @@
 """What a model answers: where it stops, and to which records."""
 
 import json
-import pathlib
-import shutil
 import sys
 import types as pytypes
 
@@ -12,25 +10,9 @@ from jaxalign import main
 from jaxalign import recipe as recipe_lib
 from jaxalign import respond
 from jaxalign.data import feedback
-from jaxalign.data import templates
 from jaxalign.data import tokenizers
 
 STORIES = 'builtin:stories260K'
-
-
-class TestStopIds:
-
-  @pytest.mark.parametrize(
-      'template,ends', [('gemma', ['<eos>', '<end_of_turn>']), ('chatml', ['<eos>', '<|im_end|>'])]
-  )
-  def test_are_eos_and_what_the_template_ends_a_turn_with(self, tmp_path, template, ends):
-    shutil.copy(pathlib.Path(__file__).parent / 'goldens' / 'templates' / 'tokenizer.json', tmp_path)
-    config = {'bos_token': '<bos>', 'eos_token': '<eos>', 'chat_template': templates.BY_NAME[template]}
-    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
-    tokenizer = tokenizers.load(tmp_path)
-    named = {i: name for name, i in tokenizer.special_tokens.items()}
-    assert sorted(named[i] for i in respond._stop_ids(tokenizer, chat=True)) == sorted(ends)
-    assert respond._stop_ids(tokenizer, chat=False) == (tokenizer.eos_id,)
 
 
 class TestRespond:

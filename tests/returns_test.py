@@ -274,6 +274,52 @@ class TestDistributionMatching:
     np.testing.assert_allclose(own, -np.array(slopes), atol=2e-5)
 
 
+class TestBandit:
+  """One prompt, answers of one token, two samples: the expected gradient over every draw."""
+
+  REF = np.array([0.45, 0.3, 0.2, 0.05])
+  GOLD = np.array([0.0, 0.6, 1.0, -2.0])
+  PROXY = np.array([0.0, 0.6, 1.0, 3.0])  # right but for an answer that the reference hardly gives
+
+  def expected(self, logits, pay, beta):
+    """Expectation of the mean over samples of A grad log p, A being `penalised` and compared with the other sample."""
+    p = np.exp(logits) / np.exp(logits).sum()
+    draws = np.stack(np.meshgrid(range(4), range(4), indexing='ij'), -1).reshape(-1, 2)
+    index = np.arange(32, dtype=np.int32)[:, None]
+    rows = types.Rows(np.ones((32, 1), np.float32), 0 * index, index // 2, index % 2, 16, 2)
+    ratio_BT = jnp.asarray(np.log(p / self.REF)[draws].reshape(-1, 1), jnp.float32)
+    given = jnp.asarray(pay[draws], jnp.float32), jnp.ones((16, 2)), ratio_BT
+    found = returns.penalised(*given, rows, beta=beta, advantage_fn=advantages.leave_one_out)
+    slopes = np.eye(4)[draws] - p
+    return np.einsum('g,gk,gkv->v', p[draws].prod(axis=1), np.asarray(found, np.float64), slopes) / 2
+
+  def test_of_a_penalised_reward_is_the_gradient_of_reward_less_divergence(self):
+    logits = np.array([0.2, -0.4, 0.1, 0.6])
+    p = np.exp(logits) / np.exp(logits).sum()
+    worth = self.GOLD - 0.3 * np.log(p / self.REF)
+    np.testing.assert_allclose(self.expected(logits, self.GOLD, 0.3), p * (worth - p @ worth), atol=1e-6)
+
+  def test_leads_to_the_reference_tilted_by_the_reward(self):
+    best = np.log(self.REF) + self.GOLD / 0.3
+    np.testing.assert_allclose(self.expected(best, self.GOLD, 0.3), 0.0, atol=1e-6)
+    logits = np.log(self.REF)
+    for _ in range(200):
+      logits = logits + 4.0 * self.expected(logits, self.GOLD, 0.3)
+    normal = lambda x: np.exp(x) / np.exp(x).sum()
+    np.testing.assert_allclose(normal(logits), normal(best), atol=2e-3)
+
+  def test_of_a_proxy_the_gold_reward_rises_and_then_falls(self):
+    logits, gold, proxy = np.log(self.REF), [], []
+    for _ in range(80):
+      p = np.exp(logits) / np.exp(logits).sum()
+      gold.append(p @ self.GOLD)
+      proxy.append(p @ self.PROXY)
+      logits = logits + 1.0 * self.expected(logits, self.PROXY, 0.0)
+    assert np.all(np.diff(proxy) > 0)
+    best = int(np.argmax(gold))
+    assert 0 < best < 79 and gold[best] > gold[0] + 0.02 and gold[-1] < gold[0] - 0.5
+
+
 def test_compile_under_jit():
   batch = jax.tree.map(jnp.asarray, _batch(3))
   scores, ratio_BT = jnp.asarray(SCORES), jnp.asarray(_spread(_batch(3), REWARDS_T))

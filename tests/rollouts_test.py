@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from jaxalign import advantages
+from jaxalign import episodes
 from jaxalign import iterations
 from jaxalign import main
+from jaxalign import making
 from jaxalign import masked
 from jaxalign import recipe as recipe_lib
 from jaxalign import rollouts
@@ -19,6 +21,7 @@ from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign.data import dataset as dataset_lib
+from jaxalign.data import examples
 from jaxalign.data import loader
 from jaxalign.data import prompts as prompts_lib
 from jaxalign.data import sources
@@ -68,7 +71,7 @@ def make(loaded, prompts, tmp_path):
     iterations.check_fit(options, prompts[0], packing, loaded.model.config.max_length)
     shared = {'tokenizer': loaded.tokenizer, 'mesh': MESH, 'seed': 0, 'packing': packing}
     models = rollouts.Models(loaded.model, None, loaded.model)
-    maker = rollouts.Maker(options, *prompts, weights=[1.0], models=models, **shared)
+    maker = making.Maker(options, *prompts, weights=[1.0], models=models, **shared)
     return iterations.Iterations(options, maker, folder=folder, **shared)
 
   return made
@@ -147,6 +150,69 @@ class TestIterations:
   def test_refuses_what_does_not_fit(self, make, options, packing, said):
     with pytest.raises(types.UsageError, match=said):
       make(dataclasses.replace(OPTIONS, **options), dataclasses.replace(PACKING, **packing))
+
+
+class TestAhead:
+
+  def moving(self, loaded):
+    """Parameters that are others at every version."""
+    version = itertools.count()
+
+    def params():
+      n = next(version)
+      moved = jax.tree.map(lambda x: x * (1 + 0.02 * n), loaded.params)
+      return rollouts.Params(moved, None, loaded.params, (), n)
+
+    return params
+
+  def test_is_written_by_the_policy_before_the_updates_of_the_rollout_before(self, make, loaded, tmp_path):
+    options = dataclasses.replace(OPTIONS, asynchronous=True, minibatches=2)
+    sampler = make(options)
+    with jax.set_mesh(MESH):
+      batches = sampler.batches(0, 0, self.moving(loaded))
+      straight = list(itertools.islice(batches, 6))
+      batches.close()
+    lines = [kept(tmp_path, n) for n in range(3)]
+    versions = [each[0]['policy_version'] for each in lines]
+    # 0 is drawn and credited by the first two, 1 drawn by the third and credited by the fourth, and so on.
+    assert versions == [0, 2, 4]
+    assert [sampler.said[n, 0]['rollouts/staleness'] for n in (2, 3)] == [1, 1]
+    drift = [np.abs(np.subtract(line['token_labels']['old_logps'], line['sampler_logps'])).max() for line in lines[1]]
+    assert min(drift) > 1e-3  # what importance weights are for
+    assert (tmp_path / 'rollouts' / '000003.drawn.json').exists()
+    resumed = make(options)
+    with jax.set_mesh(MESH):
+      params = self.moving(loaded)
+      for _ in range(3):
+        params()
+      batches = resumed.batches(1, 0, params)
+      again = list(itertools.islice(batches, 2))
+      batches.close()
+    for (place, one), (other_place, other) in zip(straight[2:4], again, strict=True):
+      assert place == other_place
+      runs.assert_same(jax.device_get(one), jax.device_get(other))
+
+  def test_is_not_combined_with_what_waits_for_rewards(self):
+    with pytest.raises(types.UsageError, match='asynchronous = True: what is sampled next then depends on'):
+      dataclasses.replace(OPTIONS, asynchronous=True, refill=1)
+
+
+class TestTexts:
+
+  def test_stand_in_groups_of_their_own_beside_what_was_sampled(self):
+    sampled = examples.Sequence(np.arange(5), np.arange(5) > 2, {'advantages': np.ones(2, np.float32)})
+    text = examples.Sequence(np.arange(4), np.arange(4) > 0, {})
+    groups = episodes.Groups([examples.Group((sampled, sampled), {'score': [1.0, 2.0]})])
+    both = groups.with_texts([examples.Group((text,), {})])
+    assert (both.group_size, both.label_names, set(both.token_label_names)) == (
+        2,
+        ('score',),
+        {'advantages', 'is_text'},
+    )
+    np.testing.assert_array_equal(both.lengths_NK, [[4, 4], [3, 0]])
+    assert [one.labels['is_text'].tolist() for group in both for one in group.sequences] == [[0, 0], [0, 0], [1, 1, 1]]
+    assert both[1].labels == {'score': [0.0]}
+    assert both[1].sequences[0].labels['advantages'].tolist() == [0, 0, 0]
 
 
 def of_length(responses, ids):

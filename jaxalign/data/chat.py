@@ -62,6 +62,18 @@ def end_of_turn(template: str, *, bos_token: str, eos_token: str) -> str:
   return render(turns, template, bos_token=bos_token, eos_token=eos_token)[0].rpartition(said)[2]
 
 
+def answer(template: str, text: str, *, bos_token: str, eos_token: str) -> str:
+  """What a template writes from where the assistant has spoken to where it speaks again, a user saying `text` between.
+
+  Raises:
+    RunError: as `render` does.
+  """
+  said = 'assistant said'
+  turns = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': said}, {'role': 'user', 'content': text}]
+  tokens = {'bos_token': bos_token, 'eos_token': eos_token}
+  return render(turns, template, add_generation_prompt=True, first_turn=len(turns), **tokens)[0].partition(said)[2]
+
+
 def render(
     messages: Sequence[Message],
     template: str,

@@ -84,6 +84,15 @@ def _draw(size: int, start: int, stop: int, seed: int, source: int) -> np.ndarra
   return np.concatenate(parts)
 
 
+def in_turn(sizes: Sequence[int], weights: Sequence[float], seed: int, start: int, count: int) -> list[int]:
+  """Records number `start` and on of epochs that follow one another, each in an order of its own, see `order`."""
+  found: list[int] = []
+  while len(found) < count:
+    epoch, first = divmod(start + len(found), sum(sizes))
+    found += order(sizes, weights, seed, epoch)[first : first + count - len(found)].tolist()
+  return found
+
+
 def order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> np.ndarray:
   """The records of an epoch, in the order in which they are drawn.
 

@@ -1,9 +1,11 @@
-"""Examples for models that write responses of their own: prompts alone."""
+"""What models need that write responses of their own: prompts alone, where a response ends, what is answered to it."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 
+from jaxalign.data import chat
 from jaxalign.data import examples
 from jaxalign.data import records
 from jaxalign.data import tokenizers
@@ -51,3 +53,43 @@ def alone(
   return examples.Group(
       (examples.Sequence(stand_in, np.arange(len(stand_in)) == len(ids)),), {}, prompt_tokens=len(ids)
   )
+
+
+def stop_ids(tokenizer: tokenizers.Tokenizer, is_chat: bool, template: str | None = None) -> tuple[int, ...]:
+  """EOS and, in a chat, the special token with which the template ends a turn, where that is another.
+
+  Raises:
+    RunError: the chat template fails.
+  """
+  if not is_chat:
+    return (tokenizer.eos_id,)
+  picked = chat.pick(template, tokenizer.chat_template)
+  text = chat.end_of_turn(picked, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+  ends = tokenizer.encode(text, continuation=True, special=True)[:1]
+  return tuple({tokenizer.eos_id, *(i for i in ends if i in tokenizer.special_tokens.values())})
+
+
+def answer(
+    tokenizer: tokenizers.Tokenizer, text: str, response: Sequence[int], is_chat: bool, template: str | None = None
+) -> list[int]:
+  """The ids of what is answered to a sampled response, up to where the model speaks again.
+
+  In a chat the template writes it as what the user says; a token that ends the turn is not written again where the
+  response has it already.
+
+  Args:
+    tokenizer: of the model.
+    text: the answer.
+    response: ids of what was said before.
+    is_chat: whether the prompt is of messages.
+    template: see `chat.pick`.
+
+  Raises:
+    RunError: the chat template fails.
+  """
+  if not is_chat:
+    return examples.to_ids(tokenizer, text, continuation=True, special=False)
+  picked = chat.pick(template, tokenizer.chat_template)
+  written = chat.answer(picked, text, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+  ids = examples.to_ids(tokenizer, written, continuation=True, special=True)
+  return ids[1:] if response and ids[:1] == [response[-1]] else ids

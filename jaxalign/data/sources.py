@@ -22,6 +22,7 @@ import zlib
 import numpy as np
 
 from jaxalign import types
+from jaxalign.data import generated
 
 SCHEMES = ('jsonl', 'parquet', 'tfds', 'builtin')
 
@@ -229,12 +230,19 @@ def _open_parquet(spec: str, path: str) -> Source:
 
 def _open_builtin(spec: str, rest: str) -> Source:
   name, _, split = rest.partition(':')
-  file_name = f'{name}-{split or "train"}.jsonl.gz'
+  split = split or 'train'
+  made = generated.TASKS[name]() if name in generated.TASKS else {}
+  if split in made:
+    records = made[split]
+    fingerprint = 'generated ' + _digest(json.dumps(records).encode())
+    return Source(spec, lambda i: dict(records[i]), np.arange(len(records)), (f'{name}-{split}[', ']'), fingerprint)
+  file_name = f'{name}-{split}.jsonl.gz'
   folder = importlib.resources.files('jaxalign') / 'assets'
   known = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith('.jsonl.gz'))
   if file_name not in known:
     names = [':'.join(k.removesuffix('.jsonl.gz').rsplit('-', 1)) for k in known]
-    raise types.UsageError(f'data {spec!r}: unknown; there is {", ".join(f"builtin:{n}" for n in names) or "none"}')
+    names += [f'{task}:{part}' for task, make in generated.TASKS.items() for part in make()]
+    raise types.UsageError(f'data {spec!r}: unknown; there is {", ".join(f"builtin:{n}" for n in names)}')
   return _open_jsonl(spec, file_name, _gunzip(file_name, (folder / file_name).read_bytes()))
 
 

@@ -73,6 +73,30 @@ def clipped_values(policy, ref, labels, *, state=(), clip_eps: float) -> types.L
   return types.LossOut(0.5 * jnp.maximum(free_BT, held_BT), metrics, state)
 
 
+def with_pretraining(policy, ref, labels, *, state=(), loss: Loss, weight: float) -> types.LossOut:
+  """PPO-ptx: tokens of texts that nobody sampled are learned as in pretraining, beside another loss.
+
+    loss_t = loss'_t of what was sampled,    -gamma log pi_t of texts
+
+  How many texts there are beside a rollout is `rollouts.Options.texts`. The average is over the tokens of both; the
+  paper adds two averages, with gamma 27.8.
+
+  Args:
+    policy: read by the loss, and `logps_BT`.
+    ref: read by the loss.
+    labels: read by the loss, and `is_text`, 1 for tokens of texts.
+    state: of the loss.
+    loss: any of `losses.policy`, or of this module.
+    weight: gamma.
+
+  References:
+    Ouyang et al., 2022, https://arxiv.org/abs/2203.02155, Eq. 2.
+  """
+  out, is_text_BT = loss(policy, ref, labels, state=state), labels['is_text']
+  loss_BT = jnp.where(is_text_BT > 0, -weight * policy.logps_BT, out.per_item)
+  return types.LossOut(loss_BT, dict(out.metrics) | {'texts/tokens': is_text_BT}, out.state)
+
+
 def adaptive(
     policy,
     ref,

@@ -159,6 +159,20 @@ def masked_importance(
   return jnp.where((weight_BT >= min_weight) & (weight_BT <= max_weight), weight_BT, 0.0)
 
 
+def high_entropy(policy, ref, labels, *, share: float) -> types.Array:
+  """1 for the `share` of a step's tokens whose next-token distributions have the most entropy; 0 for the others.
+
+  Wang et al., 2025, https://arxiv.org/abs/2506.01939, uses 0.2; TRL's `top_entropy_quantile` is 1 - share.
+  """
+  del ref, labels
+  counted_BT = policy.mask_BT * jnp.max(policy.valid_G)  # Reading this shows a loss all of the step's tokens at once.
+  entropy_N = jnp.where(counted_BT > 0, policy.entropy_BT, -jnp.inf).reshape(-1)
+  count = jnp.sum(counted_BT)
+  place = jnp.clip(jnp.ceil(share * count).astype(jnp.int32), 1, entropy_N.size) - 1
+  least = -jnp.sort(-entropy_N)[place]
+  return counted_BT * (policy.entropy_BT >= least).astype(jnp.float32)
+
+
 def off_policy_mask(policy, ref, labels, *, max_drift: float) -> types.Array:
   """0 for tokens with A < 0 of responses that have become unlikely: mean_t(log old - log pi) > max_drift; else 1.
 

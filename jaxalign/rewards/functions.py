@@ -119,7 +119,7 @@ def is_model(spec: str) -> bool:
   return _SPEC.fullmatch(spec) is None
 
 
-def parse(spec: str) -> Reward | modelled.Model:
+def parse(spec: str, *, flag: str = 'reward') -> Reward | modelled.Model:
   """The reward that `--reward` names: `my_rewards:score`, `my.py:score(goal=3):0.5`, or a model, `runs/rm:0.5`.
 
   In parentheses stand Python literals. Of a function they are keywords, and `processes` and `timeout` (in seconds, and
@@ -128,7 +128,7 @@ def parse(spec: str) -> Reward | modelled.Model:
   Raises:
     UsageError: the spec is not of this form, or there is no such function or directory, or it has no such option.
   """
-  fail = lambda problem: types.UsageError(f'--reward={spec}: {problem}')
+  fail = lambda problem: types.UsageError(f'--{flag}={spec}: {problem}')
   match = _SPEC.fullmatch(spec) or _OF_MODEL.fullmatch(spec)
   if match is None:
     raise fail(_FORM)

@@ -69,6 +69,15 @@ class TestActorCritic:
     assert 'policy.entropy_BT' in trace(_of(loss, entropy_coef=0.1)).fields
 
 
+class TestWithPretraining:
+
+  def test_learns_texts_and_what_was_sampled(self):
+    is_text = np.array([[1, 1, 0], [0, 0, 0]], np.float32)
+    out = _run(_of(actor_critic.with_pretraining, loss=PPO, weight=3.0), is_text=jnp.asarray(is_text))
+    wanted = np.where(is_text > 0, -3 * LOGPS, _ppo())
+    np.testing.assert_allclose(out.per_item[MASK > 0], wanted[MASK > 0], rtol=1e-5)
+
+
 class TestAdaptive:
 
   def steered(self, kl, log_c, count=2):

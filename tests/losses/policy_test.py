@@ -434,3 +434,18 @@ class TestEstimators:
     np.testing.assert_array_equal(np.abs(value)[np.array([0, 1, 3, 4])], 10.0)
     np.testing.assert_array_equal(value[2], estimator(x)[2])
     np.testing.assert_array_equal(slope == 0, [True, True, False, True, True])
+
+
+class TestHighEntropy:
+
+  def test_keeps_the_least_certain_share_of_all_tokens_that_count(self):
+    rng = np.random.default_rng(3)
+    entropy, mask = rng.uniform(size=(4, 10)).astype(np.float32), (rng.uniform(size=(4, 10)) < 0.6).astype(np.float32)
+    stats = types.Stats(entropy_BT=jnp.asarray(entropy), mask_BT=jnp.asarray(mask), valid_G=jnp.ones(2))
+    found = parts.high_entropy(stats, types.Stats(), {}, share=0.2)
+    least = np.sort(entropy[mask > 0])[::-1][int(np.ceil(0.2 * mask.sum())) - 1]
+    np.testing.assert_array_equal(found, (mask > 0) & (entropy >= least))
+
+  def test_looks_at_the_whole_step(self):
+    loss = _of(policy.regularised, loss=policy.reinforce, weights=[_of(parts.high_entropy, share=0.2)])
+    assert tracing.trace(loss, group_size=2, labels=(), token_labels=LABELS).whole_step

@@ -1,0 +1,277 @@
+"""Makes rollouts: samples responses from the policy as it is, has them scored, and says what each is trained on.
+
+The ids that were sampled are trained on as they are; text is only for those who score.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import functools
+import json
+import time
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxalign import credit as credit_lib
+from jaxalign import environments
+from jaxalign import episodes
+from jaxalign import forward
+from jaxalign import judging
+from jaxalign import rollouts
+from jaxalign import sampling
+from jaxalign import sharding
+from jaxalign import verdicts
+from jaxalign.data import dataset as dataset_lib
+from jaxalign.data import loader as loader_lib
+from jaxalign.data import packing as packing_lib
+from jaxalign.data import prompts as prompts_lib
+from jaxalign.data import sources
+from jaxalign.data import tokenizers
+from jaxalign.rewards import functions
+
+OWN = 'own'  # the responses that are trained on, among all that are sampled
+
+
+class Drawn(NamedTuple):
+  """What was sampled for a rollout, and has not been judged.
+
+  Attributes:
+    chosen: numbers of the prompts.
+    responses: to each of them, by name: `OWN`, and for which field of `credit` others are.
+    version: of the policy that wrote them.
+  """
+
+  chosen: list[int]
+  responses: dict[str, list[environments.Response]]
+  version: int
+
+  def to_text(self) -> str:
+    """As JSON, of responses in a single turn."""
+    return json.dumps(self._asdict())
+
+  @classmethod
+  def of_text(cls, text: str) -> 'Drawn':
+    """Undoes `to_text`."""
+    found = json.loads(text)
+    read: dict[str, list[environments.Response]] = {
+        name: [sampling.Sampled(*one) for one in each] for name, each in found['responses'].items()
+    }
+    return cls(found['chosen'], read, found['version'])
+
+
+class Maker:
+  """Makes the rollouts of a run."""
+
+  def __init__(
+      self,
+      options: rollouts.Options,
+      prompts: dataset_lib.Joined,
+      records: Sequence[sources.Source],
+      *,
+      weights: Sequence[float],
+      packing: loader_lib.Packing,
+      models: rollouts.Models,
+      tokenizer: tokenizers.Tokenizer,
+      mesh: jax.sharding.Mesh,
+      seed: int,
+  ):
+    """Keeps what all rollouts share.
+
+    Args:
+      options: what a rollout is.
+      prompts: tokenised, see `prompts.alone`.
+      records: the sources that they came from, for the fields that rewards read.
+      weights: shares of the sources.
+      packing: of the rows in which models read responses again.
+      models: of the run.
+      tokenizer: of the policy.
+      mesh: where they lie.
+      seed: of the order of prompts and of sampling.
+    """
+    self._options, self._prompts, self._weights = options, prompts, list(weights)
+    self._packing, self._models, self._tokenizer, self._mesh, self._seed = packing, models, tokenizer, mesh, seed
+    self._asked = functools.partial(verdicts.of_record, prompts, records)
+    self._stop_ids = prompts_lib.stop_ids(tokenizer, self._asked(0).is_chat, options.template)
+    self._judge = judging.Judge(options.rewards, options.combine, tokenizer, options.world)
+    self._wanted = options.credit.reads & credit_lib.OF_PROGRAM | ({'logps_BT'} if options.updates > 1 else set())
+    ref_model = models.ref if 'log_ratio_BT' in self._wanted else None
+    run = lambda params, batch: forward.annotations(
+        params.policy,
+        params.critic,
+        params.ref,
+        batch,
+        model=models.policy,
+        critic_model=models.critic if 'values_BT' in self._wanted else None,
+        ref_model=ref_model,
+        temperature=options.temperature,
+    )
+    self._run = jax.jit(run, out_shardings=sharding.named(mesh))
+    self._seconds: dict[str, float] = {}  # of the newest rollout, by what they were spent on
+
+  def make(self, panel: functions.Panel, iteration: int, params: rollouts.Params) -> episodes.Rollout:
+    """The rollout of this number: samples, scores, replaces what tells nothing, and gives credit."""
+    drawn = self.draw(iteration, params)
+    judged, samples = self.judge(panel, drawn), self._options.samples
+    said: dict[str, float] = {}
+    for turn in range(1, self._options.refill + 1):
+      own = judged[OWN]
+      dull = np.flatnonzero(self._judge.dull(own, samples))
+      said['rollouts/refilled'] = said.get('rollouts/refilled', 0.0) + len(dull)
+      if not dull.size:
+        break
+      others = self._prompts_of(iteration, turn)  # As many at every turn, so that no other program is compiled.
+      name = iteration, turn
+      fresh = self._judge(
+          panel, self._all_asked(others), self._sampled(others, params.policy, self._models.policy, name, samples)
+      )
+      good = np.flatnonzero(~self._judge.dull(fresh, samples))
+      for old, new in zip(dull, good):
+        drawn.chosen[old] = others[new]
+        own.replace(int(old), fresh, int(new), samples)
+    rollout = self.finish(drawn, judged, params)
+    return dataclasses.replace(rollout, said={**rollout.said, **said})
+
+  def draw(self, iteration: int, params: rollouts.Params) -> Drawn:
+    """Samples all that a rollout wants: responses of the policy, and others to the same prompts."""
+    start = time.perf_counter()
+    options, chosen = self._options, self._prompts_of(iteration, 0)
+    policy = self._models.policy, params.policy
+    wanted: dict[str, tuple[Any, ...]] = {OWN: (*policy, options.samples, (iteration,), None)}
+    if 'greedy_G' in options.credit.reads:
+      wanted['greedy_G'] = (*policy, 1, (iteration, 'greedy'), 0.0)
+    if 'ref_rewards_GN' in options.credit.reads:
+      wanted['ref_rewards_GN'] = self._models.ref, params.ref, options.ref_samples, (iteration, 'reference'), None
+    responses = {
+        name: self._sampled(chosen, of, model, seed, count, temperature)
+        for name, (model, of, count, seed, temperature) in wanted.items()
+    }
+    self._seconds['time/sampling'] = time.perf_counter() - start
+    return Drawn(chosen, responses, params.version)
+
+  def judge(self, panel: functions.Panel, drawn: Drawn) -> dict[str, judging.Judged]:
+    """What rewards make of them, by the same names."""
+    start, asked = time.perf_counter(), self._all_asked(drawn.chosen)
+    found = {name: self._judge(panel, asked, responses) for name, responses in drawn.responses.items()}
+    self._seconds['time/judging'] = time.perf_counter() - start
+    return found
+
+  def finish(self, drawn: Drawn, judged: Mapping[str, judging.Judged], params: rollouts.Params) -> episodes.Rollout:
+    """What the responses are trained on, `params` being those that training on them begins with."""
+    start = time.perf_counter()
+    options, samples, own = self._options, self._options.samples, judged[OWN]
+    total = self._judge.known(own, self._prompts.where(drawn.chosen[0]))
+    stale = {'rollouts/staleness': float(params.version - drawn.version)} if options.asynchronous else {}
+    rollout = episodes.Rollout(
+        [self._asked(i).ids for i in drawn.chosen],
+        [one.ids for one in own.drawn],
+        [one.logps for one in own.drawn],
+        [one.finished for one in own.drawn],
+        total.reshape(-1, samples),
+        {},
+        {},
+        [one.finished or not options.mask_truncated for one in own.drawn],
+        self._judge.said(own) | stale,
+        [environments.sampled_of(one) for one in own.drawn] if options.world is not None else None,
+        drawn.version,
+    )
+    fields = self._fields(rollout, own) | {'loss_state': params.loss_state}
+    if self._wanted:
+      fields |= self._annotations(rollout, params)
+    for name, others in judged.items():
+      rewards_N = np.nan_to_num(self._judge.total(others.values_RN)).astype(np.float32)
+      if name != OWN:
+        fields[name] = rewards_N if name == 'greedy_G' else rewards_N.reshape(len(drawn.chosen), -1)
+    made = options.credit.labels(fields)
+    if options.updates > 1:
+      made['old_logps'] = fields['logps_BT']
+    self._seconds['time/credit'] = time.perf_counter() - start
+    return self._labelled(dataclasses.replace(rollout, said={**rollout.said, **self._seconds}), made)
+
+  def _fields(self, rollout: episodes.Rollout, judged: judging.Judged) -> dict[str, Any]:
+    """What `credit` may read of responses without a model."""
+    samples, lengths = self._options.samples, [len(logps) for logps in rollout.sampler_logps]
+    known = lambda x: np.nan_to_num(x).astype(np.float32)
+    token_rewards_BT = credit_lib.table(judged.tokens, self._options.most_sampled)
+    rows = credit_lib.rows(lengths, samples, self._options.most_sampled)
+    return {
+        'rewards_GK': known(rollout.rewards_GK),
+        'valid_GK': (~np.isnan(rollout.rewards_GK)).astype(np.float32),
+        'rewards_RGK': known(judged.values_RN).reshape(len(judged.values_RN), -1, samples),
+        'weights_R': self._judge.weights_R,
+        'outcomes_GK': known(self._judge.outcomes(judged)).reshape(-1, samples),
+        'token_rewards_BT': known(token_rewards_BT),
+        'token_marks_BT': (~np.isnan(token_rewards_BT)) * rows.mask_BT,
+        'tokens_GK': np.array(lengths, np.float32).reshape(-1, samples),
+        'finished_GK': np.array(rollout.finished, np.float32).reshape(-1, samples),
+        'rows': rows,
+    }
+
+  def _annotations(self, rollout: episodes.Rollout, params: rollouts.Params) -> dict[str, np.ndarray]:
+    """What the training program makes of the responses."""
+    all_counted = dataclasses.replace(rollout, counted=[True] * len(rollout.responses))
+    each: list[dict[str, np.ndarray]] = [{} for _ in rollout.responses]
+    for group, slot, found in episodes.annotated(params, all_counted.groups(), self._run, self._packing, self._mesh):
+      each[group * self._options.samples + slot] = found
+    tables = {name: credit_lib.table([one[name] for one in each], self._options.most_sampled) for name in each[0]}
+    named = {'logps_BT': tables['logps']}
+    if 'values' in tables:
+      named['values_BT'] = tables['values']
+    if 'ref_logps' in tables:
+      named['log_ratio_BT'] = tables['logps'] - tables['ref_logps']
+    return named
+
+  def _labelled(self, rollout: episodes.Rollout, made: dict[str, np.ndarray]) -> episodes.Rollout:
+    """The rollout with labels of responses and of tokens."""
+    of_responses, of_tokens, most = {}, {}, self._options.most_sampled
+    for name, x in made.items():
+      if x.shape == rollout.rewards_GK.shape and name != 'advantages':
+        of_responses[name] = x
+      else:
+        rows_BT = np.repeat(x.reshape(-1, 1), most, axis=1) if x.shape == rollout.rewards_GK.shape else x
+        of_tokens[name] = [rows_BT[n, : len(logps)] for n, logps in enumerate(rollout.sampler_logps)]
+    return dataclasses.replace(rollout, labels=of_responses, token_labels=of_tokens)
+
+  def _prompts_of(self, iteration: int, turn: int) -> list[int]:
+    """Which prompts a rollout takes: the next ones of epochs that follow one another; others at each further turn."""
+    count, sizes = self._options.prompts, self._prompts.sizes
+    return packing_lib.in_turn(sizes, self._weights, self._seed + turn, iteration * count, count)
+
+  def _all_asked(self, chosen: Sequence[int]) -> list[verdicts.Prompt]:
+    return list(map(self._asked, chosen))
+
+  def _sampled(
+      self, chosen: Sequence[int], params, model, name, count: int, temperature: float | None = None
+  ) -> list[environments.Response]:
+    """`count` responses to each of these prompts; `name` makes the random numbers its own."""
+    options = self._options
+
+    def draw(prompts: list[list[int]], n: int, turn: int) -> list[sampling.Sampled]:
+      found = sampling.sample(
+          model,
+          params,
+          prompts,
+          n=n,
+          max_new_tokens=options.max_new_tokens,
+          temperature=options.temperature if temperature is None else temperature,
+          top_k=options.top_k,
+          top_p=options.top_p,
+          min_p=options.min_p,
+          stop=sampling.Stop(options.stop, functools.partial(self._tokenizer.decode, continuation=True)),
+          cache_dtype=options.cache_dtype,
+          seed=_seed(self._seed, (*name, 'turn', turn) if turn else name),
+          stop_ids=self._stop_ids,
+      )
+      # Those that the training program is compared with are of the same temperature.
+      is_plain = options.temperature == 1
+      return [one if is_plain else one._replace(logps=one.processed_logps) for one in found]
+
+    return list(environments.respond(options.world, self._all_asked(chosen), count, self._tokenizer, draw))
+
+
+def _seed(seed: int, name: tuple[int | str, ...]) -> int:
+  """A seed for each thing that is sampled: an iteration, or an iteration and what is sampled beside its rollout."""
+  numbers = [int.from_bytes(part.encode()[:4], 'little') if isinstance(part, str) else part for part in (seed, *name)]
+  return int(np.random.SeedSequence(numbers).generate_state(1)[0])
