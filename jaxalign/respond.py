@@ -16,6 +16,7 @@ from jaxalign import choosing
 from jaxalign import recipe as recipe_lib
 from jaxalign import sampling
 from jaxalign import types
+from jaxalign import verdicts
 from jaxalign.data import examples
 from jaxalign.data import prompts as prompts_lib
 from jaxalign.data import records
@@ -71,21 +72,15 @@ class Options:
 
 
 class Asked(NamedTuple):
-  """Prompts that responses are sampled to.
+  """Prompts that responses are sampled to, and whether they are messages or said in a chat."""
 
-  Attributes:
-    prompts: texts or messages, as they were given.
-    ids: tokens of each.
-    where: each in words, for messages.
-    fields: columns of their records by name, None where a record has no such column.
-    is_chat: whether they are messages, or are said in a chat.
-  """
-
-  prompts: Sequence[Any]
-  ids: Sequence[list[int]]
-  where: Sequence[str]
-  fields: Mapping[str, Sequence[Any]]
+  prompts: Sequence[verdicts.Prompt]
   is_chat: bool
+
+  @property
+  def ids(self) -> list[list[int]]:
+    """Tokens of each."""
+    return [prompt.ids for prompt in self.prompts]
 
 
 class Drawn(NamedTuple):
@@ -145,8 +140,8 @@ def respond(
       )
     if tell is not None:
       return texts(loaded, ids, options, seed=seed, tell=tell)
-    where = [f'--prompt={prompt!r}' for prompt in prompts]
-    drawn = draw_fn(loaded, Asked(prompts, ids, where, {}, options.chat), options, seed)
+    of_flag = lambda own, text: verdicts.Prompt(own, {'prompt': text}, f'--prompt={text!r}')
+    drawn = draw_fn(loaded, Asked(list(map(of_flag, ids, prompts)), options.chat), options, seed)
     return [text_of(loaded.tokenizer, one, options, options.chat) for one in drawn.responses]
 
 
@@ -242,8 +237,9 @@ def to_records(job: recipe_lib.Job, options: Options, draw_fn: Draw = plainly) -
   with jax.set_mesh(job.mesh):
     loaded = policy(job.model, job.mesh)
     room = loaded.model.config.max_length - options.max_new_tokens
-    kept, asked = _prompts(job, loaded.tokenizer, options.chat, room)
+    asked = _prompts(job, loaded.tokenizer, options.chat, room)
     drawn, columns = draw_fn(loaded, asked, options, job.seed)
+  kept = [dict(prompt.record) for prompt in asked.prompts]
   for index, record in enumerate(kept):
     of_record = slice(index * options.per_prompt, (index + 1) * options.per_prompt)
     own = drawn[of_record]
@@ -258,11 +254,9 @@ def to_records(job: recipe_lib.Job, options: Options, draw_fn: Draw = plainly) -
   return kept
 
 
-def _prompts(
-    job: recipe_lib.Job, tokenizer: tokenizers.Tokenizer, chat: bool, room: int
-) -> tuple[list[dict[str, Any]], Asked]:
-  """The records of `--data` whose prompt fits, and their prompts."""
-  kept, ids, where, chats, left = [], [], [], set(), []
+def _prompts(job: recipe_lib.Job, tokenizer: tokenizers.Tokenizer, chat: bool, room: int) -> Asked:
+  """The prompts of `--data` that fit, with their records."""
+  kept, chats, left = [], set(), []
   for source in (sources.open_source(spec, job.data_dir) for spec in sources.parse_all(job.data)):
     for index in range(len(source)):
       record = source[index]
@@ -273,9 +267,7 @@ def _prompts(
       except types.RunError as err:
         raise types.RunError(f'{source.where(index)}: {err}') from err
       if 0 < len(one) <= room:
-        kept.append(record)
-        ids.append(one)
-        where.append(source.where(index))
+        kept.append(verdicts.Prompt(one, record, source.where(index)))
         chats.add(chat or not isinstance(record['prompt'], str))
       else:
         left.append(source.where(index))
@@ -283,9 +275,7 @@ def _prompts(
     logging.warning('%d records left out: no prompt of 1 to %d tokens (first %s)', len(left), room, left[0])
   if len(chats) != 1:
     raise types.RunError(f'--data={job.data}: {"prompts are text and messages" if chats else "no record is left"}')
-  names = dict.fromkeys(name for record in kept for name in record if name != 'prompt')
-  fields = {name: [record.get(name) for record in kept] for name in names}
-  return kept, Asked([record['prompt'] for record in kept], ids, where, fields, chats.pop())
+  return Asked(kept, chats.pop())
 
 
 def policy(spec: str, mesh: jax.sharding.Mesh) -> checkpoint.Loaded:

@@ -28,6 +28,7 @@ from jaxalign import respond
 from jaxalign import sampling
 from jaxalign import scorers
 from jaxalign import types
+from jaxalign import verdicts
 from jaxalign.data import examples
 from jaxalign.data import records
 from jaxalign.rewards import functions
@@ -256,7 +257,7 @@ def _guide(spec: str, role: str, loaded: checkpoint.Loaded) -> sampling.Guide:
 
 def _shown(prompt_fn: Callable[..., str], loaded: checkpoint.Loaded, asked: respond.Asked) -> sampling.Guide:
   """The policy behind the prompts that a function writes."""
-  turns = [records.messages({'prompt': prompt}, 'prompt', 'user') for prompt in asked.prompts]
+  turns = [records.messages(prompt.record, 'prompt', 'user') for prompt in asked.prompts]
   return sampling.Guide(
       loaded.model, loaded.params, [examples.prompt_ids(loaded.tokenizer, prompt_fn(one)) for one in turns]
   )
@@ -265,17 +266,9 @@ def _shown(prompt_fn: Callable[..., str], loaded: checkpoint.Loaded, asked: resp
 def _judged(
     loaded: checkpoint.Loaded, asked: respond.Asked, options: respond.Options, drawn: Sequence[sampling.Sampled]
 ) -> functions.Responses:
-  """Candidates as rewards read them: of one that a text has ended, ids of what stands before it."""
+  """Candidates as rewards read them: of one that a text has ended, what stands before it, and its ids."""
   tokenizer = loaded.tokenizer
-  each = lambda values: [value for value in values for _ in range(options.per_prompt)]
   texts = [respond.text_of(tokenizer, one, options, asked.is_chat) for one in drawn]
   encode = lambda text: tokenizer.encode(text, continuation=True)
-  return functions.Responses(
-      prompts=each(asked.prompts),
-      responses=texts,
-      fields={name: each(values) for name, values in asked.fields.items()},
-      where=each(asked.where),
-      ids=[encode(text) if one.stop_reason == 'stop' else one.ids for one, text in zip(drawn, texts, strict=True)],
-      prompt_ids=each(asked.ids),
-      finished=[one.finished for one in drawn],
-  )
+  ids = [encode(text) if one.stop_reason == 'stop' else one.ids for one, text in zip(drawn, texts, strict=True)]
+  return dataclasses.replace(verdicts.responses(asked.prompts, tokenizer, drawn), responses=texts, ids=ids)
