@@ -79,7 +79,7 @@ class TestDecodings:
       assert f' --decode={name}' in readme
       header = (catalog.ROOT / 'decode' / f'{name}.gin').read_text().splitlines()[:4]
       assert f'#   python -m jaxalign.main --mode=sample --decode={name} ' in header[1]
-      assert [line.split()[1] for line in header[2:]] == ['Surveys:', 'Expect:']
+      assert [line.split()[1].strip(':,') for line in header[2:]] == ['Surveys', 'Expect']
 
   def test_suggest_the_nearest(self):
     with pytest.raises(types.UsageError, match='--decode=best_of: unknown method; .*did you mean best_of_n'):

@@ -130,22 +130,22 @@ class TestGuided:
   def test_reports_reward_and_divergence(self, sample, drawn, models, caplog):
     caplog.set_level('INFO')
     flags = '--decode=dera', '--gin=guidance.dera.lam=1.0', '--reward=tests.runs:vowels'
-    found = sample(f'--guide={models["aligned"]}', *flags, '--samples_per_prompt=3')
-    said = re.search(r'dera: 6 kept, mean reward ([\d.]+), KL from the policy ([\d.]+) nats', caplog.text)
+    found = sample(f'--guide={models["aligned"]}', *flags, '--samples_per_prompt=4')
+    said = re.search(r'dera: 8 kept, mean reward ([\d.]+), KL from the policy ([\d.]+) nats', caplog.text)
     wanted = [logp_of(1, *one) - logp_of(0, *one) for one in zip(drawn['prompts'], drawn['ids'])]
     np.testing.assert_allclose([x for record in found for x in record['log_ratios']], wanted, atol=2e-3)
     assert [record['scores'] for record in found] == [runs.vowels(record['samples']) for record in found]
     rewards = [x for record in found for x in record['scores']]
     np.testing.assert_allclose([float(x) for x in said.groups()], [np.mean(rewards), np.mean(wanted)], rtol=1e-2)
-    assert samples(found) == samples(sample('--samples_per_prompt=3', model='aligned'))
-    assert samples(found) != samples(sample('--samples_per_prompt=3'))
+    assert samples(found) == samples(sample('--samples_per_prompt=4', model='aligned'))
+    assert samples(found) != samples(sample('--samples_per_prompt=4'))
 
   def test_by_a_head_raises_what_it_gives(self, sample, drawn, models):
     scores = lambda: [states_of(2, [*p, *ids])[-1] @ HEAD[:, 0] for p, ids in zip(drawn['prompts'], drawn['ids'])]
-    sample('--samples_per_prompt=8')
+    sample('--samples_per_prompt=4')
     plain = scores()
     for method, binding in (('rad', 'guidance.rad.beta=5.0'), ('cd', 'guidance.controlled.lam=5.0')):
-      sample(f'--decode={method}', f'--guide={models["rm"]}', f'--gin={binding}', '--samples_per_prompt=8')
+      sample(f'--decode={method}', f'--guide={models["rm"]}', f'--gin={binding}', '--samples_per_prompt=4')
       assert np.mean(scores()) > np.mean(plain) + np.std(plain), method
 
 
