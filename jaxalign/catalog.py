@@ -1,5 +1,6 @@
-"""What gin_configs holds: an algorithm in each file at its top, and files of named models and data sets."""
+"""What gin_configs holds: an algorithm in each file at its top, ways to decode, and files of models and data sets."""
 
+from collections.abc import Collection
 from collections.abc import Sequence
 import difflib
 import pathlib
@@ -16,7 +17,10 @@ _TESTED_IN['pointwise'] = 'reward'
 
 
 def algorithms(root: pathlib.Path = ROOT) -> dict[str, str]:
-  """Name and description of each algorithm: the gin files with a header '# NAME: DESCRIPTION', but for base.gin."""
+  """Name and description of each algorithm, or of what another folder holds.
+
+  They are the gin files with a header '# NAME: DESCRIPTION', but for base.gin.
+  """
   found = {}
   for path in sorted(root.glob('*.gin')):
     if path.stem != 'base':
@@ -39,12 +43,20 @@ def _text(name: str) -> str:
 
 def check_algorithm(name: str) -> None:
   """Raises UsageError for an unknown algorithm, naming the choices and the nearest."""
-  known = algorithms()
+  _check(name, algorithms(), f'--algo={name}: unknown algorithm')
+
+
+def check_decoding(name: str) -> None:
+  """The same of a way to decode."""
+  _check(name, algorithms(ROOT / 'decode'), f'--decode={name}: unknown method')
+
+
+def _check(name: str, known: Collection[str], problem: str) -> None:
   if name in known:
     return
   nearest = difflib.get_close_matches(name, known, 1, cutoff=0.3)
   hint = f'; did you mean {nearest[0]}?' if nearest else ''
-  raise types.UsageError(f'--algo={name}: unknown algorithm; there are {", ".join(known)}{hint}')
+  raise types.UsageError(f'{problem}; there are {", ".join(known)}{hint}')
 
 
 def listing() -> str:

@@ -151,10 +151,26 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         'For --mode=sample with one --prompt: show text as it is written. Default: on a terminal.',
     ),
     (
+        flags.DEFINE_string,
+        'decode',
+        '',
+        'For --mode=sample: alignment without training, a file of gin_configs/decode: best_of_n, mbr and vote choose'
+        ' one of several candidates; rad, cd, dera, contrastive and proxy are guided by other models; urial shows'
+        ' examples first. Its parameters are bound by --gin. Default: none.',
+    ),
+    (
+        flags.DEFINE_multi_string,
+        'guide',
+        [],
+        'For --decode: a model that guides, as --model, with the same tokenizer. Repeatable: proxy wants the tuned,'
+        ' then the base model.',
+    ),
+    (
         flags.DEFINE_multi_string,
         'reward',
         [],
-        'What judges responses: those that an online algorithm samples, or with --mode=score those of --data. A'
+        'What judges responses: those that an online algorithm or --mode=sample samples (there --decode=best_of_n and'
+        ' mbr choose by it, and the mean is logged), or with --mode=score those of --data. A'
         ' function is MODULE:FUNCTION or path/to/file.py:FUNCTION; options and a weight may follow, as in'
         " 'my.py:score(goal=3, processes=4, timeout=10):0.5'; jaxalign.rewards.rules, lengths and instructions have"
         ' some. A model is DIR, a'
@@ -205,7 +221,7 @@ _OPTIMIZING = ('workdir', 'steps', 'log_every', 'eval_every', 'save_every')
 _OF_TRAINING = ('algo', 'model', 'tokenizer', 'data', 'lora', 'environment', *_OPTIMIZING)
 _OF_DATA = ('eval_data', 'data_dir', 'cache_dir', 'skip_bad_records', 'gin_file', 'gin')
 _OF_DRAWING = ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'stop', 'cache_dtype')
-_OF_SAMPLING = ('prompt', 'chat', 'samples_per_prompt', 'stream', *_OF_DRAWING)
+_OF_SAMPLING = ('prompt', 'chat', 'samples_per_prompt', 'stream', 'decode', 'guide', *_OF_DRAWING)
 _OF_SCORING = ('per', 'row_length')
 _OF_REWARDS = ('reward', 'combine')
 _but = lambda names, *out: tuple(name for name in names if name not in out)
@@ -213,7 +229,13 @@ _UNREAD: dict[str, tuple[str, ...]] = {
     'train': ('checkpoint', *_OF_SAMPLING, *_OF_SCORING),
     'show': ('checkpoint', *_OF_SAMPLING, *_OF_SCORING),
     'eval': (*_OF_TRAINING, *_OF_SAMPLING, *_OF_SCORING, *_OF_REWARDS),
-    'sample': (*_but(_OF_TRAINING, 'model', 'data'), *_but(_OF_DATA, 'data_dir'), *_OF_SCORING, *_OF_REWARDS),
+    'sample': (*_but(_OF_TRAINING, 'model', 'data'), *_but(_OF_DATA, 'data_dir'), *_OF_SCORING, 'guide', 'combine'),
+    'sample --reward': (*_but(_OF_TRAINING, 'model', 'data'), *_but(_OF_DATA, 'data_dir'), *_OF_SCORING, 'guide'),
+    'sample --decode': (
+        *_but(_OF_TRAINING, 'model', 'data'),
+        *_but(_OF_DATA, 'data_dir', 'gin_file', 'gin'),
+        *_OF_SCORING,
+    ),
     'score': (*_but(_OF_TRAINING, 'model', 'data'), *_OF_SAMPLING, 'eval_data', 'gin', 'seed', 'combine'),
     'score --reward': (
         *_but(_OF_TRAINING, 'tokenizer', 'data'),
@@ -233,6 +255,7 @@ _INSTEAD = {
     'data': '; --eval_data names other held-out data',
     'markdown': '; it goes with --list',
     'combine': '; it goes with --reward',
+    'guide': '; it goes with --decode',
 }
 
 
@@ -266,23 +289,25 @@ def check_mode(args: flags.FlagValues) -> None:
   mode = args.mode
   if mode == 'score' and args.reward:
     mode = 'score --reward=DIR' if any(map(functions.is_model, args.reward)) else 'score --reward'
+  if mode == 'sample' and (args.decode or args.reward):
+    mode = 'sample --decode' if args.decode else 'sample --reward'
   for name in (*_UNREAD[mode], 'markdown'):
     if args[name].present:
       raise types.UsageError(f'--mode={mode} does not read --{name}{_INSTEAD.get(name, "")}')
 
 
-def reward_bindings(args: flags.FlagValues) -> list[str]:
-  """The gin bindings of `--reward`, `--environment` and `--combine`, for rollouts.
+def reward_bindings(args: flags.FlagValues, options: str = 'rollouts.Options') -> list[str]:
+  """The gin bindings of `--reward`, `--environment` and `--combine`, for rollouts or other options.
 
   Raises:
     UsageError: a reward is not of the form that is wanted, or there is no such function or directory.
   """
   for spec in args.reward:
     functions.parse(spec)
-  bindings = [f'rollouts.Options.environment = {args.environment!r}'] if args.environment else []
+  bindings = [f'{options}.environment = {args.environment!r}'] if args.environment else []
   if args.reward or args.environment:  # which rewards of its own, so that those of the data are not wanted
-    bindings.append(f'rollouts.Options.rewards = {tuple(args.reward)!r}')
-  return bindings + ([f'rollouts.Options.combine = {args.combine!r}'] if args['combine'].present else [])
+    bindings.append(f'{options}.rewards = {tuple(args.reward)!r}')
+  return bindings + ([f'{options}.combine = {args.combine!r}'] if args['combine'].present else [])
 
 
 def sampling_options(args: flags.FlagValues) -> respond.Options:

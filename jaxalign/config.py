@@ -36,8 +36,10 @@ from jaxalign.rewards import modelled
 _HEADER = """
 from __gin__ import dynamic_registration
 from jaxalign import advantages
+from jaxalign import candidates
 from jaxalign import checkpoint
 from jaxalign import evaluate
+from jaxalign import guidance
 from jaxalign import loop
 from jaxalign import objectives
 from jaxalign import optim
@@ -46,6 +48,7 @@ from jaxalign import reference
 from jaxalign import returns
 from jaxalign import rollouts
 from jaxalign import score
+from jaxalign import steering
 from jaxalign import train
 from jaxalign.data import examples
 from jaxalign.data import feedback
@@ -83,7 +86,7 @@ def parse(algo: str, *, files: Sequence[str], user_files: Sequence[str], binding
   """Parses gin files and bindings, later ones winning.
 
   Args:
-    algo: an algorithm.
+    algo: an algorithm, or what another file of the package is called in its gin folder.
     files: further files of the package, named from its gin folder.
     user_files: any gin files; what they include and import is looked for beside them.
     bindings: as 'preference.dpo.beta=0.2'. They can name the modules of the package that gin files name, and what a

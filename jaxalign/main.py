@@ -4,6 +4,7 @@
     python -m jaxalign.main --algo=sft --model=DIR --data=jsonl:train.jsonl --eval_data=jsonl:test.jsonl --steps=500
     python -m jaxalign.main --mode=eval --checkpoint=runs/a
     python -m jaxalign.main --mode=sample --checkpoint=runs/a --prompt='Once upon a time'
+    python -m jaxalign.main --mode=sample --checkpoint=runs/a --prompt='Once' --decode=best_of_n --reward=runs/rm
     python -m jaxalign.main --mode=score --checkpoint=runs/rm --data=jsonl:pairs.jsonl
     python -m jaxalign.main --mode=score --reward=my_rewards.py:score --data=jsonl:samples.jsonl
     python -m jaxalign.main --mode=show --algo=dpo --data=jsonl:pairs.jsonl
@@ -40,6 +41,7 @@ from jaxalign import respond
 from jaxalign import resume
 from jaxalign import score
 from jaxalign import sharding
+from jaxalign import steering
 from jaxalign import streams
 from jaxalign import types
 from jaxalign.data import sources
@@ -257,17 +259,19 @@ def _sample(args: flags.FlagValues) -> None:
   spec = _model_of(args)
   if bool(args.prompt) == bool(args.data):
     raise types.UsageError("--mode=sample needs --prompt='...' (repeatable), or --data=SPEC with prompts: one of them")
-  is_single = len(args.prompt) == args.samples_per_prompt == 1
+  is_single = len(args.prompt) == args.samples_per_prompt == 1 and not args.decode and not args.reward
   if args.stream and not is_single:
-    raise types.UsageError('--stream shows one response: give one --prompt, and no --data or --samples_per_prompt')
-  options = command.sampling_options(args)
+    raise types.UsageError(
+        '--stream shows one response: give one --prompt, and no --data, --samples_per_prompt, --decode or --reward'
+    )
+  options, draw_fn = steering.configured(args, command.sampling_options(args), _scorings)
   _start(args)
   if not args.data:
     as_written = is_single and (sys.stdout.isatty() if args.stream is None else args.stream)
     mesh = sharding.make_mesh(args.mesh, args.dcn_mesh)
-    respond.write(spec, mesh, args.prompt, options, seed=args.seed or 0, as_written=as_written)
+    respond.write(spec, mesh, args.prompt, options, seed=args.seed or 0, as_written=as_written, draw_fn=draw_fn)
     return
-  found = respond.to_records(_job(args, {'model_spec': spec, 'eval_data': ''}), options)
+  found = respond.to_records(_job(args, {'model_spec': spec, 'eval_data': ''}), options, draw_fn)
   if jax.process_index() == 0:
     sys.stdout.writelines(sources.to_json(record) + '\n' for record in found)
 

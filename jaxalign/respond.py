@@ -1,10 +1,12 @@
 """Responses of a model to prompts: of the command line, or of the records of a data set."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import sys
 from typing import Any
+from typing import NamedTuple
 
 from absl import logging
 import jax
@@ -14,6 +16,7 @@ from jaxalign import choosing
 from jaxalign import recipe as recipe_lib
 from jaxalign import sampling
 from jaxalign import types
+from jaxalign import verdicts
 from jaxalign.data import examples
 from jaxalign.data import prompts as prompts_lib
 from jaxalign.data import records
@@ -68,6 +71,34 @@ class Options:
     return text[: min((text.index(stop) for stop in self.stop if stop in text), default=len(text))]
 
 
+class Asked(NamedTuple):
+  """Prompts that responses are sampled to, and whether they are messages or said in a chat."""
+
+  prompts: Sequence[verdicts.Prompt]
+  is_chat: bool
+
+  @property
+  def ids(self) -> list[list[int]]:
+    """Tokens of each."""
+    return [prompt.ids for prompt in self.prompts]
+
+
+class Drawn(NamedTuple):
+  """As many responses to each prompt as were asked for, and columns by name that say something of each."""
+
+  responses: list[sampling.Sampled]
+  columns: Mapping[str, Sequence[Any]] = {}
+
+
+# (the model, prompts, options, seed) -> responses, on the current mesh.
+Draw = Callable[[checkpoint.Loaded, Asked, Options, int], Drawn]
+
+
+def plainly(loaded: checkpoint.Loaded, asked: Asked, options: Options, seed: int) -> Drawn:
+  """Draws from the model alone."""
+  return Drawn(draw(loaded, asked.ids, options, seed, asked.is_chat))
+
+
 def respond(
     spec: str,
     mesh: jax.sharding.Mesh,
@@ -76,6 +107,7 @@ def respond(
     *,
     seed: int,
     tell: Callable[[str], None] | None = None,
+    draw_fn: Draw = plainly,
 ) -> list[str]:
   """Samples responses to each prompt from a checkpoint or a Hugging Face directory.
 
@@ -85,7 +117,8 @@ def respond(
     prompts: texts.
     options: how.
     seed: of sampling.
-    tell: of a single response, called with more of its text as it is written.
+    tell: of a single response, called with more of its text as it is written; it is then drawn plainly.
+    draw_fn: what draws them.
 
   Returns:
     Those of the first prompt, then those of the next.
@@ -105,11 +138,27 @@ def respond(
           f'--prompt: {longest} tokens and --max_new_tokens={options.max_new_tokens} exceed the context of the model,'
           f' {context}'
       )
-    return texts(loaded, ids, options, seed=seed, tell=tell)
+    if tell is not None:
+      return texts(loaded, ids, options, seed=seed, tell=tell)
+    of_flag = lambda own, text: verdicts.Prompt(own, {'prompt': text}, f'--prompt={text!r}')
+    drawn = draw_fn(loaded, Asked(list(map(of_flag, ids, prompts)), options.chat), options, seed)
+    return [text_of(loaded.tokenizer, one, options, options.chat) for one in drawn.responses]
+
+
+def text_of(tokenizer: tokenizers.Tokenizer, one: sampling.Sampled, options: Options, is_chat: bool) -> str:
+  """What a response says."""
+  return options.before_stop(tokenizer.decode(one.ids, continuation=not is_chat))
 
 
 def write(
-    spec: str, mesh: jax.sharding.Mesh, prompts: Sequence[str], options: Options, *, seed: int, as_written: bool
+    spec: str,
+    mesh: jax.sharding.Mesh,
+    prompts: Sequence[str],
+    options: Options,
+    *,
+    seed: int,
+    as_written: bool,
+    draw_fn: Draw = plainly,
 ) -> None:
   """Prints each prompt and what `respond` makes of it; `as_written`, a single response is shown while it grows."""
   between, end = ('\n\n', '\n\n') if options.chat else ('', '\n')
@@ -122,7 +171,7 @@ def write(
   # The prompt is shown once it is known to be one.
   told = iter([prompts[0] + between])
   shown = (lambda text: tell(next(told, '') + text)) if as_written else None
-  found = respond(spec, mesh, prompts, options, seed=seed, tell=shown)
+  found = respond(spec, mesh, prompts, options, seed=seed, tell=shown, draw_fn=draw_fn)
   if as_written:
     tell(next(told, '') + end)
     return
@@ -142,7 +191,7 @@ def texts(
   teller = _Teller(tell, options.stop) if tell is not None else None
   decode = lambda ids: loaded.tokenizer.decode(ids, continuation=not options.chat)
   watch = None if teller is None else lambda _, ids: teller.read(decode(ids))
-  found = [options.before_stop(decode(one.ids)) for one in _draw(loaded, prompts, options, seed, options.chat, watch)]
+  found = [options.before_stop(decode(one.ids)) for one in draw(loaded, prompts, options, seed, options.chat, watch)]
   if teller is not None:
     teller.end(found[0])
   return found
@@ -167,15 +216,17 @@ class _Teller:
       self._told = len(text)
 
 
-def to_records(job: recipe_lib.Job, options: Options) -> list[dict[str, Any]]:
+def to_records(job: recipe_lib.Job, options: Options, draw_fn: Draw = plainly) -> list[dict[str, Any]]:
   """Samples responses to the column `prompt` (text or messages) of each record of `--data`.
 
   Args:
     job: names model, data, mesh and seed.
     options: how; `chat` says whether a prompt of text is what a user says.
+    draw_fn: what draws them.
 
   Returns:
-    The records with a column `samples`, a list of texts, in place of any other list and its scores; a prompt that was
+    The records with a column `samples`, a list of texts, in place of any other list and its scores, and those columns
+    that `draw_fn` gives; a prompt that was
     said in a chat is then messages. Where a sample was cut, `append_eos` is false, so that no end is learned of the
     record. Records whose prompt leaves no room in the context are left out and counted.
 
@@ -186,26 +237,26 @@ def to_records(job: recipe_lib.Job, options: Options) -> list[dict[str, Any]]:
   with jax.set_mesh(job.mesh):
     loaded = policy(job.model, job.mesh)
     room = loaded.model.config.max_length - options.max_new_tokens
-    kept, ids, is_chat = _prompts(job, loaded.tokenizer, options.chat, room)
-    drawn = _draw(loaded, ids, options, job.seed, is_chat)
+    asked = _prompts(job, loaded.tokenizer, options.chat, room)
+    drawn, columns = draw_fn(loaded, asked, options, job.seed)
+  kept = [dict(prompt.record) for prompt in asked.prompts]
   for index, record in enumerate(kept):
-    own = drawn[index * options.per_prompt : (index + 1) * options.per_prompt]
+    of_record = slice(index * options.per_prompt, (index + 1) * options.per_prompt)
+    own = drawn[of_record]
     if options.chat and isinstance(record['prompt'], str):
       record['prompt'] = records.messages(record, 'prompt', 'user')
-    for name in ('completions', 'scores', 'ranks', *(['append_eos'] if 'samples' in record else [])):
+    for name in ('completions', 'scores', 'ranks', 'log_ratios', *(['append_eos'] if 'samples' in record else [])):
       record.pop(name, None)  # They say something of another list.
-    decode = lambda ids: loaded.tokenizer.decode(ids, continuation=not is_chat)
-    record['samples'] = [options.before_stop(decode(one.ids)) for one in own]
+    record['samples'] = [text_of(loaded.tokenizer, one, options, asked.is_chat) for one in own]
+    record |= {name: list(values[of_record]) for name, values in columns.items()}
     if not all(one.finished for one in own):
       record['append_eos'] = False
   return kept
 
 
-def _prompts(
-    job: recipe_lib.Job, tokenizer: tokenizers.Tokenizer, chat: bool, room: int
-) -> tuple[list[dict[str, Any]], list[list[int]], bool]:
-  """The records of `--data` whose prompt fits, the ids of each prompt, and whether they are chats."""
-  kept, ids, chats, left = [], [], set(), []
+def _prompts(job: recipe_lib.Job, tokenizer: tokenizers.Tokenizer, chat: bool, room: int) -> Asked:
+  """The prompts of `--data` that fit, with their records."""
+  kept, chats, left = [], set(), []
   for source in (sources.open_source(spec, job.data_dir) for spec in sources.parse_all(job.data)):
     for index in range(len(source)):
       record = source[index]
@@ -216,8 +267,7 @@ def _prompts(
       except types.RunError as err:
         raise types.RunError(f'{source.where(index)}: {err}') from err
       if 0 < len(one) <= room:
-        kept.append(record)
-        ids.append(one)
+        kept.append(verdicts.Prompt(one, record, source.where(index)))
         chats.add(chat or not isinstance(record['prompt'], str))
       else:
         left.append(source.where(index))
@@ -225,7 +275,7 @@ def _prompts(
     logging.warning('%d records left out: no prompt of 1 to %d tokens (first %s)', len(left), room, left[0])
   if len(chats) != 1:
     raise types.RunError(f'--data={job.data}: {"prompts are text and messages" if chats else "no record is left"}')
-  return kept, ids, chats.pop()
+  return Asked(kept, chats.pop())
 
 
 def policy(spec: str, mesh: jax.sharding.Mesh) -> checkpoint.Loaded:
@@ -242,14 +292,16 @@ def _ids(tokenizer: tokenizers.Tokenizer, prompt: Any, chat: bool) -> list[int]:
   return examples.prompt_ids(tokenizer, records.messages({'prompt': prompt}, 'prompt', 'user'))
 
 
-def _draw(
+def draw(
     loaded: checkpoint.Loaded,
     prompts: Sequence[Sequence[int]],
     options: Options,
     seed: int,
     is_chat: bool,
     watch: Callable[[int, list[int]], None] | None = None,
+    guidance: sampling.Guidance | None = None,
 ) -> list[sampling.Sampled]:
+  """Responses to prompts that are tokens, on the current mesh; see `sampling.sample`."""
   return sampling.sample(
       loaded.model,
       loaded.params,
@@ -262,4 +314,5 @@ def _draw(
       stop=sampling.Stop(options.stop, lambda ids: loaded.tokenizer.decode(ids, continuation=not is_chat)),
       cache_dtype=options.cache_dtype,
       watch=watch,
+      guidance=guidance,
   )

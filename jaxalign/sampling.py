@@ -168,8 +168,12 @@ def _opened(model, params, stop_ids, guidance: Guidance | None, cache_dtype, rul
     raise types.UsageError(f'models that guide each other have one vocabulary; these have {sorted(sizes)} tokens')
   models = tuple(map(_prepared, models))
   program = decoding.Program(models, rule, tuple(stop_ids), guidance.process, cache_dtype)
-  all_params = (params, *(guide.params for guide in guidance.guides))
-  return program, list(map(decoding.prepare, models, all_params)), [guide.prompts for guide in guidance.guides]
+  prepared: list[types.PyTree] = [decoding.prepare(models[0], params)]
+  for its_model, guide in zip(models[1:], guidance.guides, strict=True):
+    # The policy may guide itself, behind another prompt.
+    is_policy = guide.params is params and its_model == models[0]
+    prepared.append(prepared[0] if is_policy else decoding.prepare(its_model, guide.params))
+  return program, prepared, [guide.prompts for guide in guidance.guides]
 
 
 def check_cache_dtype(cache_dtype: str | None) -> None:
@@ -198,6 +202,7 @@ class _Run:
 
   def __init__(self, program, params, prompts, limits, requests, n: int, rows: int, key, stop: Stop, watch):
     self._program, self._params, self._prompts, self._limits = program, params, prompts, limits
+    self._reader = program._replace(process=None)  # Another process reads the same, by what is compiled already.
     self._requests, self._n, self._key, self._stop, self._watch = requests, n, key, stop, watch
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else sharding.parts(mesh, 'batch')
@@ -218,7 +223,7 @@ class _Run:
     self._counts = np.zeros(self._size, np.int32)
     self._ended = np.zeros(self._size, bool)
     self._found: list[Sampled | None] = [None] * total
-    self._rows = decoding.start(program, self._size, self._room, new)
+    self._rows = decoding.start(self._reader, self._size, self._room, new)
 
   def all(self) -> list[Sampled]:
     """Writes every response."""
@@ -273,7 +278,7 @@ class _Run:
       for place, prompt in enumerate(own):
         ids[-1][place, : len(prompt)] = prompt
         lengths[-1][place] = len(prompt)
-    self._read = decoding.read(self._program, self._params, ids, lengths)
+    self._read = decoding.read(self._reader, self._params, ids, lengths)
     self._ready += [(place, i * self._n + k) for place, i in enumerate(chosen) for k in range(self._n)]
 
   def _write(self) -> None:

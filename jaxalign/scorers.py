@@ -123,8 +123,8 @@ def _known(model, directory: str, own: modelled.Scoring | None, sampled: Sampled
     wanted = max(sampled.row_length, longest) if is_same else 2 * max(sampled.row_length, longest)
     if is_same and longest > config.max_length:
       raise fail(
-          f'a prompt of {sampled.prompt} tokens and rollouts.Options.max_new_tokens = {sampled.response} exceed its'
-          f' context, {config.max_length}'
+          f'a prompt of {sampled.prompt} tokens and a response of {sampled.response} exceed its context,'
+          f' {config.max_length}'
       )
   if row_length is not None and row_length > config.max_length:
     raise types.UsageError(f'--row_length={row_length}: the context of {directory} is {config.max_length} tokens')
@@ -150,13 +150,18 @@ def _check_reads(scored_fn: Callable, tokenizer: tokenizers.Tokenizer, fail: Cal
     raise fail(f'its recipe.Recipe.scored_fn reads no single response ({type(err).__name__}: {problem})') from err
 
 
+def have_same_ids(a: tokenizers.Tokenizer, b: tokenizers.Tokenizer) -> bool:
+  """Whether ids stand for the same text in both, whatever ends a response and however messages are written."""
+  text = lambda one, i: one.decode([i], continuation=True, skip_special=False)
+  return a.fingerprint == b.fingerprint or (
+      a.vocab_size == b.vocab_size and all(text(a, i) == text(b, i) for i in range(a.vocab_size))
+  )
+
+
 def _are_same(a: tokenizers.Tokenizer, b: tokenizers.Tokenizer) -> bool:
   """Whether ids mean the same to both, and messages are written alike; their padding may differ."""
   roles = lambda one: (one.vocab_size, one.bos_id, one.eos_id, one.special_tokens, one.chat_template)
-  text = lambda one, i: one.decode([i], continuation=True, skip_special=False)
-  return a.fingerprint == b.fingerprint or (
-      roles(a) == roles(b) and all(text(a, i) == text(b, i) for i in range(a.vocab_size))
-  )
+  return a.fingerprint == b.fingerprint or (roles(a) == roles(b) and have_same_ids(a, b))
 
 
 def _per(

@@ -67,6 +67,25 @@ class TestTable:
     assert f'<!-- jaxalign --list --markdown -->\n\n{catalog.table()}' in (ROOT / 'README.md').read_text()
 
 
+class TestDecodings:
+
+  def test_are_in_the_readme_with_their_paper_and_command(self):
+    readme = (ROOT / 'README.md').read_text()
+    found = catalog.algorithms(catalog.ROOT / 'decode')
+    assert len(found) > 8
+    for name, text in found.items():
+      (row,) = (line for line in readme.splitlines() if line.startswith(f'| `{name}` |'))
+      assert text.rpartition('/')[2] in row
+      assert f' --decode={name}' in readme
+      header = (catalog.ROOT / 'decode' / f'{name}.gin').read_text().splitlines()[:4]
+      assert f'#   python -m jaxalign.main --mode=sample --decode={name} ' in header[1]
+      assert [line.split()[1].strip(':,') for line in header[2:]] == ['Surveys', 'Expect']
+
+  def test_suggest_the_nearest(self):
+    with pytest.raises(types.UsageError, match='--decode=best_of: unknown method; .*did you mean best_of_n'):
+      catalog.check_decoding('best_of')
+
+
 class TestExists:
 
   def test_knows_files_by_their_name_in_the_gin_folder(self):

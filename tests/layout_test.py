@@ -25,9 +25,9 @@ ROWS = (
     ('masked',),
     ('losses', 'sharding'),
     ('advantages', 'data', 'metrics', 'models', 'optim', 'rewards', 'tracing', 'vocab'),
-    ('choosing', 'collapse', 'divergence', 'held_out', 'logps', 'returns'),
+    ('candidates', 'choosing', 'collapse', 'divergence', 'held_out', 'logps', 'returns'),
     ('decoding', 'forward'),
-    ('objectives', 'reference', 'sampling'),
+    ('guidance', 'objectives', 'reference', 'sampling'),
     ('credit', 'episodes', 'step', 'verdicts'),
     ('environments',),
     ('judging',),
@@ -43,6 +43,7 @@ ROWS = (
     ('train',),
     ('bound', 'catalog', 'command'),
     ('config',),
+    ('steering',),
     ('main',),
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}

@@ -198,7 +198,7 @@ class TestChecked:
 
   def test_refuses_responses_that_do_not_fit(self, heads):
     policy = scorers.Sampled(TOKENIZER, prompt=480, response=40, row_length=1024)
-    said = 'a prompt of 480 tokens and rollouts.Options.max_new_tokens = 40 exceed its context, 512'
+    said = 'a prompt of 480 tokens and a response of 40 exceed its context, 512'
     with pytest.raises(types.UsageError, match=said):
       scorers.checked([functions.parse(str(heads['rm'][0]))], ONE, own={}, sampled=policy)
 
