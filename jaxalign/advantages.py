@@ -95,13 +95,14 @@ def greedy_baseline(rewards_GK, valid_GK, *, greedy_G) -> types.Array:
   return jnp.where(valid_GK > 0, rewards_GK - greedy_G[:, None], 0.0)
 
 
-def normalise_then_sum(rewards_RGK, valid_GK, *, weights_R, ddof: int = 1, epsilon: float = 1e-4) -> types.Array:
+def normalise_then_sum(rewards_RGK, valid_RGK, *, weights_R, ddof: int = 1, epsilon: float = 1e-4) -> types.Array:
   """Normalises each of R rewards in its group, sums them by weight, and normalises the sum over the batch.
 
   Unlike the norm of a sum it tells combinations of rewards apart. TRL's `normalize_then_sum`.
   Liu et al., 2026 (GDPO), https://arxiv.org/abs/2601.05242.
   """
-  each_RGK = jax.vmap(lambda rewards_GK: group_norm(rewards_GK, valid_GK, ddof=ddof, epsilon=epsilon))(rewards_RGK)
+  each_RGK = jax.vmap(lambda *of: group_norm(*of, ddof=ddof, epsilon=epsilon))(rewards_RGK, valid_RGK)
+  valid_GK = jnp.max(valid_RGK, axis=0)
   return _normalised(jnp.tensordot(weights_R, each_RGK, axes=1), valid_GK, None, ddof, epsilon)
 
 

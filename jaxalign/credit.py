@@ -7,6 +7,7 @@ responses become those of all of their tokens.
   rewards_GK        all rewards of a response as one number, 0 where every one abstained
   valid_GK          1 where not every one abstained
   rewards_RGK       each of the R rewards, 0 where it abstained
+  valid_RGK         1 where it did not
   weights_R         theirs
   outcomes_GK       those of the rewards that tell no tokens apart, as one number
   token_rewards_BT  what rewards of tokens or steps give, with their weights; 0 where they say nothing
@@ -38,8 +39,8 @@ from jaxalign import tracing
 from jaxalign import types
 
 FIELDS = frozenset(
-    'rewards_GK valid_GK rewards_RGK weights_R outcomes_GK token_rewards_BT token_marks_BT tokens_GK finished_GK'
-    ' greedy_G ref_rewards_GN logps_BT log_ratio_BT values_BT rows loss_state'.split()
+    'rewards_GK valid_GK rewards_RGK valid_RGK weights_R outcomes_GK token_rewards_BT token_marks_BT tokens_GK'
+    ' finished_GK greedy_G ref_rewards_GN logps_BT log_ratio_BT values_BT rows loss_state'.split()
 )
 OF_REFERENCE = frozenset({'log_ratio_BT', 'ref_rewards_GN'})
 OF_PROGRAM = frozenset({'logps_BT', 'log_ratio_BT', 'values_BT'})  # what the training program makes of tokens
@@ -97,6 +98,7 @@ class Credit:
     fields: dict[str, Any] = {name: shape(2, samples) for name in FIELDS if name.endswith('_GK')}
     fields |= {name: shape(2 * samples, 3) for name in FIELDS if name.endswith('_BT')}
     fields |= {'greedy_G': shape(2), 'ref_rewards_GN': shape(2, 2), 'rewards_RGK': shape(rewards, 2, samples)}
+    fields['valid_RGK'] = shape(rewards, 2, samples)
     fields |= {'weights_R': shape(rewards), 'rows': rows([1] * 2 * samples, samples, 3), 'loss_state': ()}
     try:
       with tracing.checked_indices():

@@ -281,7 +281,8 @@ def _write_one(program: Program, params, row_keys, rows: Rows) -> Rows:
     logits_BV = choosing.penalise(program.rule, logits_BV, rows.seen_BV)
   uniform_B = jax.vmap(lambda key, count: jax.random.uniform(jax.random.fold_in(key, count)))(row_keys, rows.counts_B)
   token_B, processed_B = choosing.choose(program.rule, logits_BV, uniform_B)
-  logp_B = jnp.take_along_axis(raw_BV, token_B[:, None], axis=1)[:, 0] - jax.nn.logsumexp(raw_BV, axis=1)
+  told_BV = raw_BV / program.rule.told_at
+  logp_B = jnp.take_along_axis(told_BV, token_B[:, None], axis=1)[:, 0] - jax.nn.logsumexp(told_BV, axis=1)
   # What has ended writes beyond the end, where all is lost.
   place_B = jnp.where(rows.done_B, rows.tokens_BN.shape[1], rows.counts_B)
   put = lambda to_BN, x_B: to_BN.at[jnp.arange(B), place_B].set(x_B, mode='drop')

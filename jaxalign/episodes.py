@@ -72,6 +72,8 @@ class Rollout:
       }
       if self.sampled is not None:
         line['sampled'] = list(map(int, self.sampled[n]))
+      if not n:
+        line['said'] = dict(self.said)
       lines.append(json.dumps(line) + '\n')
     return ''.join(lines)
 
@@ -109,7 +111,7 @@ class Rollout:
 def of_text(text: str, samples: int) -> Rollout:
   """Undoes `Rollout.to_text`, of which `samples` responses belong to each prompt."""
   lines = [json.loads(line) for line in text.splitlines()]
-  of: Mapping[str, list[Any]] = {name: [line[name] for line in lines] for name in lines[0]}
+  of: Mapping[str, list[Any]] = {name: [line[name] for line in lines] for name in lines[-1]}
   table = lambda values, dtype: np.array(values, dtype).reshape(-1, samples)
   each = lambda name, which: [line[which][name] for line in lines]
   return Rollout(
@@ -121,6 +123,7 @@ def of_text(text: str, samples: int) -> Rollout:
       {name: table(each(name, 'labels'), np.float32) for name in lines[0]['labels']},
       {name: [np.array(one, np.float32) for one in each(name, 'token_labels')] for name in lines[0]['token_labels']},
       of['counted'],
+      lines[0]['said'],
       sampled=[list(map(bool, one)) for one in of['sampled']] if 'sampled' in of else None,
       version=lines[0]['policy_version'],
   )

@@ -108,7 +108,7 @@ class Iterations:
       texts: that nobody sampled, of which each step has some; None for none.
     """
     self._options, self._maker, self._packing, self._scorers, self._texts = options, maker, packing, scorers, texts
-    self._tokenizer, self._mesh, self._seed, self._folder = tokenizer, mesh, seed, folder
+    self._tokenizer, self._mesh, self._seed, self._folder = tokenizer, mesh, seed % 2**32, folder
     self.said: dict[tuple[int, int], dict[str, float]] = {}  # metrics of the newest rollouts by data state
 
   def batches(
@@ -167,17 +167,19 @@ class Iterations:
 
   def _of(self, rollout: episodes.Rollout, iteration: int, update: int):
     """The batches of a rollout's updates that have not been made."""
-    groups, number = self._with_texts(rollout.groups(), iteration), 0
+    options, number, groups = self._options, 0, self._with_texts(rollout.groups(), iteration)
     loader = loader_lib.Loader([groups], [1.0], packing=self._packing, mesh=self._mesh, seed=0)  # type: ignore[list-item]
-    for epoch in range(self._options.epochs):
-      order = np.argsort(np.random.default_rng([self._seed, iteration, epoch]).random(len(groups)))
-      steps = loader.ordered(order.tolist())
-      if len(steps) != self._options.minibatches:
+    texts = np.arange(options.prompts, len(groups)).reshape(options.minibatches, -1)
+    for epoch in range(options.epochs):
+      order = np.argsort(np.random.default_rng([self._seed, iteration, epoch]).random(options.prompts))
+      parts = order.reshape(options.minibatches, -1)
+      steps = loader.ordered(np.concatenate([parts, texts], axis=1).reshape(-1).tolist())
+      if len(steps) != options.minibatches:
         raise types.RunError(f'rollout {iteration} does not fit a step: raise loader.Packing.rows')
       for _, batch in steps:
         number += 1
         if number > update:
-          place = (iteration, number) if number < self._options.updates else (iteration + 1, 0)
+          place = (iteration, number) if number < options.updates else (iteration + 1, 0)
           self.said = {**dict(list(self.said.items())[-3:]), place: rollout.metrics()}
           yield place, batch
 

@@ -23,6 +23,7 @@ from jaxalign import judging
 from jaxalign import rollouts
 from jaxalign import sampling
 from jaxalign import sharding
+from jaxalign import types
 from jaxalign import verdicts
 from jaxalign.data import dataset as dataset_lib
 from jaxalign.data import loader as loader_lib
@@ -163,6 +164,9 @@ class Maker:
     start = time.perf_counter()
     options, samples, own = self._options, self._options.samples, judged[OWN]
     total = self._judge.known(own, self._prompts.where(drawn.chosen[0]))
+    if 'token_rewards_BT' in options.credit.reads and not own.tells_R.any():
+      problem = 'reads rewards of tokens, and no --reward says anything of the tokens that were sampled'
+      raise types.UsageError(f'rollouts.Options.advantage_fn {problem}; give a run of dpo or prm with its tokenizer')
     stale = {'rollouts/staleness': float(params.version - drawn.version)} if options.asynchronous else {}
     rollout = episodes.Rollout(
         [self._asked(i).ids for i in drawn.chosen],
@@ -200,6 +204,7 @@ class Maker:
         'rewards_GK': known(rollout.rewards_GK),
         'valid_GK': (~np.isnan(rollout.rewards_GK)).astype(np.float32),
         'rewards_RGK': known(judged.values_RN).reshape(len(judged.values_RN), -1, samples),
+        'valid_RGK': (~np.isnan(judged.values_RN)).astype(np.float32).reshape(len(judged.values_RN), -1, samples),
         'weights_R': self._judge.weights_R,
         'outcomes_GK': known(self._judge.outcomes(judged)).reshape(-1, samples),
         'token_rewards_BT': known(token_rewards_BT),
@@ -249,7 +254,7 @@ class Maker:
     options = self._options
 
     def draw(prompts: list[list[int]], n: int, turn: int) -> list[sampling.Sampled]:
-      found = sampling.sample(
+      return sampling.sample(
           model,
           params,
           prompts,
@@ -259,19 +264,18 @@ class Maker:
           top_k=options.top_k,
           top_p=options.top_p,
           min_p=options.min_p,
+          told_at=options.temperature,  # as in the training program, which they are compared with
           stop=sampling.Stop(options.stop, functools.partial(self._tokenizer.decode, continuation=True)),
           cache_dtype=options.cache_dtype,
           seed=_seed(self._seed, (*name, 'turn', turn) if turn else name),
           stop_ids=self._stop_ids,
       )
-      # Those that the training program is compared with are of the same temperature.
-      is_plain = options.temperature == 1
-      return [one if is_plain else one._replace(logps=one.processed_logps) for one in found]
 
     return list(environments.respond(options.world, self._all_asked(chosen), count, self._tokenizer, draw))
 
 
 def _seed(seed: int, name: tuple[int | str, ...]) -> int:
   """A seed for each thing that is sampled: an iteration, or an iteration and what is sampled beside its rollout."""
-  numbers = [int.from_bytes(part.encode()[:4], 'little') if isinstance(part, str) else part for part in (seed, *name)]
+  parts = seed % 2**32, *name  # a seed may be negative
+  numbers = [int.from_bytes(part.encode()[:4], 'little') if isinstance(part, str) else part for part in parts]
   return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -80,6 +80,7 @@ def policy_gradient(
     critic_model: transformer.Transformer | None = None,
     aggregate: str = 'token',
     max_tokens: int | None = None,
+    longest: int | None = None,
     temperature: float = 1.0,
     dense=('entropy',),
 ) -> Objective:
@@ -88,7 +89,8 @@ def policy_gradient(
     token     sum over all tokens / their number: a long response weighs more. DAPO, CISPO.
     sequence  mean over the tokens of each response, then over responses: a token of a long one weighs less. GRPO, GSPO.
     constant  sum over all tokens / (number of responses * `max_tokens`): each token weighs the same, at every step.
-              Dr. GRPO in TRL; verl leaves the number of responses out.
+              Dr. GRPO in TRL; verl leaves the number of responses out. `max_tokens` is `longest`, what a run samples
+              at most, unless it is bound.
 
   A response of which no token counts (it was cut off, and masked) counts as one whose loss is 0, as in TRL. Metrics are
   means over tokens. Where the batch has no `old_logps`, those of the policy itself serve, for a rollout's only update:
@@ -100,6 +102,7 @@ def policy_gradient(
   """
   if aggregate not in _AGGREGATES:
     raise types.UsageError(f'objectives.policy_gradient.aggregate = {aggregate!r}: one of {", ".join(_AGGREGATES)}')
+  max_tokens = longest if aggregate == 'constant' and max_tokens is None else max_tokens
   if (aggregate == 'constant') != (max_tokens is not None) or (max_tokens is not None and max_tokens < 1):
     wanted = 'bind the most tokens that a response may have' if aggregate == 'constant' else 'it is for constant alone'
     raise types.UsageError(
@@ -112,7 +115,7 @@ def policy_gradient(
     labels = _sampled(stats, batch)
     out = loss_fn(_policy(stats, batch), _reference(stats, batch), labels, state=loss_state)
     if 'sampler_logps' in labels:
-      drift_BT = jnp.abs(labels['old_logps'] - labels['sampler_logps'])
+      drift_BT = jnp.abs(labels['old_logps'] - labels['sampler_logps']) * (1 - labels.get('is_text', 0.0))
       out = dataclasses.replace(out, metrics={**out.metrics, 'sampling/sampling_logp_difference/mean': drift_BT})
     return _per_token(out, stats, batch, _AGGREGATES[aggregate](out.per_item, batch, max_tokens))
 

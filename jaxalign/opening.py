@@ -81,8 +81,16 @@ def open_critic(
     problem = "with adapters it shares the policy's base; bind 'policy'"
     raise types.UsageError(f'recipe.Recipe.critic = {recipe.critic!r}: {problem}')
   else:
-    source = dataclasses.replace(job, model=recipe.critic, tokenizer='')
-    model, params = open_model(source, dataclasses.replace(scored, model=None), tokenizer)
+    source, read = dataclasses.replace(job, model=recipe.critic, tokenizer=''), dataclasses.replace(scored, model=None)
+    try:
+      outputs = _source(source, read)[0].score_outputs
+    except types.UsageError as err:
+      raise types.UsageError(f'recipe.Recipe.critic = {recipe.critic!r}: no such model') from err
+    if not outputs:
+      raise types.UsageError(
+          f'recipe.Recipe.critic = {recipe.critic!r}: no reward model, as it has no head that scores'
+      )
+    model, params = open_model(source, read, tokenizer)
   if model.lora is None:
     return model, lambda frozen: params().trained
   key = jax.random.fold_in(jax.random.key(job.seed), 1)

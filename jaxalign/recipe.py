@@ -272,6 +272,8 @@ def bind(
     raise types.UsageError(f'the loss reads {fields}, {problem}')
   others = {'ref_model': ref_model if needs.reference else None, 'critic_model': critic_model}
   given: dict[str, Any] = {name: other for name, other in others.items() if other is not None}
+  if recipe.rollouts is not None and 'longest' in inspect.signature(recipe.objective).parameters:
+    given['longest'] = recipe.rollouts.most_sampled
   if recipe.rollouts is not None and recipe.rollouts.temperature != 1:
     given['temperature'] = recipe.rollouts.temperature
   return recipe.objective(model=model, loss_fn=recipe.loss_fn, needs=needs, **given)

@@ -7,8 +7,10 @@ import functools
 from typing import Any
 from typing import NamedTuple
 
+from jaxalign import choosing
 from jaxalign import credit as credit_lib
 from jaxalign import environments
+from jaxalign import sampling
 from jaxalign import types
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
@@ -99,6 +101,13 @@ class Options:
       raise types.UsageError(
           f'rollouts.Options.temperature = {self.temperature}: it must be above 0, or nothing varies'
       )
+    choosing.Rule(self.temperature, self.top_k, self.top_p, self.min_p).check()
+    sampling.check_cache_dtype(self.cache_dtype)
+    if self.max_kl is not None and (self.max_kl <= 0 or self.updates == 1):
+      problem = (
+          'it must be above 0' if self.updates > 1 else 'a rollout has a single update, before which nothing moved'
+      )
+      raise types.UsageError(f'rollouts.Options.max_kl = {self.max_kl}: {problem}')
     if self.prompts % self.minibatches:
       raise types.UsageError(
           f'rollouts.Options.minibatches = {self.minibatches}: it must divide the {self.prompts} prompts of a rollout'

@@ -31,7 +31,8 @@ class Sampled(NamedTuple):
 
   Attributes:
     ids: the sampled tokens; those that ended it are included.
-    logps: their log-probabilities, in nats, under the model as it is: temperature and filters do not enter.
+    logps: their log-probabilities, in nats, under the model as it is: filters do not enter, and of temperatures only
+      `told_at`.
     processed_logps: the same under all that shaped the draw: guidance, penalty, temperature and filters. They are 0
       where temperature is 0.
     stop_reason: 'eos' for a stop token, 'stop' for a text, 'length' where it was cut.
@@ -131,7 +132,7 @@ def sample(
     cache_dtype: 'int8' keeps keys and values in 8 bits; None in the precision of each model.
     rows: responses that are written at once; more where the mesh does not divide them.
     watch: called with the number of a response (i * n + k) and its tokens so far, every few tokens.
-    **rule: temperature, top_k, top_p, min_p and repetition_penalty, see `choosing.Rule`.
+    **rule: temperature, top_k, top_p, min_p, repetition_penalty and told_at, see `choosing.Rule`.
 
   Returns:
     The n responses to the first prompt, then those to the next, on every process.

@@ -212,6 +212,9 @@ def _texts(job: recipe_lib.Job, options: rollouts.Options, tokenizer, row_length
 def _needs_of_rollouts(recipe: recipe_lib.Recipe, options: rollouts.Options) -> tracing.Needs:
   """What the loss reads; raises UsageError where advantages read a critic that is not there."""
   outputs = recipe.score_outputs or int(bool(recipe.critic))
+  if 'values_BT' in options.credit.reads and not outputs:
+    problem = 'reads values_BT of a critic: bind recipe.Recipe.critic, or recipe.Recipe.score_outputs = 1 for a head'
+    raise types.UsageError(f'rollouts.Options.advantage_fn {problem}')
   of_responses, of_tokens = options.credit.names(options.samples, len(options.rewards) + bool(options.environment))
   needs = tracing.trace(
       recipe.loss_fn,
@@ -220,9 +223,12 @@ def _needs_of_rollouts(recipe: recipe_lib.Recipe, options: rollouts.Options) -> 
       token_labels=(*of_tokens, 'sampler_logps', 'old_logps', *(['is_text'] if options.texts else [])),
       outputs=outputs,
   )
-  if 'values_BT' in options.credit.reads and not outputs:
-    problem = 'reads values_BT of a critic: bind recipe.Recipe.critic, or recipe.Recipe.score_outputs = 1 for a head'
-    raise types.UsageError(f'rollouts.Options.advantage_fn {problem}')
+  values = needs.fields & {'policy.scores_BTO', 'policy.values_GK'} or 'values_BT' in options.credit.reads
+  if recipe.critic and not values:
+    raise types.UsageError(f'recipe.Recipe.critic = {recipe.critic!r}: neither loss nor advantages read its values')
+  if options.texts and 'labels.is_text' not in needs.fields:
+    problem = 'the loss reads no texts; put actor_critic.with_pretraining around it'
+    raise types.UsageError(f'rollouts.Options.texts = {options.texts}: {problem}')
   return needs
 
 
@@ -231,6 +237,7 @@ def _scorers(options: rollouts.Options, tokenizer, prompts: list[dataset.Joined]
   longest = max(int(one.lengths_NK.max()) for one in prompts)
   sampled = scorers.Sampled(tokenizer, longest, options.longest, packing.row_length)
   rewards = [functions.parse(spec) for spec in options.rewards]
+  functions.check_names(rewards)
   return scorers.checked(rewards, mesh, own=options.scorings, sampled=sampled)
 
 

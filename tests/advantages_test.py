@@ -124,8 +124,19 @@ class TestNormaliseThenSum:
     total = 0.25 * each[0] + 2.0 * each[1]
     there = total[VALID > 0]
     wanted = np.where(VALID > 0, (total - there.mean()) / (there.std(ddof=1) + 1e-4), 0.0)
-    found = advantages.normalise_then_sum(jnp.asarray(rewards), jnp.asarray(VALID), weights_R=jnp.array([0.25, 2.0]))
+    found = advantages.normalise_then_sum(
+        jnp.asarray(rewards), jnp.stack([VALID, VALID]), weights_R=jnp.array([0.25, 2.0])
+    )
     np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-6)
+
+  def test_leaves_out_a_reward_that_abstains(self):
+    rewards, valid = np.array([[[1.0, 2, 3]], [[5.0, 5, 0]]], np.float32), np.array(
+        [[[1, 1, 1]], [[1, 1, 0]]], np.float32
+    )
+    one = _of(advantages.normalise_then_sum, weights_R=jnp.array([1.0, 1.0]))
+    np.testing.assert_allclose(one(rewards, valid), one(rewards * valid + (1 - valid) * 9, valid), atol=1e-6)
+    alone = advantages.normalise_then_sum(rewards[:1], valid[:1], weights_R=jnp.array([1.0]))
+    np.testing.assert_allclose(one(rewards, valid), alone, atol=1e-6)  # the other says the same of both that it judges
 
 
 class TestOptimalValues:

@@ -6,6 +6,7 @@ import itertools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from jaxalign import main
 from jaxalign import making
 from jaxalign import masked
 from jaxalign import recipe as recipe_lib
+from jaxalign import returns
 from jaxalign import rollouts
 from jaxalign import sampling
 from jaxalign import sharding
@@ -66,13 +68,13 @@ def prompts(loaded, tmp_path_factory):
 
 @pytest.fixture
 def make(loaded, prompts, tmp_path):
-  def made(options=OPTIONS, packing=PACKING, folder=tmp_path / 'rollouts'):
+  def made(options=OPTIONS, packing=PACKING, folder=tmp_path / 'rollouts', texts=None):
     packing = iterations.packing_of(options, packing)
     iterations.check_fit(options, prompts[0], packing, loaded.model.config.max_length)
     shared = {'tokenizer': loaded.tokenizer, 'mesh': MESH, 'seed': 0, 'packing': packing}
     models = rollouts.Models(loaded.model, None, loaded.model)
     maker = making.Maker(options, *prompts, weights=[1.0], models=models, **shared)
-    return iterations.Iterations(options, maker, folder=folder, **shared)
+    return iterations.Iterations(options, maker, folder=folder, texts=texts, **shared)
 
   return made
 
@@ -199,6 +201,15 @@ class TestAhead:
 
 class TestTexts:
 
+  def test_are_a_part_of_every_update(self, make, loaded, prompts):
+    options = dataclasses.replace(OPTIONS, minibatches=2, epochs=2, texts=1, texts_data='own', texts_fn=of_vowels)
+    found = taken(make(options, texts=prompts[0]), loaded, 4)
+    for _, batch in found:
+      is_text = batch.labels_BT['is_text'] * batch.mask_BT
+      assert float(jnp.sum(is_text)) == 1  # of a prompt one token counts
+      assert float(jnp.sum(batch.mask_BT)) > 12
+      assert not np.any(batch.labels_BT['advantages'] * is_text)
+
   def test_stand_in_groups_of_their_own_beside_what_was_sampled(self):
     sampled = examples.Sequence(np.arange(5), np.arange(5) > 2, {'advantages': np.ones(2, np.float32)})
     text = examples.Sequence(np.arange(4), np.arange(4) > 0, {})
@@ -264,16 +275,22 @@ class TestMaker:
         [line['labels']['optimal_value'] for line in lines], 12.0, rtol=1e-6
     )  # none ends so soon
 
-  def test_gives_what_models_make_of_tokens(self, make, loaded, tmp_path):
+  @pytest.mark.parametrize('draw', [{}, {'temperature': 0.7, 'top_p': 0.8}])
+  def test_gives_what_models_make_of_tokens(self, make, loaded, tmp_path, draw):
     def told(rewards_GK, logps_BT, log_ratio_BT, rows):
       return {'advantages': logps_BT, 'ratio': log_ratio_BT, 'length': masked.totals(rows.mask_BT, rows)}
 
-    taken(make(dataclasses.replace(OPTIONS, advantage_fn=told)), loaded, 1)
+    taken(make(dataclasses.replace(OPTIONS, advantage_fn=told, **draw)), loaded, 1)
     for line in kept(tmp_path, 0):
       np.testing.assert_allclose(line['token_labels']['advantages'], line['sampler_logps'], atol=1e-4)
       np.testing.assert_allclose(line['token_labels']['ratio'], np.zeros(len(line['ids'])), atol=1e-6)
       assert line['labels']['length'] == len(line['ids'])
       assert abs(line['labels']['kl']) < 1e-5
+
+  def test_says_that_no_reward_tells_of_tokens(self, make, loaded):
+    options = dataclasses.replace(OPTIONS, advantage_fn=returns.process_supervised)
+    with pytest.raises(types.UsageError, match='no --reward says anything of the tokens that were sampled'):
+      taken(make(options), loaded, 1)
 
   def test_does_not_train_on_what_was_cut(self, make, loaded, tmp_path):
     ((_, batch),) = taken(make(dataclasses.replace(OPTIONS, mask_truncated=True)), loaded, 1)
@@ -288,6 +305,8 @@ class TestOptions:
       [
           ({'samples': 0}, 'rollouts.Options.samples = 0: it must be at least 1'),
           ({'minibatches': 3}, 'rollouts.Options.minibatches = 3: it must divide the 2 prompts of a rollout'),
+          ({'max_kl': 0.1}, 'max_kl = 0.1: a rollout has a single update, before which nothing moved'),
+          ({'top_p': 1.5}, 'top_p = 1.5: it must be above 0 and at most 1'),
           ({'ref_samples': 2}, 'ref_samples = 2: rollouts.Options.advantage_fn reads none of the reference'),
           ({'temperature': 0.0}, 'rollouts.Options.temperature = 0.0: it must be above 0, or nothing varies'),
       ],

@@ -92,9 +92,22 @@ def with_pretraining(policy, ref, labels, *, state=(), loss: Loss, weight: float
   References:
     Ouyang et al., 2022, https://arxiv.org/abs/2203.02155, Eq. 2.
   """
-  out, is_text_BT = loss(policy, ref, labels, state=state), labels['is_text']
+  is_text_BT = labels['is_text']
+  # Nobody sampled them, so that there is no ratio to speak of.
+  old_BT = jnp.where(is_text_BT > 0, jax.lax.stop_gradient(policy.logps_BT), labels['old_logps'])
+  out = loss(policy, ref, _Labels(labels, old_BT), state=state)
   loss_BT = jnp.where(is_text_BT > 0, -weight * policy.logps_BT, out.per_item)
   return types.LossOut(loss_BT, dict(out.metrics) | {'texts/tokens': is_text_BT}, out.state)
+
+
+class _Labels:
+  """Labels, but for old log-probabilities; what is read of them is read of the labels."""
+
+  def __init__(self, labels, old_BT: types.Array):
+    self._labels, self._old_BT = labels, old_BT
+
+  def __getitem__(self, name: str) -> types.Array:
+    return self._old_BT if name == 'old_logps' else self._labels[name]
 
 
 def adaptive(
@@ -113,7 +126,8 @@ def adaptive(
 
     loss_t = loss'_t + c beta kl(log pi_t - log ref_t),    c <- c (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)
 
-  KL is the mean over the n responses of a step of the summed log-ratio to the reference, in nats. With beta 0 the
+  KL is the mean over the n responses of a step of the summed log-ratio to the reference, in nats. Every step counts:
+  with several epochs multiply the horizon by them. With beta 0 the
   coefficient is that of `advantages` with the divergence in the reward, and KL the label `kl` that comes with them.
 
   Args:

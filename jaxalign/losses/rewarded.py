@@ -24,6 +24,8 @@ def rebel(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
     Gao et al., 2024, https://arxiv.org/abs/2404.16767, Algorithm 1.
   """
   del ref
+  if labels['score'].shape[1] != 2:
+    raise types.UsageError(f'rebel compares two responses to a prompt, and there are {labels["score"].shape[1]}')
   z_GK = masked.totals(policy.logps_BT - labels['old_logps'], policy.rows)
   gap_G = labels['score'][:, 0] - labels['score'][:, 1]
   margin_G = beta * (z_GK[:, 0] - z_GK[:, 1])

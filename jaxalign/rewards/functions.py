@@ -191,6 +191,15 @@ def _loaded(path: str, name: str, fail: Callable[[str], Exception]) -> Callable:
   return fn
 
 
+def check_names(rewards: Sequence[Reward | modelled.Model]) -> list[str]:
+  """The names of rewards; UsageError where two have the same."""
+  names = [reward.name for reward in rewards]
+  twice = [name for name in names if names.count(name) > 1]
+  if twice:
+    raise types.UsageError(f'--reward={twice[0]}: it is given twice; give it once, with the sum of the weights')
+  return names
+
+
 class Panel(contextlib.AbstractContextManager):
   """Rewards with their processes, which live as long as the context."""
 
@@ -212,10 +221,7 @@ class Panel(contextlib.AbstractContextManager):
     Raises:
       UsageError: two have the same name.
     """
-    names = [reward.name for reward in rewards]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-      raise types.UsageError(f'--reward={twice[0]}: it is given twice; give it once, with the sum of the weights')
+    names = check_names(rewards)
     self._names, self._scorers, self._together = names, dict(scorers), together
     self._functions = [reward for reward in rewards if isinstance(reward, Reward)]
     self._is_first = not together or jax.process_index() == 0
