@@ -24,7 +24,6 @@ class Rule(NamedTuple):
     top_p: of these keep the fewest whose probability reaches p. Holtzman et al., 2019, https://arxiv.org/abs/1904.09751.
     min_p: keep those that have at least this share of the most probable one's probability; 0 keeps all. Nguyen et al.,
       2024, https://arxiv.org/abs/2407.01082.
-    told_at: the temperature of the log-probabilities that are told beside those of the draw.
   """
 
   temperature: float = 1.0
@@ -32,7 +31,6 @@ class Rule(NamedTuple):
   top_p: float = 1.0
   min_p: float = 0.0
   repetition_penalty: float = 1.0
-  told_at: float = 1.0
 
   def check(self) -> None:
     """Raises UsageError where a value has no meaning."""
@@ -42,7 +40,6 @@ class Rule(NamedTuple):
         'top_p': ('above 0 and at most 1', 0 < self.top_p <= 1),
         'min_p': ('from 0 to 1', 0 <= self.min_p <= 1),
         'repetition_penalty': ('above 0', self.repetition_penalty > 0),
-        'told_at': ('above 0', self.told_at > 0),
     }
     for name, (what, is_right) in wanted.items():
       if not is_right:

@@ -36,6 +36,7 @@ class Program(NamedTuple):
     stop_ids: tokens that end a response.
     process: see `sampling.Guidance`; None without guidance.
     cache_dtype: of keys and values; None for that of each model.
+    told_at: the temperature of the log-probabilities that are told beside those of the draw.
   """
 
   models: tuple[transformer.Transformer, ...]
@@ -43,6 +44,7 @@ class Program(NamedTuple):
   stop_ids: tuple[int, ...]
   process: Callable[..., types.Array] | None = None
   cache_dtype: str | None = None
+  told_at: float = 1.0
 
 
 @struct.dataclass
@@ -281,7 +283,7 @@ def _write_one(program: Program, params, row_keys, rows: Rows) -> Rows:
     logits_BV = choosing.penalise(program.rule, logits_BV, rows.seen_BV)
   uniform_B = jax.vmap(lambda key, count: jax.random.uniform(jax.random.fold_in(key, count)))(row_keys, rows.counts_B)
   token_B, processed_B = choosing.choose(program.rule, logits_BV, uniform_B)
-  told_BV = raw_BV / program.rule.told_at
+  told_BV = raw_BV / program.told_at
   logp_B = jnp.take_along_axis(told_BV, token_B[:, None], axis=1)[:, 0] - jax.nn.logsumexp(told_BV, axis=1)
   # What has ended writes beyond the end, where all is lost.
   place_B = jnp.where(rows.done_B, rows.tokens_BN.shape[1], rows.counts_B)

@@ -108,6 +108,7 @@ def sample(
     stop: Stop | None = None,
     guidance: Guidance | None = None,
     cache_dtype: str | None = None,
+    told_at: float = 1.0,
     rows: int = 128,
     watch: Callable[[int, list[int]], None] | None = None,
     **rule: Any,
@@ -130,9 +131,10 @@ def sample(
     stop: texts that do.
     guidance: what else shapes the draw.
     cache_dtype: 'int8' keeps keys and values in 8 bits; None in the precision of each model.
+    told_at: the temperature of the log-probabilities that are told beside those of the draw.
     rows: responses that are written at once; more where the mesh does not divide them.
     watch: called with the number of a response (i * n + k) and its tokens so far, every few tokens.
-    **rule: temperature, top_k, top_p, min_p, repetition_penalty and told_at, see `choosing.Rule`.
+    **rule: temperature, top_k, top_p, min_p and repetition_penalty, see `choosing.Rule`.
 
   Returns:
     The n responses to the first prompt, then those to the next, on every process.
@@ -141,6 +143,7 @@ def sample(
     UsageError: a number has no meaning, or a guide has another vocabulary.
   """
   program, models_params, guides_prompts = _opened(model, params, stop_ids, guidance, cache_dtype, rule)
+  program = program._replace(told_at=told_at)
   if not prompts:
     return []
   return _Run(

@@ -486,7 +486,7 @@ class TestRewards:
 
   def test_run_as_the_readme_says(self, call, tmp_path):
     text = (pathlib.Path(__file__).parents[1] / 'README.md').read_text(encoding='utf-8')
-    blocks = re.findall(r'^```\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r'^```\w*\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
     (code,) = [block for block in blocks if block.startswith('# my_rewards.py')]
     (tmp_path / 'my_rewards.py').write_text(code)
     (commands,) = [
