@@ -115,9 +115,7 @@ def sample(
 ) -> list[Sampled]:
   """Samples responses to each prompt.
 
-  The token at position t of the k-th response to prompt i is drawn with one uniform number that depends on
-  (seed, requests[i] * n + k, t) alone, so the same ids come out whatever the number of rows, the order of prompts and
-  how they are split over calls. A prompt is read once for all its responses.
+  A uniform number depends on (seed, requests[i] * n + k, position) alone: order, rows and calls change no id.
 
   Args:
     model: any model with a language-model head.
@@ -142,8 +140,7 @@ def sample(
   Raises:
     UsageError: a number has no meaning, or a guide has another vocabulary.
   """
-  program, models_params, guides_prompts = _opened(model, params, stop_ids, guidance, cache_dtype, rule)
-  program = program._replace(told_at=told_at)
+  program, models_params, guides_prompts = _opened(model, params, stop_ids, guidance, cache_dtype, told_at, rule)
   if not prompts:
     return []
   return _Run(
@@ -160,7 +157,7 @@ def sample(
   ).all()
 
 
-def _opened(model, params, stop_ids, guidance: Guidance | None, cache_dtype, rule) -> tuple:
+def _opened(model, params, stop_ids, guidance: Guidance | None, cache_dtype, told_at, rule) -> tuple:
   """The program, parameters of each model, and the prompts of the guides; see `sample`."""
   rule = choosing.Rule(**rule)
   rule.check()
@@ -171,7 +168,7 @@ def _opened(model, params, stop_ids, guidance: Guidance | None, cache_dtype, rul
   if len(sizes) > 1:
     raise types.UsageError(f'models that guide each other have one vocabulary; these have {sorted(sizes)} tokens')
   models = tuple(map(_prepared, models))
-  program = decoding.Program(models, rule, tuple(stop_ids), guidance.process, cache_dtype)
+  program = decoding.Program(models, rule, tuple(stop_ids), guidance.process, cache_dtype, told_at)
   prepared: list[types.PyTree] = [decoding.prepare(models[0], params)]
   for its_model, guide in zip(models[1:], guidance.guides, strict=True):
     # The policy may guide itself, behind another prompt.
