@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxalign import types
 from jaxalign.rewards import calling
+from jaxalign.rewards import functions
 
 FIELDS = ('rewards_N', 'texts', 'tokens')
 
@@ -115,11 +116,7 @@ def _parsed(texts: Sequence[str], parser: str) -> list:
   fail = lambda problem: types.UsageError(f'candidates.vote.parser = {parser!r}: {problem}')
   if not path or not name:
     raise fail('write MODULE:FUNCTION or path/to/file.py:FUNCTION')
-  try:
-    parse = calling.load(path, name)
-  except Exception as err:  # Whatever the user's module raises when it is imported.
-    raise fail(' '.join(f'{type(err).__name__}: {err}'.split())) from err
-  answers = []
+  parse, answers = functions.loaded(path, name, fail), []
   for text in texts:
     try:
       answers.append(parse(text))

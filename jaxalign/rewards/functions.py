@@ -147,7 +147,7 @@ def parse(spec: str, *, flag: str = 'reward') -> Reward | modelled.Model:
     raise fail(f'processes={processes!r}: it is a whole number from 0 on')
   if timeout is not None and (type(timeout) not in (int, float) or not 0 < timeout < math.inf):
     raise fail(f'timeout={timeout!r}: it is a number of seconds above 0')
-  fn = _loaded(path, name, fail)
+  fn = loaded(path, name, fail)
   try:
     names, _, takes_any = calling.parameters(fn)
   except (ValueError, TypeError) as err:
@@ -174,7 +174,8 @@ def _literals(text: str) -> dict[str, Any]:
   return found
 
 
-def _loaded(path: str, name: str, fail: Callable[[str], Exception]) -> Callable:
+def loaded(path: str, name: str, fail: Callable[[str], Exception]) -> Callable:
+  """A function by its module or path/to/file.py and its name; raises what `fail` makes of why there is none."""
   if path.endswith('.py') and not os.path.isfile(path):
     raise fail(f'there is no file {path}')
   try:
