@@ -9,7 +9,7 @@ from jaxalign import types
 from jaxalign import vocab
 from jaxalign.models import transformer
 
-_BLOCK = 128  # tokens whose probabilities are added up first; it divides the padded vocabulary
+_BLOCK = 128  # tokens that are looked at as one first; it divides the padded vocabulary
 
 
 class Rule(NamedTuple):
@@ -77,7 +77,7 @@ def choose(rule: Rule, logits_BV, uniform_B) -> tuple[types.Array, types.Array]:
     return jnp.argmax(logits_BV, axis=1).astype(jnp.int32), jnp.zeros_like(uniform_B)
   kept_BC, ids_BC = logits_BV / rule.temperature, None
   if 0 < rule.top_k < kept_BC.shape[1]:
-    kept_BC, ids_BC = jax.lax.top_k(kept_BC, rule.top_k)
+    kept_BC, ids_BC = _top_k(kept_BC, rule.top_k)
     # By their ids, so that two that are almost as likely do not change places by rounding.
     ids_BC, kept_BC = jax.lax.sort((ids_BC, kept_BC), num_keys=1)
   if 0 < rule.top_p < 1:
@@ -94,6 +94,19 @@ def choose(rule: Rule, logits_BV, uniform_B) -> tuple[types.Array, types.Array]:
   logp_B = jnp.take_along_axis(kept_BC, place_B1, axis=1)[:, 0] - jax.nn.logsumexp(kept_BC, axis=1)
   token_B1 = place_B1 if ids_BC is None else jnp.take_along_axis(ids_BC, place_B1, axis=1)
   return token_B1[:, 0].astype(jnp.int32), logp_B
+
+
+def _top_k(x_BC, k: int):
+  """What `jax.lax.top_k` finds, equal values aside: the k largest lie in the k blocks with the largest maxima."""
+  B, C = x_BC.shape
+  if C % _BLOCK or k >= C // _BLOCK:
+    return jax.lax.top_k(x_BC, k)
+  x_BnK = x_BC.reshape(B, C // _BLOCK, _BLOCK)
+  _, blocks_Bk = jax.lax.top_k(jnp.max(x_BnK, axis=2), k)
+  blocks_Bk = jnp.sort(blocks_Bk, axis=1)
+  of_blocks = jnp.take_along_axis(x_BnK, blocks_Bk[:, :, None], axis=1).reshape(B, k * _BLOCK)
+  top_Bk, places_Bk = jax.lax.top_k(of_blocks, k)
+  return top_Bk, jnp.take_along_axis(blocks_Bk, places_Bk // _BLOCK, axis=1) * _BLOCK + places_Bk % _BLOCK
 
 
 def _place(logits_BC, uniform_B):

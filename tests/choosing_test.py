@@ -43,7 +43,7 @@ CASES = [
 
 class TestChoose:
 
-  @pytest.mark.parametrize('columns', [20, 256])  # one block, and several with padding
+  @pytest.mark.parametrize('columns', [20, 256, 1280])  # one block, few and more than k, with padding
   @pytest.mark.parametrize('options,wanted', CASES, ids=[str(options) for options, _ in CASES])
   def test_chooses_each_token_as_often_as_it_is_probable(self, options, wanted, columns):
     rows = np.full((N, columns), -1e30, np.float32)
