@@ -103,7 +103,7 @@ def normalise_then_sum(rewards_RGK, valid_RGK, *, weights_R, ddof: int = 1, epsi
   """
   each_RGK = jax.vmap(lambda *of: group_norm(*of, ddof=ddof, epsilon=epsilon))(rewards_RGK, valid_RGK)
   valid_GK = jnp.max(valid_RGK, axis=0)
-  return _normalised(jnp.tensordot(weights_R, each_RGK, axes=1), valid_GK, None, ddof, epsilon)
+  return _normalised(jnp.tensordot(weights_R, each_RGK, axes=1, precision='highest'), valid_GK, None, ddof, epsilon)
 
 
 def whitened(x, mask, *, ddof: int = 1, epsilon: float = 1e-8) -> types.Array:

@@ -51,7 +51,8 @@ def logits(model: transformer.Transformer, params: types.PyTree, hidden_BD) -> t
   # Of the embedding as it is: transposed, XLA for CPUs would copy it at each step.
   head, width = (params['head'], 0) if 'head' in params else (params['embed'], 1)
   axes = (((1,), (width,)), ((), ()))
-  raw_BV = jax.lax.dot_general(hidden_BD, head.astype(model.dtype), axes, preferred_element_type=jnp.float32)
+  exactly = {'precision': types.precision(hidden_BD), 'preferred_element_type': jnp.float32}
+  raw_BV = jax.lax.dot_general(hidden_BD, head.astype(model.dtype), axes, **exactly)
   raw_BV = vocab.soften(raw_BV, model.config.final_softcap)
   return jnp.where(jnp.arange(raw_BV.shape[1])[None, :] < model.config.vocab_size, raw_BV, vocab.MASKED_LOGIT)
 

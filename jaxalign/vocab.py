@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import sharding
+from jaxalign import types
 
 MASKED_LOGIT = -1e30  # finite, so that 0 * logit is 0
 
@@ -92,7 +93,7 @@ def columns(axes: Axes, width: int):
 
 def logits(axes: Axes, output: Output, hidden, head):
   """Float32 logits `[c, v]` of a chunk on this device's part of the vocabulary, very low where it is padding."""
-  raw = soften(jax.lax.dot(hidden, head, preferred_element_type=jnp.float32), output.softcap)
+  raw = soften(_product(hidden, head, (1, 0)), output.softcap)
   return jnp.where(columns(axes, head.shape[1]) < output.vocab_size, raw, MASKED_LOGIT)
 
 
@@ -128,6 +129,10 @@ def pull_back(logits, d_logits, hidden, head, softcap: float):
   if softcap:  # (c tanh(x / c))' = 1 - tanh^2, which is 0 for padding
     d_logits *= 1.0 - jnp.square(jnp.maximum(logits / softcap, -1.0))
   d_logits = d_logits.astype(hidden.dtype)
-  d_hidden = jax.lax.dot_general(d_logits, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-  d_head = jax.lax.dot_general(hidden, d_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-  return d_hidden, d_head
+  return _product(d_logits, head, (1, 1)), _product(hidden, d_logits, (0, 0))
+
+
+def _product(a, b, axes: tuple[int, int]):
+  """Float32 sums over one axis of each."""
+  over = ((axes[:1], axes[1:]), ((), ()))
+  return jax.lax.dot_general(a, b, over, precision=types.precision(a), preferred_element_type=jnp.float32)

@@ -5,6 +5,7 @@ cudnn   fused, with a dense mask; NVIDIA GPUs, 16-bit floats
 splash  Pallas kernel that skips what the mask rules out; TPUs
 """
 
+import functools
 import math
 from typing import Literal
 from typing import NamedTuple
@@ -132,14 +133,15 @@ def heads_first(q_BTNH, k_BKHS, v_BKSH, allowed_BTS, how: How):
   K, S = v_BKSH.shape[1:3]
   R = N // K
   q = q_BTNH.reshape(B, T, K, R, H).transpose(0, 2, 3, 1, 4).reshape(B, K, R * T, H)
-  logits = jnp.matmul(q, k_BKHS, preferred_element_type=jnp.float32).reshape(B, K, R, T, S) * how.scale
+  product = functools.partial(jnp.matmul, precision=types.precision(q), preferred_element_type=jnp.float32)
+  logits = product(q, k_BKHS).reshape(B, K, R, T, S) * how.scale
   if how.softcap:
     logits = how.softcap * jnp.tanh(logits / how.softcap)
   logits = jnp.where(allowed_BTS[:, None, None], logits, _OUT)
   exp = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
   total = jnp.sum(exp, axis=-1)
   # Divided after the product: H numbers a query instead of S.
-  out = jnp.matmul(exp.astype(v_BKSH.dtype).reshape(B, K, R * T, S), v_BKSH, preferred_element_type=jnp.float32)
+  out = product(exp.astype(v_BKSH.dtype).reshape(B, K, R * T, S), v_BKSH)
   out = out.reshape(B, K, R, T, H) / total[..., None]
   return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
 

@@ -49,7 +49,9 @@ def feed_forward(
 
 def _mix(x_ND, router_DE, gate_EDF, up_EDF, down_EFD, *, config: architecture.Config, act: Callable):
   k = config.experts_per_token
-  p_NE = jax.nn.softmax(jnp.matmul(x_ND, router_DE, preferred_element_type=jnp.float32), axis=-1)
+  precision = types.precision(x_ND)
+  logits_NE = jnp.matmul(x_ND, router_DE, precision=precision, preferred_element_type=jnp.float32)
+  p_NE = jax.nn.softmax(logits_NE, axis=-1)
   weights_Nk, experts_Nk = jax.lax.top_k(p_NE, k)
   if config.normalise_experts:
     weights_Nk = weights_Nk / jnp.sum(weights_Nk, axis=-1, keepdims=True)
@@ -57,7 +59,7 @@ def _mix(x_ND, router_DE, gate_EDF, up_EDF, down_EFD, *, config: architecture.Co
   tokens = order // k
   sizes_E = jnp.bincount(experts_Nk.reshape(-1), length=config.num_experts).astype(jnp.int32)
   read = jnp.take(x_ND, tokens, axis=0)
-  hidden = act(jax.lax.ragged_dot(read, gate_EDF, sizes_E)) * jax.lax.ragged_dot(read, up_EDF, sizes_E)
-  said = jax.lax.ragged_dot(hidden, down_EFD, sizes_E)
+  product = lambda x, weight: jax.lax.ragged_dot(x, weight, sizes_E, precision=precision)
+  said = product(act(product(read, gate_EDF)) * product(read, up_EDF), down_EFD)
   said = said * weights_Nk.reshape(-1)[order][:, None].astype(said.dtype)
   return jnp.zeros_like(x_ND).at[tokens].add(said)

@@ -89,7 +89,8 @@ def _einsum(spec: str, x_BT, weight):
   """
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty and sharding.parts(mesh, 'length') > 1:
-    return jnp.einsum(spec, x_BT, weight)
+    return jnp.einsum(spec, x_BT, weight, precision=types.precision(x_BT))
   B, T = x_BT.shape[:2]
-  out = jnp.einsum(spec.replace('BT', 'T'), x_BT.reshape(B * T, *x_BT.shape[2:]), weight)
+  flat = x_BT.reshape(B * T, *x_BT.shape[2:])
+  out = jnp.einsum(spec.replace('BT', 'T'), flat, weight, precision=types.precision(x_BT))
   return out.reshape(B, T, *out.shape[1:])

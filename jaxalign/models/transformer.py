@@ -183,7 +183,8 @@ def apart(params: types.PyTree, config: architecture.Config) -> types.PyTree:
 
 def scores(params: types.PyTree, hidden_BTD: types.Array) -> types.Array:
   """What the head that scores makes of hidden states, `[B, T, outputs]` float32."""
-  found_BTO = jnp.einsum('BTD,DO->BTO', hidden_BTD.astype(jnp.float32), params['score'].astype(jnp.float32))
+  wide_BTD, head_DO = hidden_BTD.astype(jnp.float32), params['score'].astype(jnp.float32)
+  found_BTO = jnp.einsum('BTD,DO->BTO', wide_BTD, head_DO, precision='highest')
   return found_BTO + params['score_bias'][None, None, :] if 'score_bias' in params else found_BTO
 
 
