@@ -84,6 +84,18 @@ class Credit:
     wanted = self.reads | {'rows', 'valid_GK'}
     return {name: np.asarray(x) for name, x in self._made({name: fields[name] for name in wanted}).items()}
 
+  def compares(self, rewards: int) -> bool:
+    """Whether a response without others to the same prompt has the advantage 0, whatever its rewards are.
+
+    Args:
+      rewards: R.
+    """
+    random = np.random.default_rng(0)
+    fields = jax.tree.map(lambda x: jnp.asarray(random.uniform(1, 2, x.shape), x.dtype), self._shapes(1, rewards))
+    fields['rows'] = rows([3, 3], 1, 3)
+    made = self._make(fields)
+    return made.keys() == {'advantages'} and not np.any(made['advantages'])
+
   def names(self, samples: int, rewards: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the labels that it makes of responses, and of tokens.
 
@@ -94,21 +106,24 @@ class Credit:
     Raises:
       UsageError: it reads more rewards than there are.
     """
-    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)
-    fields: dict[str, Any] = {name: shape(2, samples) for name in FIELDS if name.endswith('_GK')}
-    fields |= {name: shape(2 * samples, 3) for name in FIELDS if name.endswith('_BT')}
-    fields |= {'greedy_G': shape(2), 'ref_rewards_GN': shape(2, 2), 'rewards_RGK': shape(rewards, 2, samples)}
-    fields['valid_RGK'] = shape(rewards, 2, samples)
-    fields |= {'weights_R': shape(rewards), 'rows': rows([1] * 2 * samples, samples, 3), 'loss_state': ()}
     try:
       with tracing.checked_indices():
-        made = jax.eval_shape(self._make, fields)
+        made = jax.eval_shape(self._make, self._shapes(samples, rewards))
     except IndexError as err:
       raise types.UsageError(
           f'rollouts.Options.advantage_fn reads more rewards than the {rewards} that there are; give another --reward'
       ) from err
     of_tokens = tuple(sorted(name for name, x in made.items() if name == 'advantages' or x.shape != (2, samples)))
     return tuple(sorted(made.keys() - set(of_tokens))), of_tokens
+
+  def _shapes(self, samples: int, rewards: int) -> dict[str, Any]:
+    """All fields of two prompts and three tokens."""
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)
+    fields: dict[str, Any] = {name: shape(2, samples) for name in FIELDS if name.endswith('_GK')}
+    fields |= {name: shape(2 * samples, 3) for name in FIELDS if name.endswith('_BT')}
+    fields |= {name: shape(rewards, 2, samples) for name in FIELDS if name.endswith('_RGK')}
+    fields |= {'greedy_G': shape(2), 'ref_rewards_GN': shape(2, 2), 'weights_R': shape(rewards)}
+    return fields | {'rows': rows([1] * 2 * samples, samples, 3), 'loss_state': ()}
 
 
 def rows(lengths: Sequence[int], samples: int, width: int) -> types.Rows:

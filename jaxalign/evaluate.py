@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import math
-import pathlib
 from typing import Any
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxalign import checkpoint
+from jaxalign import choosing
 from jaxalign import environments
 from jaxalign import episodes
 from jaxalign import forward
@@ -56,6 +56,7 @@ class Samples:
     prefix: what asks for a good response where training wrote tags before prompts: it is put before each of `prompts`,
       and of held-out data those are taken that begin with it.
     suffix: the same behind each prompt.
+    ways: how else tokens are drawn, as in the rollouts of the run, see `rollouts.Options.ways`; nothing binds it.
   """
 
   prompts: Callable[[], Sequence[str]] | None = None
@@ -68,6 +69,7 @@ class Samples:
   shown: int = 8
   prefix: str = ''
   suffix: str = ''
+  ways: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     for k in self.pass_at:
@@ -119,9 +121,9 @@ def sample(
 
   Returns:
     metrics: `reward`, `reward_std` and `pass@K` where rewards do not abstain throughout, `distinct_2` (distinct token
-      pairs over all pairs, low where a model repeats itself), `mean_length` in tokens; with `ref_logps` and temperature
-      1 `kl`, the mean over the responses of log policy - log reference in nats, which estimates KL(policy ||
-      reference), with its standard error; and the first response to the first `shown` prompts.
+      pairs over all pairs, low where a model repeats itself), `mean_length` in tokens; with `ref_logps`, temperature 1
+      and no token ruled out `kl`, the mean over the responses of log policy - log reference in nats, which estimates
+      KL(policy || reference), with its standard error; and the first response to the first `shown` prompts.
   """
   stop_ids = prompts_lib.stop_ids(tokenizer, prompts[0].is_chat, world.template if world is not None else None)
   assert samples.max_new_tokens is not None
@@ -134,13 +136,15 @@ def sample(
       temperature=samples.temperature,
       seed=seed + turn,
       stop_ids=stop_ids,
+      **samples.ways,
   )
   drawn = environments.respond(world, prompts, samples.per_prompt, tokenizer, draw)
   ids = [one.ids for one in drawn]
   values = {'distinct_2': rules.distinct(2, ids), 'mean_length': float(np.mean([len(one.logps) for one in drawn]))}
   responses, given = verdicts.responses(prompts, tokenizer, drawn), environments.rewards_of(drawn)
   values |= verdicts.measured(rewards, how, samples.pass_at, responses, len(prompts), given, scorers())
-  if ref_logps is not None and samples.temperature == 1:
+  rule = choosing.Rule(samples.temperature, **{k: x for k, x in samples.ways.items() if k in choosing.Rule._fields})
+  if ref_logps is not None and rule == choosing.Rule():
     own = np.array([np.sum(one.logps, dtype=np.float64) for one in drawn])
     gaps = own - ref_logps([one.ids for one in prompts for _ in range(samples.per_prompt)], drawn)
     values |= {'kl': float(gaps.mean()), 'kl_stderr': float(gaps.std() / math.sqrt(len(gaps)))}
@@ -255,7 +259,8 @@ class Evaluator:
       specs = sources.parse_all(job.eval_data) if streams.asked is not None else []
       records = [sources.open_source(spec, job.data_dir) for spec in specs]
       most = samples.max_new_tokens or (64 if recipe.rollouts is None else recipe.rollouts.max_new_tokens)
-      self._samples = dataclasses.replace(samples, max_new_tokens=most)
+      ways = recipe.rollouts.ways(tokenizer) if recipe.rollouts is not None else {}
+      self._samples = dataclasses.replace(samples, max_new_tokens=most, ways=ways)
       longest = most if self._world is None else self._world.longest(most)
       self._prompts = prompts_of(samples, tokenizer, streams.asked, records, model.config.max_length - longest)
       self._rewards = _rewards(samples, recipe)
@@ -339,11 +344,3 @@ def evaluate(
     evaluator = Evaluator(job, recipe, loaded.model, loaded.tokenizer, streams, samples, counter, {}, live)
     found = evaluator.whole(loaded.params, loss_state)
   return found.held_out | {f'eval/{name}': value for name, value in found.sampled.metrics.items()}
-
-
-def write_samples(path: pathlib.Path, before: Sampled, after: Sampled) -> None:
-  """Writes samples.md: the same prompts before and after training."""
-  lines = ['# Samples before and after training', '']
-  for (prompt, old), (_, new) in zip(before.shown, after.shown):
-    lines += [f'## {" ".join(prompt.split())}', '', '**before:** ' + old.strip(), '', '**after:** ' + new.strip(), '']
-  metrics.write_text(path, '\n'.join(lines))

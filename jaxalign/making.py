@@ -110,7 +110,7 @@ class Maker:
         temperature=options.temperature,
     )
     self._run = jax.jit(run, out_shardings=sharding.named(mesh))
-    self._seconds: dict[str, float] = {}  # of the newest rollout, by what they were spent on
+    self._seconds: dict[str, float] = {}  # of the rollout in the making, by what they were spent on
 
   def make(self, panel: functions.Panel, iteration: int, params: rollouts.Params) -> episodes.Rollout:
     """The rollout of this number: samples, scores, replaces what tells nothing, and gives credit."""
@@ -120,15 +120,17 @@ class Maker:
     for turn in range(1, self._options.refill + 1):
       own = judged[OWN]
       dull = np.flatnonzero(self._judge.dull(own, samples))
-      said['rollouts/refilled'] = said.get('rollouts/refilled', 0.0) + len(dull)
+      said.setdefault('rollouts/refilled', 0.0)
       if not dull.size:
         break
       others = self._prompts_of(iteration, turn)  # As many at every turn, so that no other program is compiled.
-      name = iteration, turn
-      fresh = self._judge(
-          panel, self._all_asked(others), self._sampled(others, params.policy, self._models.policy, name, samples)
-      )
+      start, name = time.perf_counter(), (iteration, turn)
+      new_ones = self._sampled(others, params.policy, self._models.policy, name, samples)
+      start = self._spent('sampling', start)
+      fresh = self._judge(panel, self._all_asked(others), new_ones)
+      self._spent('judging', start)
       good = np.flatnonzero(~self._judge.dull(fresh, samples))
+      said['rollouts/refilled'] += min(len(dull), len(good))
       for old, new in zip(dull, good):
         drawn.chosen[old] = others[new]
         own.replace(int(old), fresh, int(new), samples)
@@ -149,14 +151,14 @@ class Maker:
         name: self._sampled(chosen, of, model, seed, count, temperature)
         for name, (model, of, count, seed, temperature) in wanted.items()
     }
-    self._seconds['time/sampling'] = time.perf_counter() - start
+    self._spent('sampling', start)
     return Drawn(chosen, responses, params.version)
 
   def judge(self, panel: functions.Panel, drawn: Drawn) -> dict[str, judging.Judged]:
     """What rewards make of them, by the same names."""
     start, asked = time.perf_counter(), self._all_asked(drawn.chosen)
     found = {name: self._judge(panel, asked, responses) for name, responses in drawn.responses.items()}
-    self._seconds['time/judging'] = time.perf_counter() - start
+    self._spent('judging', start)
     return found
 
   def finish(self, drawn: Drawn, judged: Mapping[str, judging.Judged], params: rollouts.Params) -> episodes.Rollout:
@@ -191,8 +193,15 @@ class Maker:
     made = options.credit.labels(fields)
     if options.updates > 1:
       made['old_logps'] = fields['logps_BT']
-    self._seconds['time/credit'] = time.perf_counter() - start
-    return self._labelled(dataclasses.replace(rollout, said={**rollout.said, **self._seconds}), made)
+    self._spent('credit', start)
+    spent, self._seconds = self._seconds, {}
+    return self._labelled(dataclasses.replace(rollout, said={**rollout.said, **spent}), made)
+
+  def _spent(self, what: str, start: float) -> float:
+    """Counts what this took since then; returns now."""
+    now, name = time.perf_counter(), f'time/{what}'
+    self._seconds[name] = self._seconds.get(name, 0.0) + now - start
+    return now
 
   def _fields(self, rollout: episodes.Rollout, judged: judging.Judged) -> dict[str, Any]:
     """What `credit` may read of responses without a model."""
@@ -261,12 +270,8 @@ class Maker:
           n=n,
           max_new_tokens=options.max_new_tokens,
           temperature=options.temperature if temperature is None else temperature,
-          top_k=options.top_k,
-          top_p=options.top_p,
-          min_p=options.min_p,
           told_at=options.temperature,  # as in the training program, which they are compared with
-          stop=sampling.Stop(options.stop, functools.partial(self._tokenizer.decode, continuation=True)),
-          cache_dtype=options.cache_dtype,
+          **options.ways(self._tokenizer),
           seed=_seed(self._seed, (*name, 'turn', turn) if turn else name),
           stop_ids=self._stop_ids,
       )

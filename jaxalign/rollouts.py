@@ -12,6 +12,7 @@ from jaxalign import credit as credit_lib
 from jaxalign import environments
 from jaxalign import sampling
 from jaxalign import types
+from jaxalign.data import tokenizers
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
 from jaxalign.rewards import modelled
@@ -91,7 +92,7 @@ class Options:
           'rollouts.Options.rewards: nothing scores the responses; give --reward=MODULE:FUNCTION or DIR'
       )
     functions.check_how(self.combine)
-    for name in ('prompts', 'samples', 'max_new_tokens', 'epochs', 'minibatches'):
+    for name in ('prompts', 'samples', 'max_new_tokens', 'epochs', 'minibatches', 'turns', 'observation_tokens'):
       if getattr(self, name) < 1:
         raise types.UsageError(f'rollouts.Options.{name} = {getattr(self, name)}: it must be at least 1')
     for name in ('ref_samples', 'refill', 'texts'):
@@ -115,6 +116,15 @@ class Options:
     if ('ref_rewards_GN' in self.credit.reads) != (self.ref_samples > 0):
       problem = f'rollouts.Options.advantage_fn reads {"none" if self.ref_samples else "responses"} of the reference'
       raise types.UsageError(f'rollouts.Options.ref_samples = {self.ref_samples}: {problem}')
+    reads = self.credit.reads
+    if self.combine != 'sum' and 'rewards_RGK' in reads and not reads & {'rewards_GK', 'outcomes_GK'}:
+      problem = 'rollouts.Options.advantage_fn reads each reward, and combines them itself; leave it out'
+      raise types.UsageError(f'rollouts.Options.combine = {self.combine!r}: {problem}')
+    if self.samples == 1 and self.credit.compares(len(self.rewards) + bool(self.environment)):
+      problem = (
+          'rollouts.Options.advantage_fn compares the responses to a prompt, and of one makes 0; it takes 2 or more'
+      )
+      raise types.UsageError(f'rollouts.Options.samples = 1: {problem}')
     if self.refill and self.credit.reads & {'greedy_G', 'ref_rewards_GN'}:
       problem = 'prompts are replaced only where nothing else is sampled to them; leave one of both out'
       raise types.UsageError(f'rollouts.Options.refill = {self.refill}: {problem}')
@@ -135,6 +145,12 @@ class Options:
     """The environment, None where there is none."""
     limits = {'turns': self.turns, 'observation_tokens': self.observation_tokens}
     return environments.Environment(self.environment, template=self.template, **limits) if self.environment else None
+
+  def ways(self, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+    """How tokens are drawn, temperature and length aside: arguments of `sampling.sample`."""
+    stop = sampling.Stop(self.stop, functools.partial(tokenizer.decode, continuation=True))
+    named = {name: getattr(self, name) for name in ('top_k', 'top_p', 'min_p', 'cache_dtype')}
+    return named | {'stop': stop}
 
   @property
   def longest(self) -> int:

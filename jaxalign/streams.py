@@ -226,6 +226,9 @@ def _needs_of_rollouts(recipe: recipe_lib.Recipe, options: rollouts.Options) -> 
   values = needs.fields & {'policy.scores_BTO', 'policy.values_GK'} or 'values_BT' in options.credit.reads
   if recipe.critic and not values:
     raise types.UsageError(f'recipe.Recipe.critic = {recipe.critic!r}: neither loss nor advantages read its values')
+  if options.updates > 1 and 'labels.advantages' in needs.fields and 'labels.old_logps' not in needs.fields:
+    problem = 'the loss has no ratio to the policy that sampled, which the first update changes; bind 1, or policy.ppo'
+    raise types.UsageError(f'rollouts.Options.epochs x minibatches = {options.updates}: {problem}')
   if options.texts and 'labels.is_text' not in needs.fields:
     problem = 'the loss reads no texts; put actor_critic.with_pretraining around it'
     raise types.UsageError(f'rollouts.Options.texts = {options.texts}: {problem}')

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import json
+import pathlib
 from typing import Any
 from typing import NamedTuple
 
@@ -247,6 +248,14 @@ def _show_shapes(state: step_lib.TrainState) -> None:
     logging.info('%s %s %s %s', jax.tree_util.keystr(path), x.dtype, x.shape, x.sharding.spec)
 
 
+def write_samples(path: pathlib.Path, before: evaluate.Sampled, after: evaluate.Sampled) -> None:
+  """Writes samples.md: the same prompts before and after training."""
+  lines = ['# Samples before and after training', '']
+  for (prompt, old), (_, new) in zip(before.shown, after.shown):
+    lines += [f'## {" ".join(prompt.split())}', '', '**before:** ' + old.strip(), '', '**after:** ' + new.strip(), '']
+  metrics.write_text(path, '\n'.join(lines))
+
+
 def _finish(job, state, before: evaluate.Whole, after: evaluate.Whole, tools, streams, counter) -> dict[str, Any]:
   """Writes samples.md and summary.json."""
   speed = tools.clock.mean()
@@ -271,6 +280,6 @@ def _finish(job, state, before: evaluate.Whole, after: evaluate.Whole, tools, st
     summary['collapse'] = ', '.join(tools.writer.seen)
   if jax.process_index() == 0:
     if after.sampled.shown:
-      evaluate.write_samples(job.workdir / 'samples.md', before.sampled, after.sampled)
+      write_samples(job.workdir / 'samples.md', before.sampled, after.sampled)
     metrics.write_text(job.workdir / 'summary.json', json.dumps(summary, indent=1))
   return summary

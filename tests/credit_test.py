@@ -1,5 +1,7 @@
 """What functions that give credit read, and the labels that they make."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,6 +41,21 @@ class TestCredit:
     np.testing.assert_allclose(found['kl'], [[0.6, -1.0]], rtol=1e-6)
     np.testing.assert_allclose(found['returns'], [[1 - 0.06, 1 - 0.04, 0], [3 + 0.1, 0, 0]], rtol=1e-5)
     np.testing.assert_array_equal(found['values'], fields['values_BT'])
+
+  @pytest.mark.parametrize(
+      'fn,wanted',
+      [
+          (advantages.group_norm, True),
+          (advantages.leave_one_out, True),
+          (advantages.batch_norm, True),
+          (functools.partial(advantages.lagrangian), False),
+          (advantages.greedy_baseline, False),
+          (functools.partial(returns.gae, beta=0.1), False),
+          (advantages.scores, False),
+      ],
+  )
+  def test_knows_whether_a_lone_response_is_told_anything(self, fn, wanted):
+    assert credit.Credit(fn).compares(2) == wanted
 
   def test_refuses_to_read_a_reward_that_is_not_there(self):
     with pytest.raises(types.UsageError, match='reads more rewards than the 1 that there are; give another --reward'):

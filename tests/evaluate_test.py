@@ -1,6 +1,7 @@
 """Evaluation: sums over held-out batches, what is sampled and how it is judged, samples.md."""
 
 import dataclasses
+import functools
 import types as pytypes
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from jaxalign import config
 from jaxalign import evaluate
 from jaxalign import recipe as recipe_lib
+from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign import verdicts
@@ -39,12 +41,13 @@ class TestSample:
 
   def draw(self, model_and_params, tokenizer, **options):
     judge, records = options.pop('judge', None), options.pop('records', [{}, {}, {}])
+    ref_logps = options.pop('ref_logps', None)
     samples = evaluate.Samples(**({'max_new_tokens': 6, 'per_prompt': 2} | options))
     texts = ('Once upon a time', 'The cat', 'Tom')
     ids = [examples.prompt_ids(tokenizer, text) for text in texts]
     prompts = [verdicts.Prompt(one, record, f'here {n}') for n, (one, record) in enumerate(zip(ids, records))]
     rewards = [functions.Reward('judge', judge)] if judge is not None else []
-    return evaluate.sample(*model_and_params, tokenizer, samples, prompts, 1, rewards)
+    return evaluate.sample(*model_and_params, tokenizer, samples, prompts, 1, rewards, ref_logps=ref_logps)
 
   def test_judges_every_response_and_shows_the_first_of_each_prompt(self, model_and_params, tokenizer):
     judged = []
@@ -93,6 +96,19 @@ class TestSample:
     assert set(found.metrics) == {'distinct_2', 'mean_length'}
     assert 1 <= found.metrics['mean_length'] <= 6
     assert 0.5 < found.metrics['distinct_2'] <= 1
+
+  def test_draws_as_the_rollouts_of_the_run_do(self, model_and_params, tokenizer):
+    others = lambda ids, drawn: np.zeros(len(drawn))
+    draw = functools.partial(self.draw, model_and_params, tokenizer, ref_logps=others)
+    free, greedy = draw(), draw(temperature=0.0)
+    likeliest = draw(ways={'top_k': 1})
+    assert likeliest.shown == greedy.shown != free.shown
+    # Where tokens are ruled out, it is another policy than the one whose log-probabilities are told.
+    assert 'kl' in free.metrics and 'kl' not in likeliest.metrics
+    text = free.shown[0][1][1:3]
+    ended = draw(ways={'stop': sampling.Stop((text,), functools.partial(tokenizer.decode, continuation=True))})
+    assert ended.shown[0][1] == free.shown[0][1][: free.shown[0][1].index(text) + 2]
+    assert ended.metrics['mean_length'] < free.metrics['mean_length'] and 'kl' in ended.metrics
 
   def test_tells_word_loops(self, model_and_params, tokenizer):
     # Random weights with a single likely token: the greedy one, over and over.
@@ -193,13 +209,3 @@ class TestWhole:
   def test_survives_json(self):
     whole = evaluate.Whole({'eval/loss': 1.5}, evaluate.Sampled({'reward': 0.5}, [('a', 'b')]))
     assert evaluate.Whole.from_json(whole.to_json()) == whole
-
-
-class TestWriteSamples:
-
-  def test_puts_before_and_after_under_each_prompt(self, tmp_path):
-    before = evaluate.Sampled({}, [('One\nday', ' a'), ('Tom', ' b')])
-    after = evaluate.Sampled({}, [('One\nday', ' c\n'), ('Tom', ' d')])
-    evaluate.write_samples(tmp_path / 'samples.md', before, after)
-    text = (tmp_path / 'samples.md').read_text()
-    assert '## One day\n\n**before:** a\n\n**after:** c\n\n## Tom\n\n**before:** b\n\n**after:** d\n' in text

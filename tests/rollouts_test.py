@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import types as pytypes
 
 import jax
 import jax.numpy as jnp
@@ -230,6 +231,10 @@ def of_length(responses, ids):
   return [float(len(one)) for one in ids]
 
 
+def dull_of_all(responses):
+  return [1.0] * len(responses)
+
+
 def dull_of_t(responses, name):
   return [1.0 if one.startswith('T') else value for one, value in zip(name, runs.vowels(responses), strict=True)]
 
@@ -244,7 +249,9 @@ class TestMaker:
     assert 'Tom' not in names and len(names) == 4
     rewards = np.array([line['reward'] for line in kept(tmp_path, 0)]).reshape(4, 3)
     assert np.all(np.ptp(rewards, axis=1) > 0)
-    assert sampler.said[1, 0]['rollouts/refilled'] >= 1
+    said = sampler.said[1, 0]
+    assert said['rollouts/refilled'] >= 1
+    assert {'time/sampling', 'time/judging', 'time/credit'} <= said.keys()
 
   def test_compares_with_the_greedy_response(self, make, loaded, tmp_path):
     taken(make(dataclasses.replace(OPTIONS, advantage_fn=advantages.greedy_baseline)), loaded, 1)
@@ -292,6 +299,17 @@ class TestMaker:
     with pytest.raises(types.UsageError, match='no --reward says anything of the tokens that were sampled'):
       taken(make(options), loaded, 1)
 
+  def test_counts_the_time_of_all_that_was_sampled_for_a_rollout(self, make, loaded, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(making, 'time', pytypes.SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    options = dataclasses.replace(OPTIONS, rewards=('tests.rollouts_test:dull_of_all',), refill=2)
+    found = make(options)
+    taken(found, loaded, 2)
+    for place in ((1, 0), (2, 0)):  # sampled three times, and told of each rollout by itself
+      said = found.said[place]
+      assert (said['time/sampling'], said['time/judging'], said['time/credit']) == (3.0, 3.0, 1.0)
+      assert said['rollouts/refilled'] == 0.0
+
   def test_does_not_train_on_what_was_cut(self, make, loaded, tmp_path):
     ((_, batch),) = taken(make(dataclasses.replace(OPTIONS, mask_truncated=True)), loaded, 1)
     assert not any(line['finished'] or line['counted'] for line in kept(tmp_path, 0))
@@ -308,6 +326,12 @@ class TestOptions:
           ({'max_kl': 0.1}, 'max_kl = 0.1: a rollout has a single update, before which nothing moved'),
           ({'top_p': 1.5}, 'top_p = 1.5: it must be above 0 and at most 1'),
           ({'ref_samples': 2}, 'ref_samples = 2: rollouts.Options.advantage_fn reads none of the reference'),
+          ({'samples': 1}, 'samples = 1: rollouts.Options.advantage_fn compares the responses to a prompt'),
+          (
+              {'combine': 'gated', 'advantage_fn': functools.partial(advantages.normalise_then_sum)},
+              "combine = 'gated': rollouts.Options.advantage_fn reads each reward",
+          ),
+          ({'turns': 0}, 'rollouts.Options.turns = 0: it must be at least 1'),
           ({'temperature': 0.0}, 'rollouts.Options.temperature = 0.0: it must be above 0, or nothing varies'),
       ],
   )
@@ -352,6 +376,8 @@ class TestRuns:
     found = json.loads(capsys.readouterr().out)
     assert found['eval/mean_length'] == 4
     assert found['eval/kl'] != 0
+    assert main.main(['jaxalign', *args, '--gin=rollouts.Options.top_k = 2']) == 0
+    assert 'eval/kl' not in json.loads(capsys.readouterr().out)  # of what was drawn as the rollouts are
     first = runs.logged(tmp_path / 'straight')[1]
     assert (first['values'], first['objective/kl_coef'], first['val/ratio']) == (0, 1, pytest.approx(1, abs=1e-4))
     assert abs(first['objective/kl']) < 1e-4

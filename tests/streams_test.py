@@ -3,22 +3,27 @@
 import dataclasses
 import functools
 import json
+import types as pytypes
 
 import jax
 import numpy as np
 import pytest
 
+from jaxalign import advantages
 from jaxalign import metrics
 from jaxalign import objectives
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
+from jaxalign import rollouts
 from jaxalign import sharding
 from jaxalign import streams as streams_lib
 from jaxalign import types
 from jaxalign.data import examples
 from jaxalign.data import feedback
 from jaxalign.data import loader
+from jaxalign.losses import actor_critic
 from jaxalign.losses import listwise
+from jaxalign.losses import policy
 from jaxalign.losses import preference
 from jaxalign.losses import supervised
 from jaxalign.models import architecture
@@ -175,3 +180,25 @@ class TestShow:
         'packing/used',
     ]
     assert lines[-4] == 'packing/groups: 11'
+
+
+class TestRollouts:
+
+  def needs(self, loss_fn, **options):
+    """What is found of a loss without a model, for two prompts of two responses each."""
+    recipe = pytypes.SimpleNamespace(loss_fn=loss_fn, critic='', score_outputs=0)
+    made = rollouts.Options(2, 2, 4, ('tests.runs:vowels',), advantages.mean_centred, **options)
+    return streams_lib._needs_of_rollouts(recipe, made)
+
+  @pytest.mark.parametrize('options', [{'epochs': 2}, {'minibatches': 2}], ids=str)
+  def test_of_several_updates_want_a_loss_that_knows_who_sampled(self, options):
+    with pytest.raises(types.UsageError, match='epochs x minibatches = 2: the loss has no ratio'):
+      self.needs(policy.reinforce, **options)
+    assert 'labels.old_logps' in self.needs(functools.partial(policy.ppo, clip_eps=0.2), **options).fields
+    assert 'labels.advantages' in self.needs(policy.reinforce).fields
+
+  def test_of_several_updates_want_it_of_what_texts_are_put_around(self):
+    options = {'epochs': 2, 'texts': 1, 'texts_data': 'builtin:stories', 'texts_fn': print}
+    mixed = functools.partial(actor_critic.with_pretraining, loss=policy.reinforce, weight=1.0)
+    with pytest.raises(types.UsageError, match='the loss has no ratio'):
+      self.needs(mixed, **options)

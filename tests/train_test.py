@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from jaxalign import checkpoint
+from jaxalign import evaluate
 from jaxalign import loop
 from jaxalign import main
 from jaxalign import objectives
@@ -285,6 +286,16 @@ def bytes_of_a_session(folder, workdir, reference, steps):
       config=config,
   )
   return found
+
+
+class TestWriteSamples:
+
+  def test_puts_before_and_after_under_each_prompt(self, tmp_path):
+    before = evaluate.Sampled({}, [('One\nday', ' a'), ('Tom', ' b')])
+    after = evaluate.Sampled({}, [('One\nday', ' c\n'), ('Tom', ' d')])
+    train.write_samples(tmp_path / 'samples.md', before, after)
+    text = (tmp_path / 'samples.md').read_text()
+    assert '## One day\n\n**before:** a\n\n**after:** c\n\n## Tom\n\n**before:** b\n\n**after:** d\n' in text
 
 
 class TestMemory:

@@ -79,7 +79,7 @@ def with_pretraining(policy, ref, labels, *, state=(), loss: Loss, weight: float
     loss_t = loss'_t of what was sampled,    -gamma log pi_t of texts
 
   How many texts there are beside a rollout is `rollouts.Options.texts`. The average is over the tokens of both; the
-  paper adds two averages, with gamma 27.8.
+  paper adds two averages, with gamma 27.8. It goes around all others here, to which texts are no responses.
 
   Args:
     policy: read by the loss, and `logps_BT`.
@@ -93,21 +93,35 @@ def with_pretraining(policy, ref, labels, *, state=(), loss: Loss, weight: float
     Ouyang et al., 2022, https://arxiv.org/abs/2203.02155, Eq. 2.
   """
   is_text_BT = labels['is_text']
-  # Nobody sampled them, so that there is no ratio to speak of.
-  old_BT = jnp.where(is_text_BT > 0, jax.lax.stop_gradient(policy.logps_BT), labels['old_logps'])
-  out = loss(policy, ref, _Labels(labels, old_BT), state=state)
+  out = loss(_Policy(policy, is_text_BT), ref, _Labels(labels, policy), state=state)
   loss_BT = jnp.where(is_text_BT > 0, -weight * policy.logps_BT, out.per_item)
   return types.LossOut(loss_BT, dict(out.metrics) | {'texts/tokens': is_text_BT}, out.state)
 
 
 class _Labels:
-  """Labels, but for old log-probabilities; what is read of them is read of the labels."""
+  """Labels, the old log-probabilities of texts being the policy's: nobody sampled them, so there is no ratio."""
 
-  def __init__(self, labels, old_BT: types.Array):
-    self._labels, self._old_BT = labels, old_BT
+  def __init__(self, labels, policy):
+    self._labels, self._policy = labels, policy
 
   def __getitem__(self, name: str) -> types.Array:
-    return self._old_BT if name == 'old_logps' else self._labels[name]
+    found = self._labels[name]
+    if name != 'old_logps':
+      return found
+    return jnp.where(self._labels['is_text'] > 0, jax.lax.stop_gradient(self._policy.logps_BT), found)
+
+
+class _Policy:
+  """The policy, texts being none of its responses."""
+
+  def __init__(self, policy, is_text_BT: types.Array):
+    self._policy, self._is_text_BT = policy, is_text_BT
+
+  def __getattr__(self, name: str):
+    found = getattr(self._policy, name)
+    if name != 'valid_GK':
+      return found
+    return jnp.where(masked.totals(self._is_text_BT, self._policy.rows) > 0, 0.0, found)
 
 
 def adaptive(

@@ -77,6 +77,14 @@ class TestWithPretraining:
     wanted = np.where(is_text > 0, -3 * LOGPS, _ppo())
     np.testing.assert_allclose(out.per_item[MASK > 0], wanted[MASK > 0], rtol=1e-5)
 
+  def test_is_no_response_to_what_follows_a_target(self):
+    is_text = jnp.asarray(np.array([[1, 1, 0], [0, 0, 0]], np.float32))
+    inner = _of(actor_critic.constrained, loss=PPO, limit=0.5, rate=0.1)
+    out = _run(
+        _of(actor_critic.with_pretraining, loss=inner, weight=3.0), is_text=is_text, cost=jnp.array([[9.0, 0.7]])
+    )
+    np.testing.assert_allclose(out.state['log_lambda'], 0.1 * 0.2, rtol=1e-5)
+
 
 class TestAdaptive:
 
