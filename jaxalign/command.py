@@ -176,9 +176,9 @@ _FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         ' some. A model is DIR, a'
         ' checkpoint or a Hugging Face directory: a reward model (output=0 is which output of several), one of steps'
         " (reduce='min', 'mean', 'last' or 'product' of the probabilities that they are right), or a policy with its"
-        " reference (beta times the log-ratio, as 'runs/dpo(beta=0.1):2'); dtype='bfloat16' keeps it in that. A+B are"
-        " several models, of which how='mean', 'worst' or 'uncertainty' (with penalty) makes one, and centre=True takes"
-        " each one's mean from it first. Repeatable.",
+        " reference (beta times the log-ratio, as 'runs/dpo(beta=0.1):2'); dtype='bfloat16' keeps it in that,"
+        " mesh='data:-1' lays it on a mesh of its own. A+B are several models, of which how='mean', 'worst' or"
+        " 'uncertainty' (with penalty) makes one, and centre=True takes each one's mean from it first. Repeatable.",
     ),
     (
         flags.DEFINE_string,

@@ -88,13 +88,27 @@ def checked(
     RunError: a file cannot be read.
   """
   models = [reward for reward in rewards if isinstance(reward, modelled.Model)]
-  known = [[_known(m, one, own.get(one), sampled, row_length, mesh) for one in m.directories] for m in models]
+  meshes = [_mesh_of(m, mesh) for m in models]
+  known = [
+      [_known(m, one, own.get(one), sampled, row_length, its) for one in m.directories]
+      for m, its in zip(models, meshes)
+  ]
 
   def opened() -> dict[str, functions.Scorer]:
-    opened_by = [[Scorer(one, mesh) for one in members] for members in known]
+    opened_by = [[Scorer(one, its) for one in members] for members, its in zip(known, meshes)]
     return {m.name: members[0] if m.how is None else _ensemble(m, members) for m, members in zip(models, opened_by)}
 
   return opened
+
+
+def _mesh_of(model: modelled.Model, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+  """Its own, of the devices of another, or that one."""
+  if model.mesh is None:
+    return mesh
+  try:
+    return sharding.make_mesh(model.mesh, devices=mesh.devices.flatten().tolist())
+  except types.UsageError as err:
+    raise types.UsageError(f'--reward={model.name}: {err}') from err
 
 
 def _known(model, directory: str, own: modelled.Scoring | None, sampled: Sampled | None, row_length, mesh) -> _Known:
@@ -198,7 +212,8 @@ class Scorer:
       RunError: a file of it is missing or corrupt.
     """
     self._known, self._mesh = known, mesh
-    loaded = recipe_lib.load(known.directory, mesh, known.model.dtype)
+    with jax.set_mesh(mesh):
+      loaded = recipe_lib.load(known.directory, mesh, known.model.dtype)
     model, config = loaded.model, loaded.model.config
     kernel = attention.pick(
         mesh, model.dtype, head_size=config.head_size, length=known.row_length, softcap=config.attn_softcap
@@ -244,8 +259,9 @@ class Scorer:
     if groups:
       data = episodes.Groups(groups)
       run = lambda params, batch: {'outputs': self.run(params, batch)}
-      for group, slot, marks in episodes.annotated(self._reading.params, data, run, self._packing, self._mesh):
-        found[group][slot] = marks['outputs'].astype(np.float64)
+      with jax.set_mesh(self._mesh):
+        for group, slot, marks in episodes.annotated(self._reading.params, data, run, self._packing, self._mesh):
+          found[group][slot] = marks['outputs'].astype(np.float64)
     return found
 
   def _value(self, found: list[np.ndarray]) -> tuple[float, np.ndarray]:

@@ -53,7 +53,8 @@ def opened(spec, mesh=ONE, own=None, policy=TOKENIZER, **sizes):
     with jax.set_mesh(mesh):
       return judge(responses)
 
-  judging.run = judge.run if isinstance(judge, scorers.Scorer) else None
+  if isinstance(judge, scorers.Scorer):
+    judging.run, judging.params = judge.run, judge._reading.params
   return judging
 
 
@@ -112,6 +113,18 @@ class TestHeads:
     found = opened(f"{folder}(dtype='bfloat16')")(responses).values
     wanted = ends_of(hidden, head, responses)
     assert 1e-3 < np.abs(found - wanted).max() < 0.2 * np.abs(wanted).max()
+
+  def test_lie_on_a_mesh_of_their_own(self, heads, hidden):
+    folder, head = heads['rm']
+    responses, policy = sampled(), sharding.make_mesh('data:2,fsdp:2,tensor:2')
+    judge = opened(f"{folder}(mesh='fsdp:8')", mesh=policy)
+    with jax.set_mesh(policy):
+      found = judge(responses)
+    np.testing.assert_allclose(found.values, ends_of(hidden, head, responses), atol=1e-4)
+    table = judge.params['embed']
+    assert table.sharding.shard_shape(table.shape) == (table.shape[0], table.shape[1] // 8)
+    with pytest.raises(types.UsageError, match=r"--reward=.*mesh='fsdp:3'\): --mesh=fsdp:3: .* does not divide"):
+      opened(f"{folder}(mesh='fsdp:3')", mesh=policy)
 
   def test_of_several_models_are_combined(self, heads, hidden):
     responses = sampled()

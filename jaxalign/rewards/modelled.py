@@ -42,6 +42,7 @@ class Model:
     reduce: a key of `REDUCE`, 'min' where it is None; for a model that judges steps.
     output: which output of a head of several counts.
     dtype: of parameters and computation; None for those of the model.
+    mesh: as `--mesh`, where the model lies on other axes of the same devices than the policy; None for the policy's.
     how: see `ensembles.combine`; None for one model.
     penalty: see `ensembles.combine`.
     centre: whether each model's mean is taken from its scores first, see `ensembles.centred`.
@@ -54,6 +55,7 @@ class Model:
   reduce: str | None = None
   output: int | None = None
   dtype: str | None = None
+  mesh: str | None = None
   how: str | None = None
   penalty: float = 1.0
   centre: bool = False
@@ -95,6 +97,7 @@ def of(
       ('reduce', model.reduce in (None, *REDUCE), f'one of {", ".join(REDUCE)}'),
       ('output', model.output is None or type(model.output) is int and model.output >= 0, 'a whole number from 0 on'),
       ('dtype', model.dtype in (None, *_DTYPES), f'one of {", ".join(_DTYPES)}'),
+      ('mesh', model.mesh is None or type(model.mesh) is str and model.mesh, 'sizes of axes, as for --mesh'),
       ('how', model.how in (None, *ensembles.HOW), f'one of {", ".join(ensembles.HOW)}'),
       ('penalty', number(model.penalty) and model.penalty >= 0, 'a number from 0 on'),
       ('centre', type(model.centre) is bool, 'True or False'),
