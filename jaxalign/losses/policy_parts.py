@@ -165,12 +165,41 @@ def high_entropy(policy, ref, labels, *, share: float) -> types.Array:
   Wang et al., 2025, https://arxiv.org/abs/2506.01939, uses 0.2; TRL's `top_entropy_quantile` is 1 - share.
   """
   del ref, labels
-  counted_BT = policy.mask_BT * jnp.max(policy.valid_G)  # Reading this shows a loss all of the step's tokens at once.
-  entropy_N = jnp.where(counted_BT > 0, policy.entropy_BT, -jnp.inf).reshape(-1)
-  count = jnp.sum(counted_BT)
-  place = jnp.clip(jnp.ceil(share * count).astype(jnp.int32), 1, entropy_N.size) - 1
-  least = -jnp.sort(-entropy_N)[place]
-  return counted_BT * (policy.entropy_BT >= least).astype(jnp.float32)
+  counted_BT = _counted(policy)
+  return largest(jnp.where(counted_BT > 0, policy.entropy_BT, -jnp.inf), share * jnp.sum(counted_BT))
+
+
+def clip_cov(policy, ref, labels, *, share: float, low: float, high: float) -> types.Array:
+  """0 for `share` of a step's tokens, drawn from those whose `covariances` are in (low, high); 1 for the others.
+
+  What raises likely tokens takes entropy away. Tokens are drawn by the digits of their covariance beyond the third, so
+  that a step is the same whenever it is made again. Cui et al., 2025, https://arxiv.org/abs/2505.22617, Sec. 4.2, and
+  verl, whose share is 2e-4 of the band 1 to 5.
+  """
+  del ref
+  covariance_BT, counted_BT = covariances(policy, labels)
+  band_BT = (counted_BT > 0) & (covariance_BT > low) & (covariance_BT < high)
+  drawn_BT = jnp.where(band_BT, jnp.mod(covariance_BT * 1e3, 1.0), -jnp.inf)
+  return 1.0 - largest(drawn_BT, share * jnp.sum(counted_BT))
+
+
+def covariances(policy, labels) -> tuple[types.Array, types.Array]:
+  """(log pi_t - its mean)(A_t - its mean) over a step's tokens, without gradient, and which tokens count."""
+  counted_BT = _counted(policy)
+  centred = lambda x_BT: x_BT - jnp.sum(x_BT * counted_BT) / jnp.maximum(jnp.sum(counted_BT), 1.0)
+  return centred(jax.lax.stop_gradient(policy.logps_BT)) * centred(labels['advantages']), counted_BT
+
+
+def largest(x_BT, count) -> types.Array:
+  """1 for so many of the largest numbers, rounded up, no fewer than one, and what equals them; 0 for -inf."""
+  place = jnp.clip(jnp.ceil(count).astype(jnp.int32), 1, x_BT.size) - 1
+  least = -jnp.sort(-x_BT.reshape(-1))[place]
+  return ((x_BT >= least) & (x_BT > -jnp.inf)).astype(jnp.float32)
+
+
+def _counted(policy) -> types.Array:
+  """Which tokens of a step count: reading `valid_G` shows a loss all of them at once."""
+  return policy.mask_BT * jnp.max(policy.valid_G)
 
 
 def off_policy_mask(policy, ref, labels, *, max_drift: float) -> types.Array:

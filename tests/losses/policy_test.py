@@ -436,7 +436,7 @@ class TestEstimators:
     np.testing.assert_array_equal(slope == 0, [True, True, False, True, True])
 
 
-class TestHighEntropy:
+class TestWeightsOfTheWholeStep:
 
   def test_keeps_the_least_certain_share_of_all_tokens_that_count(self):
     rng = np.random.default_rng(3)
@@ -445,6 +445,37 @@ class TestHighEntropy:
     found = parts.high_entropy(stats, types.Stats(), {}, share=0.2)
     least = np.sort(entropy[mask > 0])[::-1][int(np.ceil(0.2 * mask.sum())) - 1]
     np.testing.assert_array_equal(found, (mask > 0) & (entropy >= least))
+
+  @pytest.mark.parametrize('share,count', [(0.1, 3), (0.9, None)])
+  def test_covariance_rules_out_some_of_a_band(self, share, count):
+    given, cov, mask = self.covariances()
+    band = (mask > 0) & (cov > -0.5) & (cov < 1.0)
+    out = np.asarray(parts.clip_cov(*given, share=share, low=-0.5, high=1.0)) == 0
+    assert not np.any(out & ~band) and 3 < band.sum() < mask.sum()
+    assert out.sum() == (band.sum() if count is None else count)
+
+  def test_covariance_holds_the_largest_at_the_old_policy(self):
+    given, cov, mask = self.covariances()
+    out = policy.kl_cov(*given, share=0.1, coef=2.0)
+    x = np.asarray(given[0].logps_BT, np.float64) - np.asarray(given[2]['old_logps'], np.float64)
+    held = (mask > 0) & (cov >= np.sort(cov[mask > 0])[-3])
+    wanted = -np.exp(x) * np.asarray(given[2]['advantages']) + 2 * held * np.abs(x)
+    np.testing.assert_allclose(out.per_item[mask > 0], wanted[mask > 0], rtol=1e-5)
+    assert out.metrics['kl_cov/held_mean'].sum() == 3
+    total = lambda lp: jnp.sum(policy.kl_cov(given[0].replace(logps_BT=lp), *given[1:], share=0.1, coef=2.0).per_item)
+    slope = -np.exp(x) * np.asarray(given[2]['advantages']) + 2 * held * np.sign(x)
+    np.testing.assert_allclose(jax.grad(total)(given[0].logps_BT)[mask > 0], slope[mask > 0], rtol=1e-5)
+
+  def covariances(self):
+    """What losses are given of 24 tokens that count, and the products of their distances from the means."""
+    rng = np.random.default_rng(4)
+    logps, advantages, old = (rng.normal(size=(4, 10)).astype(np.float32) for _ in range(3))
+    mask = np.ones((4, 10), np.float32)
+    mask[:, 6:] = 0
+    of = lambda x: x.astype(np.float64) - x[mask > 0].astype(np.float64).mean()
+    stats = types.Stats(logps_BT=jnp.asarray(logps), mask_BT=jnp.asarray(mask), valid_G=jnp.ones(2))
+    labels = {'advantages': jnp.asarray(advantages), 'old_logps': jnp.asarray(old)}
+    return (stats, types.Stats(), labels), of(logps) * of(advantages), mask
 
   def test_looks_at_the_whole_step(self):
     loss = _of(policy.regularised, loss=policy.reinforce, weights=[_of(parts.high_entropy, share=0.2)])
