@@ -18,6 +18,7 @@ responses become those of all of their tokens.
   ref_rewards_GN    rewards of `rollouts.Options.ref_samples` responses of the reference
   logps_BT          log-probabilities under the policy that wrote them, by the program that trains
   log_ratio_BT      the same less those under the reference
+  critic_ratio_BT   log-probabilities under a critic that writes, less those under the reference
   values_BT         what the critic gives where it has read what comes before a token
   rows              which response tokens belong to: here a row is one response, T tokens long
   loss_state        of the loss
@@ -40,10 +41,11 @@ from jaxalign import types
 
 FIELDS = frozenset(
     'rewards_GK valid_GK rewards_RGK valid_RGK weights_R outcomes_GK token_rewards_BT token_marks_BT tokens_GK'
-    ' finished_GK greedy_G ref_rewards_GN logps_BT log_ratio_BT values_BT rows loss_state'.split()
+    ' finished_GK greedy_G ref_rewards_GN logps_BT log_ratio_BT critic_ratio_BT values_BT rows loss_state'.split()
 )
-OF_REFERENCE = frozenset({'log_ratio_BT', 'ref_rewards_GN'})
-OF_PROGRAM = frozenset({'logps_BT', 'log_ratio_BT', 'values_BT'})  # what the training program makes of tokens
+OF_REFERENCE = frozenset({'log_ratio_BT', 'critic_ratio_BT', 'ref_rewards_GN'})
+# What the training program makes of tokens.
+OF_PROGRAM = frozenset({'logps_BT', 'log_ratio_BT', 'critic_ratio_BT', 'values_BT'})
 
 
 class Credit:

@@ -90,7 +90,8 @@ def annotations(
     temperature: that divides the logits of policy and reference.
 
   Returns:
-    `logps`, `ref_logps` where there is a reference, and `values` where there is a critic.
+    `logps`, `ref_logps` where there is a reference, and `values` where there is a critic, `critic_logps` of one without
+    a head.
   """
 
   def one(micro):
@@ -98,7 +99,9 @@ def annotations(
     found = _of_targets(hidden_BTD, params, micro, micro.targets_BT, model, temperature=temperature)
     if ref_model is not None:
       found['ref_logps'] = target_stats(ref, micro, model=ref_model, temperature=temperature)['logps']
-    if critic_model is not None:
+    if critic_model is not None and not critic_model.config.score_outputs:
+      found['critic_logps'] = target_stats(critic, micro, model=critic_model, temperature=temperature)['logps']
+    elif critic_model is not None:
       found['values'] = scores(critic, micro, model=critic_model)[..., 0]
     elif model.config.score_outputs:
       found['values'] = transformer.scores(params, hidden_BTD)[..., 0]
@@ -139,7 +142,7 @@ def targets_fn(
 
   Returns:
     (params, frozen, batch, key, ref) -> `logps` and each of `dense`; where the loss reads them `scores` of the head,
-    `rival_logps` and, of the reference, `ref_logps`, `ref_entropy` and `ref_kl`.
+    `critic_logps`, `rival_logps` and, of the reference, `ref_logps`, `ref_entropy` and `ref_kl`.
 
   Raises:
     UsageError: `rivals` are given to a loss that reads none, or are more than there are.
@@ -151,9 +154,9 @@ def targets_fn(
   if reads('policy.rival_logps_BT') and not 1 <= among < model.config.vocab_size:
     raise types.UsageError(f'rivals = {among}: the model has {model.config.vocab_size} tokens, of which one is right')
 
-  def of_critic(critic, frozen, batch):
+  def of_critic(fn, critic, frozen, batch, **options):
     assert critic_model is not None
-    return scores(lora.join(critic, frozen), batch, model=critic_model)
+    return fn(lora.join(critic, frozen), batch, model=critic_model, **options)
 
   def stats(params, frozen, batch, key, ref=None):
     params, critic = divided(params)
@@ -161,7 +164,10 @@ def targets_fn(
     hidden_BTD = hidden_states(policy, batch, model=model, key=key)
     found = _of_targets(hidden_BTD, policy, batch, batch.targets_BT, model, dense, temperature)
     if reads('policy.values_GK') or reads('policy.scores_BTO'):
-      found['scores'] = transformer.scores(policy, hidden_BTD) if critic is None else of_critic(critic, frozen, batch)
+      own = critic is None
+      found['scores'] = transformer.scores(policy, hidden_BTD) if own else of_critic(scores, critic, frozen, batch)
+    if reads('policy.critic_logps_BT'):
+      found['critic_logps'] = of_critic(target_stats, critic, frozen, batch, temperature=temperature)['logps']
     if reads('policy.rival_logps_BT'):
       rivals_BT = _rivals(hidden_BTD, policy, batch, model, key, among)
       found['rival_logps'] = _of_targets(hidden_BTD, policy, batch, rivals_BT, model)['logps']

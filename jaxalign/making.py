@@ -98,14 +98,14 @@ class Maker:
     self._stop_ids = prompts_lib.stop_ids(tokenizer, self._asked(0).is_chat, options.template)
     self._judge = judging.Judge(options.rewards, options.combine, tokenizer, options.world)
     self._wanted = options.credit.reads & credit_lib.OF_PROGRAM | ({'logps_BT'} if options.updates > 1 else set())
-    ref_model = models.ref if 'log_ratio_BT' in self._wanted else None
+    ref_model = models.ref if self._wanted & {'log_ratio_BT', 'critic_ratio_BT'} else None
     run = lambda params, batch: forward.annotations(
         params.policy,
         params.critic,
         params.ref,
         batch,
         model=models.policy,
-        critic_model=models.critic if 'values_BT' in self._wanted else None,
+        critic_model=models.critic if self._wanted & {'values_BT', 'critic_ratio_BT'} else None,
         ref_model=ref_model,
         temperature=options.temperature,
     )
@@ -233,6 +233,8 @@ class Maker:
     named = {'logps_BT': tables['logps']}
     if 'values' in tables:
       named['values_BT'] = tables['values']
+    if 'critic_logps' in tables:
+      named['critic_ratio_BT'] = tables['critic_logps'] - tables['ref_logps']
     if 'ref_logps' in tables:
       named['log_ratio_BT'] = tables['logps'] - tables['ref_logps']
     return named

@@ -257,6 +257,7 @@ def _policy(stats, batch: types.Batch) -> types.Stats:
       scores_BTO=stats.get('scores'),
       entropy_BT=stats.get('entropy'),
       rival_logps_BT=stats.get('rival_logps'),
+      critic_logps_BT=stats.get('critic_logps'),
   )
 
 

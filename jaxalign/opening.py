@@ -70,11 +70,12 @@ def open_critic(
   """Builds a critic with parameters of its own, and what makes of the policy's frozen ones those that it trains.
 
   Raises:
-    UsageError: with adapters, it is to start from another model, or its checkpoint scores by another head.
+    UsageError: with adapters, it is to start from another model, or it is to score and its checkpoint has no head.
   """
   if not recipe.critic:
     return None, lambda frozen: None
-  scored = dataclasses.replace(recipe, score_outputs=1, score_bias=False, critic='')
+  outputs = 0 if recipe.critic_writes else 1
+  scored = dataclasses.replace(recipe, score_outputs=outputs, score_bias=False, critic='', critic_writes=False)
   if recipe.critic == 'policy':
     model, params = open_model(job, scored, tokenizer)
   elif recipe.lora is not None:
@@ -86,7 +87,7 @@ def open_critic(
       outputs = _source(source, read)[0].score_outputs
     except types.UsageError as err:
       raise types.UsageError(f'recipe.Recipe.critic = {recipe.critic!r}: no such model') from err
-    if not outputs:
+    if not outputs and not recipe.critic_writes:
       raise types.UsageError(
           f'recipe.Recipe.critic = {recipe.critic!r}: no reward model, as it has no head that scores'
       )

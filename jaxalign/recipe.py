@@ -53,6 +53,8 @@ class Recipe:
     critic: where a critic with parameters of its own starts from, for a loss of sampled tokens that reads values:
       'policy' for the weights of `--model` (with `lora`, adapters of its own on the same base) and a zero head, or else
       the checkpoint of a reward model. Empty for none: the policy has a head then (`score_outputs` = 1), or no values.
+    critic_writes: whether the critic has no head: it starts from any model, and judges tokens by their log-ratio to the
+      reference, which it learns, as PRIME's.
     reference: 'cached' (log-probabilities computed once per response, kept on disk) or 'live' (a second copy of the
       parameters, a forward pass per step), as it always is where the loss reads more of it.
     sync: how a reference follows the policy; None for one that stays as the policy was at first.
@@ -77,6 +79,7 @@ class Recipe:
   score_outputs: int = 0
   score_bias: bool = False
   critic: str = ''
+  critic_writes: bool = False
   reference: str = 'cached'
   sync: reference_lib.Sync | None = None
   dtype: str = 'float32'
@@ -95,6 +98,10 @@ class Recipe:
       raise types.UsageError(f'recipe.Recipe.critic = {self.critic!r}: {problem}')
     if self.critic and self.rollouts is None:
       raise types.UsageError(f'recipe.Recipe.critic = {self.critic!r}: only a run that samples trains a critic')
+    if self.critic_writes and not self.critic:
+      raise types.UsageError(
+          "recipe.Recipe.critic_writes = True: there is no critic; bind recipe.Recipe.critic = 'policy'"
+      )
     if self.reference not in ('cached', 'live'):
       raise types.UsageError(f"recipe.Recipe.reference = {self.reference!r}: it is 'cached' or 'live'")
 

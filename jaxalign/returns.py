@@ -145,13 +145,29 @@ def rto(
   return _of_critic(shaped_BT + token_rewards_BT, valid_GK, values_BT, rows, lam, discount, whiten)
 
 
-def prime(token_rewards_BT, outcomes_GK, valid_GK, rows: types.Rows, *, discount: float = 1.0) -> types.Array:
-  """PRIME: outcomes and implicit rewards of tokens, each less what the group's other responses have.
+def prime(
+    critic_ratio_BT, rewards_GK, valid_GK, rows: types.Rows, *, beta: float, discount: float = 1.0
+) -> dict[str, types.Array]:
+  """PRIME: `implicit_rewards` of a critic that learns them, by `losses.actor_critic.implicit_rewards`, as it goes.
+
+  r_s is beta times the critic's log-ratio to the reference, before the update by the rollout. Rewards are outcomes, and
+  the critic is told of them within 0 and 1. The paper's beta is 0.05.
+  Cui et al., 2025, https://arxiv.org/abs/2502.01456, Algorithm 1.
+  """
+  outcome_GK = jnp.where(valid_GK > 0, jnp.clip(rewards_GK, 0.0, 1.0), -1.0)
+  advantages_BT = implicit_rewards(beta * critic_ratio_BT, rewards_GK, valid_GK, rows, discount=discount)
+  return {'advantages': advantages_BT, 'outcome': outcome_GK}
+
+
+def implicit_rewards(
+    token_rewards_BT, outcomes_GK, valid_GK, rows: types.Rows, *, discount: float = 1.0
+) -> types.Array:
+  """Outcomes and implicit rewards of tokens, each less what the group's other responses have.
 
     A_t = sum_(s >= t) discount^(s - t) (r_s - b) + r - mean of the others' r,    b the mean over them of their mean r_s
 
-  r_s is of a model of implicit rewards, `--reward=DIR(beta=0.05)`, which stays as it is: the paper's learns from the
-  outcomes as it goes. Cui et al., 2025, https://arxiv.org/abs/2502.01456, Eq. 5.
+  r_s is of a model of implicit rewards that stays as it is, `--reward=DIR(beta=0.05)`.
+  Cui et al., 2025, https://arxiv.org/abs/2502.01456, Eq. 5.
   """
   lengths_GK = masked.totals(jnp.ones_like(token_rewards_BT), rows)
   mean_GK = masked.totals(token_rewards_BT, rows) / jnp.maximum(lengths_GK, 1.0)

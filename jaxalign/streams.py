@@ -211,7 +211,7 @@ def _texts(job: recipe_lib.Job, options: rollouts.Options, tokenizer, row_length
 
 def _needs_of_rollouts(recipe: recipe_lib.Recipe, options: rollouts.Options) -> tracing.Needs:
   """What the loss reads; raises UsageError where advantages read a critic that is not there."""
-  outputs = recipe.score_outputs or int(bool(recipe.critic))
+  outputs = recipe.score_outputs or int(bool(recipe.critic) and not recipe.critic_writes)
   if 'values_BT' in options.credit.reads and not outputs:
     problem = 'reads values_BT of a critic: bind recipe.Recipe.critic, or recipe.Recipe.score_outputs = 1 for a head'
     raise types.UsageError(f'rollouts.Options.advantage_fn {problem}')
@@ -224,8 +224,13 @@ def _needs_of_rollouts(recipe: recipe_lib.Recipe, options: rollouts.Options) -> 
       outputs=outputs,
   )
   values = needs.fields & {'policy.scores_BTO', 'policy.values_GK'} or 'values_BT' in options.credit.reads
-  if recipe.critic and not values:
-    raise types.UsageError(f'recipe.Recipe.critic = {recipe.critic!r}: neither loss nor advantages read its values')
+  writes = needs.fields & {'policy.critic_logps_BT'} or 'critic_ratio_BT' in options.credit.reads
+  if writes and not recipe.critic_writes:
+    problem = "read a critic that writes; bind recipe.Recipe.critic = 'policy' and recipe.Recipe.critic_writes = True"
+    raise types.UsageError(f'loss or advantages {problem}')
+  if recipe.critic and not (writes if recipe.critic_writes else values):
+    what = 'log-probabilities' if recipe.critic_writes else 'values'
+    raise types.UsageError(f'recipe.Recipe.critic = {recipe.critic!r}: neither loss nor advantages read its {what}')
   if options.updates > 1 and 'labels.advantages' in needs.fields and 'labels.old_logps' not in needs.fields:
     problem = 'the loss has no ratio to the policy that sampled, which the first update changes; bind 1, or policy.ppo'
     raise types.UsageError(f'rollouts.Options.epochs x minibatches = {options.updates}: {problem}')

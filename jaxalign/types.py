@@ -99,6 +99,7 @@ class Stats:
     values_GK: of the policy: the one output of its head that scores, where it has read the prompt.
     sharpness_GK: of the policy: sum over the response of log sum_v p_v^2 of each target, without gradient.
     rows: of the policy: where the responses' tokens are, for losses that weigh tokens (`masked.totals`).
+    critic_logps_BT: log-probabilities under a critic that writes, see `recipe.Recipe.critic_writes`.
     valid_GK: of the policy: 1 where the group has such a response, 0 where its list is shorter than others.
     valid_G: of the policy: 1 for a group, 0 where the table of the batch is empty. A loss that reads it is given all
       micro-batches of a step at once: what it does to one group may then depend on the others.
@@ -119,6 +120,7 @@ class Stats:
   values_GK: Array = None
   sharpness_GK: Array = None
   rows: Any = None
+  critic_logps_BT: Array = None
   valid_GK: Array = None
   valid_G: Array = None
 

@@ -20,7 +20,7 @@ SAID = {
 # What algorithms sample that train on their own samples.
 FEW = ('prompts = 4', 'samples = 2', 'max_new_tokens = 16')
 # What trains the model that says something of tokens, for those that read it.
-JUDGED_BY = {'rto': 'dpo', 'prime': 'dpo', 'grpo_process': 'prm'}
+JUDGED_BY = {'rto': 'dpo', 'prime_fixed': 'dpo', 'grpo_process': 'prm'}
 LOG_2 = math.log(2)
 # The loss before the first update, where the policy is its own reference and a new head is zero.
 FIRST_LOSS = {

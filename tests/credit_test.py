@@ -50,7 +50,7 @@ class TestCredit:
           (advantages.batch_norm, True),
           (functools.partial(advantages.lagrangian), False),
           (advantages.greedy_baseline, False),
-          (functools.partial(returns.gae, beta=0.1), False),
+          (functools.partial(returns.actor_critic, beta=0.1, lam=0.9), False),
           (advantages.scores, False),
       ],
   )

@@ -195,7 +195,9 @@ class TestPrime:
 
   def test_compares_outcomes_and_tokens_with_the_other_responses(self):
     batch = _batch(3)
-    found = returns.prime(jnp.asarray(_spread(batch, TOKENS_T)), SCORES, VALID, masked.rows(batch), discount=0.9)
+    found = returns.implicit_rewards(
+        jnp.asarray(_spread(batch, TOKENS_T)), SCORES, VALID, masked.rows(batch), discount=0.9
+    )
     own = {(g, k): TOKENS_T[g, k][: LENGTHS[g][k] - (LENGTHS[g][k] > 2)].astype(np.float64) for g, k in PLACES}
     wanted = {}
     for g, k in PLACES:
@@ -203,6 +205,11 @@ class TestPrime:
       left = own[g, k] - np.mean([own[g, j].mean() for j in others])
       follows = np.array([sum(0.9 ** (s - t) * left[s] for s in range(t, len(left))) for t in range(len(left))])
       wanted[g, k] = follows + SCORES[g, k] - np.mean([SCORES[g, j] for j in others])
+    learning = returns.prime(
+        jnp.asarray(_spread(batch, TOKENS_T)) / 0.05, SCORES, VALID, masked.rows(batch), beta=0.05, discount=0.9
+    )
+    np.testing.assert_allclose(learning['advantages'], found, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(learning['outcome'], np.where(VALID > 0, np.clip(SCORES, 0, 1), -1))
     for place, x in _read(batch, found).items():
       if VALID[place]:
         np.testing.assert_allclose(x, wanted[place], rtol=1e-4, atol=1e-5)

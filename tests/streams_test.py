@@ -14,6 +14,7 @@ from jaxalign import metrics
 from jaxalign import objectives
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
+from jaxalign import returns
 from jaxalign import rollouts
 from jaxalign import sharding
 from jaxalign import streams as streams_lib
@@ -186,8 +187,10 @@ class TestRollouts:
 
   def needs(self, loss_fn, **options):
     """What is found of a loss without a model, for two prompts of two responses each."""
-    recipe = pytypes.SimpleNamespace(loss_fn=loss_fn, critic='', score_outputs=0)
-    made = rollouts.Options(2, 2, 4, ('tests.runs:vowels',), advantages.mean_centred, **options)
+    of_critic = {name: options.pop(name, '') for name in ('critic', 'critic_writes')}
+    recipe = pytypes.SimpleNamespace(loss_fn=loss_fn, score_outputs=0, **of_critic)
+    advantage_fn = options.pop('advantage_fn', advantages.mean_centred)
+    made = rollouts.Options(2, 2, 4, ('tests.runs:vowels',), advantage_fn, **options)
     return streams_lib._needs_of_rollouts(recipe, made)
 
   @pytest.mark.parametrize('options', [{'epochs': 2}, {'minibatches': 2}], ids=str)
@@ -196,6 +199,19 @@ class TestRollouts:
       self.needs(policy.reinforce, **options)
     assert 'labels.old_logps' in self.needs(functools.partial(policy.ppo, clip_eps=0.2), **options).fields
     assert 'labels.advantages' in self.needs(policy.reinforce).fields
+
+  def test_say_which_critic_is_not_there(self):
+    prime = functools.partial(returns.prime, beta=0.1)
+    learning = functools.partial(actor_critic.implicit_rewards, beta=0.1)
+    both = functools.partial(actor_critic.actor_critic, loss=policy.reinforce, value_loss=learning, value_coef=1.0)
+    with pytest.raises(types.UsageError, match='read a critic that writes; bind'):
+      self.needs(both, advantage_fn=prime)
+    with pytest.raises(types.UsageError, match='read a critic that writes; bind'):
+      self.needs(policy.reinforce, advantage_fn=prime, critic='policy')
+    with pytest.raises(types.UsageError, match="critic = 'policy': neither loss nor advantages read its log-prob"):
+      self.needs(policy.reinforce, critic='policy', critic_writes=True)
+    found = self.needs(both, advantage_fn=prime, critic='policy', critic_writes=True)
+    assert found.reference and 'policy.critic_logps_BT' in found.fields
 
   def test_of_several_updates_want_it_of_what_texts_are_put_around(self):
     options = {'epochs': 2, 'texts': 1, 'texts_data': 'builtin:stories', 'texts_fn': print}

@@ -73,6 +73,33 @@ def clipped_values(policy, ref, labels, *, state=(), clip_eps: float) -> types.L
   return types.LossOut(0.5 * jnp.maximum(free_BT, held_BT), metrics, state)
 
 
+def implicit_rewards(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
+  """PRIME's loss of a critic that writes: its log-ratio to the reference is to say which responses are right.
+
+    loss_t = -o log sigmoid(z) - (1 - o) log sigmoid(-z),    z = beta sum_s log critic_s - log ref_s
+
+  log 2 where critic equals reference; at all tokens of the response, so that an average by `sequence` is that over
+  responses, and 0 where the outcome is not known.
+
+  Args:
+    policy: reads `critic_logps_BT` and `rows`.
+    ref: reads `logps_BT`.
+    labels: reads `outcome`, o from 0 to 1, below 0 where it is not known; see `returns.prime`.
+    state: passed through.
+    beta: 0.05 in the paper, and that of the advantages.
+
+  References:
+    Yuan et al., 2024, https://arxiv.org/abs/2412.01981, Eq. 5; Cui et al., 2025, https://arxiv.org/abs/2502.01456.
+  """
+  z_GK = beta * masked.totals(policy.critic_logps_BT - ref.logps_BT, policy.rows)
+  outcome_GK = labels['outcome']
+  loss_GK = jnp.where(outcome_GK >= 0, jax.nn.softplus(z_GK) - outcome_GK * z_GK, 0.0)
+  right_GK = ((z_GK > 0) == (outcome_GK > 0.5)).astype(jnp.float32)
+  to_tokens = lambda x_GK: masked.to_tokens(x_GK, policy.rows)
+  metrics = {'critic/rewards': to_tokens(z_GK), 'critic/accuracies': to_tokens(right_GK)}
+  return types.LossOut(to_tokens(loss_GK), metrics, state)
+
+
 def with_pretraining(policy, ref, labels, *, state=(), loss: Loss, weight: float) -> types.LossOut:
   """PPO-ptx: tokens of texts that nobody sampled are learned as in pretraining, beside another loss.
 

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxalign import tracing
 from jaxalign import types
@@ -25,7 +26,7 @@ def _f32(x):
   return jnp.asarray(x, jnp.float32)
 
 
-def _run(loss, **labels):
+def _run(loss, critic=REF, **labels):
   """Two responses to one prompt, a row each."""
   responses_BT = np.where(MASK > 0, 0, -1).astype(np.int32)
   rows = types.Rows(MASK, responses_BT, np.zeros((2, 1), np.int32), np.array([[0], [1]], np.int32), 1, 2)
@@ -34,6 +35,7 @@ def _run(loss, **labels):
       mask_BT=MASK,
       entropy_BT=_f32(ENTROPY),
       scores_BTO=_f32(VALUES)[..., None],
+      critic_logps_BT=_f32(critic * MASK),
       rows=rows,
       valid_GK=VALID,
   )
@@ -117,6 +119,25 @@ class TestConstrained:
     out = _run(_of(loss, state={'log_lambda': jnp.float32(1.0)}), cost=jnp.zeros((1, 2)))
     np.testing.assert_allclose(out.state['log_lambda'], 1 - 0.05, rtol=1e-5)
     np.testing.assert_allclose(out.per_item[MASK > 0], _ppo()[MASK > 0], rtol=1e-5)
+
+
+class TestImplicitRewards:
+  CRITIC = np.random.default_rng(8).normal(-2, 1, LOGPS.shape)
+
+  @pytest.mark.parametrize('outcome', [(1.0, 0.0), (0.3, -1.0)])
+  def test_are_the_cross_entropy_of_outcomes(self, outcome):
+    loss = _of(actor_critic.implicit_rewards, beta=0.7)
+    out = _run(loss, critic=self.CRITIC, outcome=jnp.array([outcome]))
+    z = 0.7 * ((self.CRITIC - REF) * MASK).sum(axis=1)
+    p = 1 / (1 + np.exp(-z))
+    for row, o in enumerate(outcome):
+      wanted = -o * np.log(p[row]) - (1 - o) * np.log(1 - p[row]) if o >= 0 else 0.0
+      np.testing.assert_allclose(out.per_item[row][MASK[row] > 0], wanted, rtol=1e-5)
+      np.testing.assert_allclose(out.metrics['critic/rewards'][row][MASK[row] > 0], z[row], rtol=1e-5)
+
+  def test_are_log_2_where_the_critic_is_the_reference(self):
+    out = _run(_of(actor_critic.implicit_rewards, beta=0.7), critic=REF, outcome=jnp.array([[1.0, 0.0]]))
+    np.testing.assert_allclose(out.per_item[MASK > 0], np.log(2), rtol=1e-6)
 
 
 class TestClippedValues:
