@@ -91,8 +91,12 @@ def nonzero_scaled(rewards_GK, valid_GK) -> types.Array:
 
 
 def greedy_baseline(rewards_GK, valid_GK, *, greedy_G) -> types.Array:
-  """Computes r - reward of the greedy response to the same prompt. Li et al., 2023 (ReMax), arXiv:2310.10505."""
-  return jnp.where(valid_GK > 0, rewards_GK - greedy_G[:, None], 0.0)
+  """Computes r - reward of the greedy response to the same prompt. Li et al., 2023 (ReMax), arXiv:2310.10505.
+
+  0 where that response has none, which is NaN in `greedy_G`.
+  """
+  known_GK = (valid_GK > 0) & ~jnp.isnan(greedy_G)[:, None]
+  return jnp.where(known_GK, rewards_GK - jnp.nan_to_num(greedy_G)[:, None], 0.0)
 
 
 def normalise_then_sum(rewards_RGK, valid_RGK, *, weights_R, ddof: int = 1, epsilon: float = 1e-4) -> types.Array:
@@ -126,26 +130,34 @@ def optimal_values(rewards_GK, valid_GK, *, beta: float) -> types.Array:
   return jnp.where(count_G > 0, beta * (sum_G - jnp.log(jnp.maximum(count_G, 1.0))), 0.0)
 
 
-def scores(rewards_GK) -> dict[str, types.Array]:
-  """Rewards as they are, for `losses.rewarded.rebel`."""
-  return {'score': rewards_GK}
+def scores(rewards_GK, valid_GK) -> dict[str, types.Array]:
+  """Rewards as they are, and which are known, for `losses.rewarded.rebel`."""
+  return {'score': rewards_GK, 'score_known': valid_GK}
 
 
-def soft_optimal(rewards_GK, ref_rewards_GN, *, beta: float) -> dict[str, types.Array]:
-  """Rewards, and V* of what the reference writes to the same prompt, for `losses.rewarded.a_star_po`."""
-  value_G = optimal_values(ref_rewards_GN, jnp.ones_like(ref_rewards_GN), beta=beta)
-  return {'score': rewards_GK, 'optimal_value': jnp.broadcast_to(value_G[:, None], rewards_GK.shape)}
+def soft_optimal(rewards_GK, valid_GK, ref_rewards_GN, *, beta: float) -> dict[str, types.Array]:
+  """Rewards, and V* of what the reference writes to the same prompt, for `losses.rewarded.a_star_po`.
+
+  The reference's that have no reward, NaN in `ref_rewards_GN`, are left out; where none has one nothing is known.
+  """
+  there_GN = ~jnp.isnan(ref_rewards_GN)
+  value_G = optimal_values(jnp.nan_to_num(ref_rewards_GN), there_GN.astype(jnp.float32), beta=beta)
+  known_GK = valid_GK * jnp.any(there_GN, axis=1, keepdims=True)
+  value_GK = jnp.broadcast_to(value_G[:, None], rewards_GK.shape)
+  return {'score': rewards_GK, 'score_known': known_GK, 'optimal_value': value_GK}
 
 
-def lagrangian(rewards_RGK, valid_GK, loss_state, *, advantage_fn: Advantage = mean_centred) -> dict[str, types.Array]:
+def lagrangian(rewards_RGK, valid_RGK, loss_state, *, advantage_fn: Advantage = mean_centred) -> dict[str, types.Array]:
   """Another's advantages of (r - lambda c) / (1 + lambda), r being the first reward and c, a cost, the second.
 
-  lambda is of `losses.actor_critic.constrained`, and 1 at first.
+  lambda is of `losses.actor_critic.constrained`, and 1 at first. Responses count of which both are known.
   Dai et al., 2023 (Safe RLHF), https://arxiv.org/abs/2310.12773, Eq. 10 and its appendix on PPO-Lag.
   """
   multiplier = jnp.exp(loss_state['log_lambda']) if 'log_lambda' in loss_state else 1.0
   reward_GK, cost_GK = rewards_RGK[0], rewards_RGK[1]
-  return {'advantages': advantage_fn((reward_GK - multiplier * cost_GK) / (1 + multiplier), valid_GK), 'cost': cost_GK}
+  both_GK = valid_RGK[0] * valid_RGK[1]
+  advantages_GK = advantage_fn((reward_GK - multiplier * cost_GK) / (1 + multiplier), both_GK)
+  return {'advantages': advantages_GK, 'cost': cost_GK, 'cost_known': valid_RGK[1]}
 
 
 def _centred(x, valid, axis: int | None, weight=None):

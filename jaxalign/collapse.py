@@ -29,6 +29,12 @@ def _is(name: str, value: float, line: _Line) -> bool:
   return line.get(name) == value
 
 
+def _per_token(line: _Line) -> float:
+  """Nats a token from the reference, of the loss or of the reward."""
+  found, whole, length = (line.get(name) for name in ('kl', 'objective/kl', 'completions/mean_length'))
+  return found or (whole / length if whole and length else 0.0)
+
+
 # What is told of a sign, and whether the first and the newest metrics show it.
 _SIGNS: dict[str, tuple[str, Callable[[_Line, _Line], bool]]] = {
     'reward_std': (
@@ -45,7 +51,7 @@ _SIGNS: dict[str, tuple[str, Callable[[_Line, _Line], bool]]] = {
     ),
     'kl': (
         f'the policy is more than {_FAR:g} nats a token away from the reference: raise beta or lower the learning rate',
-        lambda first, now: (now.get('kl') or 0.0) > _FAR,
+        lambda first, now: _per_token(now) > _FAR,
     ),
     'clipped_ratio': (
         'every response is cut at max_new_tokens, which was not so at first',

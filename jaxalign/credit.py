@@ -14,8 +14,8 @@ responses become those of all of their tokens.
   token_marks_BT    1 where they say something
   tokens_GK         lengths
   finished_GK       1 where the response ended by itself
-  greedy_G          the reward of the response that temperature 0 gives to the prompt
-  ref_rewards_GN    rewards of `rollouts.Options.ref_samples` responses of the reference
+  greedy_G          the reward of the response that temperature 0 gives to the prompt, NaN where all abstained
+  ref_rewards_GN    rewards of `rollouts.Options.ref_samples` responses of the reference, likewise
   logps_BT          log-probabilities under the policy that wrote them, by the program that trains
   log_ratio_BT      the same less those under the reference
   critic_ratio_BT   log-probabilities under a critic that writes, less those under the reference
@@ -96,7 +96,7 @@ class Credit:
     fields = jax.tree.map(lambda x: jnp.asarray(random.uniform(1, 2, x.shape), x.dtype), self._shapes(1, rewards))
     fields['rows'] = rows([3, 3], 1, 3)
     made = self._make(fields)
-    return made.keys() == {'advantages'} and not np.any(made['advantages'])
+    return 'advantages' in made and not np.any(made['advantages'])
 
   def names(self, samples: int, rewards: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the labels that it makes of responses, and of tokens.

@@ -123,7 +123,7 @@ def of_text(text: str, samples: int) -> Rollout:
       {name: table(each(name, 'labels'), np.float32) for name in lines[0]['labels']},
       {name: [np.array(one, np.float32) for one in each(name, 'token_labels')] for name in lines[0]['token_labels']},
       of['counted'],
-      lines[0]['said'],
+      lines[0].get('said', {}),
       sampled=[list(map(bool, one)) for one in of['sampled']] if 'sampled' in of else None,
       version=lines[0]['policy_version'],
   )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import functools
 import math
 from typing import Any
 from typing import NamedTuple
@@ -72,12 +73,13 @@ class Samples:
   ways: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
+    for name in ('count', 'per_prompt', 'max_new_tokens'):
+      if getattr(self, name) is not None and getattr(self, name) < 1:
+        raise types.UsageError(f'evaluate.Samples.{name} = {getattr(self, name)}: it must be at least 1')
     for k in self.pass_at:
       if not 1 <= k <= self.per_prompt:
-        raise types.UsageError(
-            f'evaluate.Samples.pass_at = {self.pass_at}: {k} is not from 1 to evaluate.Samples.per_prompt ='
-            f' {self.per_prompt}'
-        )
+        wanted = f'{k} is not from 1 to evaluate.Samples.per_prompt = {self.per_prompt}'
+        raise types.UsageError(f'evaluate.Samples.pass_at = {self.pass_at}: {wanted}')
 
 
 class Sampled(NamedTuple):
@@ -85,6 +87,24 @@ class Sampled(NamedTuple):
 
   metrics: dict[str, float]
   shown: list[tuple[str, str]]
+
+
+class Setting(NamedTuple):
+  """Who judges responses, and what answers them, in a run.
+
+  Attributes:
+    rewards: who judges.
+    how: several are combined, see `functions.combine`.
+    world: what answers the policy, for as many turns as it has.
+    scorers: loads the models among the rewards, by name.
+    template: of messages, see `chat.pick`, whose end of a turn ends a response.
+  """
+
+  rewards: Sequence[functions.Reward | modelled.Model] = ()
+  how: str = 'sum'
+  world: environments.Environment | None = None
+  scorers: Callable[[], Mapping[str, functions.Scorer]] = dict
+  template: str | None = None
 
 
 # (prompts, responses) -> the summed log-probability of each response under a reference, in nats
@@ -98,11 +118,8 @@ def sample(
     samples: Samples,
     prompts: Sequence[verdicts.Prompt],
     seed: int,
-    rewards: Sequence[functions.Reward | modelled.Model] = (),
-    how: str = 'sum',
+    setting: Setting,
     ref_logps: RefLogps | None = None,
-    world: environments.Environment | None = None,
-    scorers: Callable[[], Mapping[str, functions.Scorer]] = dict,
 ) -> Sampled:
   """Samples `per_prompt` responses to each prompt and judges them.
 
@@ -113,11 +130,8 @@ def sample(
     samples: how many, how long (which is set); its judge is not read.
     prompts: what is responded to.
     seed: of sampling.
-    rewards: who judges.
-    how: several are combined, see `functions.combine`.
+    setting: who judges.
     ref_logps: for the divergence from a reference.
-    world: what answers the policy, for as many turns as it has.
-    scorers: loads the models among the rewards, by name.
 
   Returns:
     metrics: `reward`, `reward_std` and `pass@K` where rewards do not abstain throughout, `distinct_2` (distinct token
@@ -125,24 +139,16 @@ def sample(
       and no token ruled out `kl`, the mean over the responses of log policy - log reference in nats, which estimates
       KL(policy || reference), with its standard error; and the first response to the first `shown` prompts.
   """
-  stop_ids = prompts_lib.stop_ids(tokenizer, prompts[0].is_chat, world.template if world is not None else None)
-  assert samples.max_new_tokens is not None
-  draw = lambda behind, n, turn: sampling.sample(
-      model,
-      params,
-      behind,
-      n=n,
-      max_new_tokens=samples.max_new_tokens,
-      temperature=samples.temperature,
-      seed=seed + turn,
-      stop_ids=stop_ids,
-      **samples.ways,
-  )
-  drawn = environments.respond(world, prompts, samples.per_prompt, tokenizer, draw)
+  stop_ids = prompts_lib.stop_ids(tokenizer, prompts[0].is_chat, setting.template)
+  how: dict[str, Any] = {'max_new_tokens': samples.max_new_tokens, 'temperature': samples.temperature}
+  how |= {'stop_ids': stop_ids, **samples.ways}
+  draw = lambda behind, n, turn: sampling.sample(model, params, behind, n=n, seed=seed + turn, **how)
+  drawn = environments.respond(setting.world, prompts, samples.per_prompt, tokenizer, draw)
   ids = [one.ids for one in drawn]
   values = {'distinct_2': rules.distinct(2, ids), 'mean_length': float(np.mean([len(one.logps) for one in drawn]))}
   responses, given = verdicts.responses(prompts, tokenizer, drawn), environments.rewards_of(drawn)
-  values |= verdicts.measured(rewards, how, samples.pass_at, responses, len(prompts), given, scorers())
+  judged = setting.rewards, setting.how, samples.pass_at, responses, len(prompts), given, setting.scorers()
+  values |= verdicts.measured(*judged)
   rule = choosing.Rule(samples.temperature, **{k: x for k, x in samples.ways.items() if k in choosing.Rule._fields})
   if ref_logps is not None and rule == choosing.Rule():
     own = np.array([np.sum(one.logps, dtype=np.float64) for one in drawn])
@@ -201,6 +207,10 @@ class Whole:
     """What `from_json` takes."""
     return {'held_out': self.held_out, 'metrics': self.sampled.metrics, 'shown': self.sampled.shown}
 
+  def metrics(self) -> dict[str, float]:
+    """All of them, as in summary.json."""
+    return self.held_out | {f'eval/{name}': value for name, value in self.sampled.metrics.items()}
+
   @classmethod
   def from_json(cls, found: Mapping[str, Any]) -> 'Whole':
     """Undoes `to_json`."""
@@ -246,24 +256,23 @@ class Evaluator:
     ref_model = live.model if live is not None else reference.model_of(model)
     run = counter.counted(lambda params, batch: {'logps': forward.ref_logps(params, batch, model=ref_model)})
     self._live, self._ref_run = live, jax.jit(run, out_shardings=sharding.named(job.mesh))
-    self._kept = kept
+    self._kept, self._follows = kept, recipe.sync is not None
     self._packing, self._mesh = dataclasses.replace(recipe.packing, groups_per_step=None), job.mesh
     self._model, self._tokenizer, self._streams, self._seed = model, tokenizer, streams, job.seed
-    self._samples, self._frozen, self._scorers = samples, frozen, streams.scorers
-    self._prompts: list[verdicts.Prompt] = []
-    self._rewards: list[functions.Reward | modelled.Model] = []
-    self._how, self._world = 'sum', None
-    if recipe.rollouts is not None:
-      self._how, self._world = recipe.rollouts.combine, recipe.rollouts.world
+    self._samples, self._frozen, self._prompts, self._setting = samples, frozen, list[verdicts.Prompt](), Setting()
     if samples is not None:
       specs = sources.parse_all(job.eval_data) if streams.asked is not None else []
       records = [sources.open_source(spec, job.data_dir) for spec in specs]
-      most = samples.max_new_tokens or (64 if recipe.rollouts is None else recipe.rollouts.max_new_tokens)
-      ways = recipe.rollouts.ways(tokenizer) if recipe.rollouts is not None else {}
+      judge = samples.judge and functions.Reward('evaluate.Samples.judge', samples.judge)
+      own: Sequence[functions.Reward | modelled.Model] = [judge] if judge else []
+      most, ways, self._setting = samples.max_new_tokens or 64, {}, Setting(own)
+      if (its := recipe.rollouts) is not None:
+        most, ways = samples.max_new_tokens or its.max_new_tokens, its.ways(tokenizer)
+        judges = own or [functions.parse(spec) for spec in its.rewards]
+        self._setting = Setting(judges, its.combine, its.world, streams.scorers, its.template)
+      longest = most if self._setting.world is None else self._setting.world.longest(most)
       self._samples = dataclasses.replace(samples, max_new_tokens=most, ways=ways)
-      longest = most if self._world is None else self._world.longest(most)
       self._prompts = prompts_of(samples, tokenizer, streams.asked, records, model.config.max_length - longest)
-      self._rewards = _rewards(samples, recipe)
 
   def held_out(self, params: types.PyTree, loss_state: types.PyTree, ref: types.PyTree = ()) -> dict[str, float]:
     """Metrics of the held-out data, none where there is no such data; `ref` is of a reference that follows."""
@@ -274,23 +283,21 @@ class Evaluator:
     return held_out.means(run, params, self._streams.held_batches())
 
   def _ref_logps(self, ref: types.PyTree) -> RefLogps | None:
-    """Under the reference of the step, `ref` where it follows the policy, or else under what was kept."""
+    """Under the reference of the step, or what was kept where there is none, or one that follows the policy."""
     if self._live is None and self._kept is None:
       return None
-    own = self._kept().params if self._live is None and self._kept is not None else None
+    own = self._kept().params if self._kept is not None and (self._live is None or self._follows) else None
     params = lora.join(ref if jax.tree.leaves(ref) else self._ref, self._frozen) if own is None else own
 
-    def summed(prompts, responses):
-      sampled = environments.sampled_of
-      pairs = zip(prompts, responses, strict=True)
-      sequences = (episodes.sequence(prompt, one.ids, {}, sampled=sampled(one)) for prompt, one in pairs)
-      groups = episodes.Groups([examples.Group((one,), {}) for one in sequences])
-      found = np.zeros(len(responses))
-      for group, _, of in episodes.annotated(params, groups, self._ref_run, self._packing, self._mesh):
-        found[group] = of['logps'].sum(dtype=np.float64)
-      return found
+    return functools.partial(self._summed, params)
 
-    return summed
+  def _summed(self, params: types.PyTree, prompts, responses) -> np.ndarray:
+    pairs = zip(prompts, responses, strict=True)
+    read = [episodes.sequence(prompt, one.ids, {}, sampled=environments.sampled_of(one)) for prompt, one in pairs]
+    found, groups = np.zeros(len(read)), episodes.Groups([examples.Group((one,), {}) for one in read])
+    for group, _, of in episodes.annotated(params, groups, self._ref_run, self._packing, self._mesh):
+      found[group] = of['logps'].sum(dtype=np.float64)
+    return found
 
   def whole(
       self, params: types.PyTree, loss_state: types.PyTree, ref: types.PyTree = (), *, compared: bool = True
@@ -298,17 +305,11 @@ class Evaluator:
     """Held-out metrics and samples, with their divergence from a reference where they are `compared` with it."""
     sampled = Sampled({}, [])
     if self._samples is not None and self._prompts:
-      args = self._samples, self._prompts, self._seed, self._rewards, self._how
+      args = self._samples, self._prompts, self._seed, self._setting
       whole = lora.join(forward.divided(params)[0], self._frozen)
       ref_logps = self._ref_logps(ref) if compared else None
-      sampled = sample(self._model, whole, self._tokenizer, *args, ref_logps, self._world, self._scorers)
+      sampled = sample(self._model, whole, self._tokenizer, *args, ref_logps)
     return Whole(self.held_out(params, loss_state, ref), sampled)
-
-
-def _rewards(samples: Samples, recipe: recipe_lib.Recipe) -> list[functions.Reward | modelled.Model]:
-  if samples.judge is not None:
-    return [functions.Reward('evaluate.Samples.judge', samples.judge)]
-  return [functions.parse(spec) for spec in recipe.rollouts.rewards] if recipe.rollouts is not None else []
 
 
 def evaluate(
@@ -342,5 +343,4 @@ def evaluate(
     loss_state = checkpoint.load_loss_state(directory, streams.needs.state, job.mesh)
     live = ref.alone() if ref is not None and (streams.live or recipe.rollouts is not None) else None
     evaluator = Evaluator(job, recipe, loaded.model, loaded.tokenizer, streams, samples, counter, {}, live)
-    found = evaluator.whole(loaded.params, loss_state)
-  return found.held_out | {f'eval/{name}': value for name, value in found.sampled.metrics.items()}
+    return evaluator.whole(loaded.params, loss_state).metrics()

@@ -41,7 +41,8 @@ def check_fit(
     texts: dataset_lib.Joined | None = None,
 ) -> None:
   """Raises UsageError where the longest rollout that there can be does not fit a step, or the model's context."""
-  longest, groups = int(prompts.lengths_NK.max()) + 1 + options.longest, options.prompts // options.minibatches
+  # Of a prompt `prompts.alone` makes one token more than it has, and lengths are of all but one.
+  longest, groups = int(prompts.lengths_NK.max()) + options.longest, options.prompts // options.minibatches
   if longest > context:
     raise types.UsageError(
         f'a prompt of {longest - options.longest} tokens and {_limits(options)} exceed the context of the model,'

@@ -187,7 +187,7 @@ class Maker:
     if self._wanted:
       fields |= self._annotations(rollout, params)
     for name, others in judged.items():
-      rewards_N = np.nan_to_num(self._judge.total(others.values_RN)).astype(np.float32)
+      rewards_N = self._judge.total(others.values_RN).astype(np.float32)
       if name != OWN:
         fields[name] = rewards_N if name == 'greedy_G' else rewards_N.reshape(len(drawn.chosen), -1)
     made = options.credit.labels(fields)

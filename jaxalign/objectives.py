@@ -93,9 +93,10 @@ def policy_gradient(
               at most, unless it is bound.
 
   A response of which no token counts (it was cut off, and masked) counts as one whose loss is 0, as in TRL. Metrics are
-  means over tokens. Where the batch has no `old_logps`, those of the policy itself serve, for a rollout's only update:
-  the ratio is then exactly 1. A loss that reads `scores_BTO` has values of `critic_model`, or of the policy's own head.
-  Log-probabilities of policy and reference are those of logits divided by `temperature`, at which tokens were sampled.
+  means over tokens that were sampled. Where the batch has no `old_logps`, those of the policy itself serve, for a
+  rollout's only update: the ratio is then exactly 1. A loss that reads `scores_BTO` has values of `critic_model`, or of
+  the policy's own head. Log-probabilities of policy and reference are those of logits divided by `temperature`, at
+  which tokens were sampled.
 
   Raises:
     UsageError: there is no such `aggregate`, or `max_tokens` is not what it asks for.
@@ -117,7 +118,8 @@ def policy_gradient(
     if 'sampler_logps' in labels:
       drift_BT = jnp.abs(labels['old_logps'] - labels['sampler_logps']) * (1 - labels.get('is_text', 0.0))
       out = dataclasses.replace(out, metrics={**out.metrics, 'sampling/sampling_logp_difference/mean': drift_BT})
-    return _per_token(out, stats, batch, _AGGREGATES[aggregate](out.per_item, batch, max_tokens))
+    sampled = dataclasses.replace(batch, mask_BT=batch.mask_BT * (1 - labels.get('is_text', 0.0)))
+    return _per_token(out, stats, sampled, _AGGREGATES[aggregate](out.per_item, batch, max_tokens))
 
   stats = forward.targets_fn(
       model, needs, _dense(dense, needs), ref_model, critic_model=critic_model, temperature=temperature
@@ -297,7 +299,8 @@ def _token_metrics(stats, batch: types.Batch) -> dict[str, masked.Weighted]:
 def _per_token(out: types.LossOut, stats, batch: types.Batch, loss=None) -> tuple[jax.Array, Sums]:
   """The sums of a loss per token; `loss` is its own sum, where that is another than over the tokens that count."""
   loss = masked.weighted(out.per_item, batch.mask_BT) if loss is None else loss
-  metrics = {name: masked.weighted(x, batch.mask_BT) for name, x in out.metrics.items()}
+  weigh = lambda x: masked.Weighted(*map(jnp.sum, x)) if isinstance(x, tuple) else masked.weighted(x, batch.mask_BT)
+  metrics = {name: weigh(x) for name, x in out.metrics.items()}
   return loss.sum, Sums(loss.weight, {'loss': loss, **metrics, **_token_metrics(stats, batch)}, out.state)
 
 

@@ -7,9 +7,11 @@ import inspect
 import pathlib
 from typing import Any
 
+from absl import logging
 import jax
 
 from jaxalign import checkpoint
+from jaxalign import credit as credit_lib
 from jaxalign import objectives
 from jaxalign import reference as reference_lib
 from jaxalign import rollouts as rollouts_lib
@@ -252,6 +254,42 @@ def open_loader(job: Job, recipe: Recipe, datasets: list[dataset.Dataset], specs
   """The loader of a mixture under the recipe's packing."""
   weights = [weight for _, weight in sources.parse_mixture(specs)]
   return loader.Loader(datasets, weights, packing=recipe.packing, mesh=job.mesh, seed=job.seed)
+
+
+def needs_of(recipe: Recipe, options: rollouts_lib.Options) -> tracing.Needs:
+  """What the loss reads; raises UsageError where it and advantages read what there is not, or not what there is."""
+  outputs = recipe.score_outputs or int(bool(recipe.critic) and not recipe.critic_writes)
+  if 'values_BT' in options.credit.reads and not outputs:
+    problem = 'reads values_BT of a critic: bind recipe.Recipe.critic, or recipe.Recipe.score_outputs = 1 for a head'
+    raise types.UsageError(f'rollouts.Options.advantage_fn {problem}')
+  of_responses, of_tokens = options.credit.names(options.samples, len(options.rewards) + bool(options.environment))
+  needs = tracing.trace(
+      recipe.loss_fn,
+      group_size=options.samples,
+      labels=of_responses,
+      token_labels=(*of_tokens, 'sampler_logps', 'old_logps', *(['is_text'] if options.texts else [])),
+      outputs=outputs,
+  )
+  values = needs.fields & {'policy.scores_BTO', 'policy.values_GK'} or 'values_BT' in options.credit.reads
+  writes = needs.fields & {'policy.critic_logps_BT'} or 'critic_ratio_BT' in options.credit.reads
+  if writes and not recipe.critic_writes:
+    problem = "read a critic that writes; bind recipe.Recipe.critic = 'policy' and recipe.Recipe.critic_writes = True"
+    raise types.UsageError(f'loss or advantages {problem}')
+  if recipe.critic and not (writes if recipe.critic_writes else values):
+    what = 'log-probabilities' if recipe.critic_writes else 'values'
+    raise types.UsageError(f'recipe.Recipe.critic = {recipe.critic!r}: neither loss nor advantages read its {what}')
+  if options.updates > 1 and 'labels.advantages' in needs.fields and 'labels.old_logps' not in needs.fields:
+    problem = 'the loss has no ratio to the policy that sampled, which the first update changes; bind 1, or policy.ppo'
+    raise types.UsageError(f'rollouts.Options.epochs x minibatches = {options.updates}: {problem}')
+  if recipe.sync is not None and not (needs.reference or options.credit.reads & credit_lib.OF_REFERENCE):
+    raise types.UsageError('recipe.Recipe.sync: neither loss nor advantages compare with a reference; leave it out')
+  if options.asynchronous and 'labels.sampler_logps' not in needs.fields:
+    wanted = 'policy.regularised with policy_parts.truncated_importance weighs it'
+    logging.warning('the loss does not know that an asynchronous rollout is of an earlier policy; %s', wanted)
+  if options.texts and 'labels.is_text' not in needs.fields:
+    problem = 'the loss reads no texts; put actor_critic.with_pretraining around it'
+    raise types.UsageError(f'rollouts.Options.texts = {options.texts}: {problem}')
+  return needs
 
 
 def bind(

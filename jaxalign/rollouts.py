@@ -125,6 +125,10 @@ class Options:
           'rollouts.Options.advantage_fn compares the responses to a prompt, and of one makes 0; it takes 2 or more'
       )
       raise types.UsageError(f'rollouts.Options.samples = 1: {problem}')
+    if reads & {'greedy_G', 'ref_rewards_GN'}:
+      self._check_scale()
+    if not isinstance(self.stop, tuple | list) or not all(isinstance(text, str) and text for text in self.stop):
+      raise types.UsageError(f'rollouts.Options.stop = {self.stop!r}: a tuple of texts that are not empty')
     if self.refill and self.credit.reads & {'greedy_G', 'ref_rewards_GN'}:
       problem = 'prompts are replaced only where nothing else is sampled to them; leave one of both out'
       raise types.UsageError(f'rollouts.Options.refill = {self.refill}: {problem}')
@@ -134,6 +138,17 @@ class Options:
     if len({self.texts > 0, bool(self.texts_data), self.texts_fn is not None}) > 1:
       problem = 'texts, texts_data and texts_fn belong together; bind all of them or none'
       raise types.UsageError(f'rollouts.Options.texts = {self.texts}: {problem}')
+
+  def _check_scale(self) -> None:
+    """Raises UsageError where rewards of other responses would be on another scale than those of the policy's."""
+    problem = (
+        'it makes numbers of one set of responses, and rollouts.Options.advantage_fn compares with those of another'
+    )
+    if self.combine == 'normalised':
+      raise types.UsageError(f'rollouts.Options.combine = {self.combine!r}: {problem}')
+    for reward in map(functions.parse, self.rewards):
+      if isinstance(reward, modelled.Model) and reward.centre:
+        raise types.UsageError(f'--reward={reward.name}: centre=True: {problem}')
 
   @functools.cached_property
   def credit(self) -> credit_lib.Credit:

@@ -147,7 +147,7 @@ def sample(
       program,
       models_params,
       [prompts, *(own or prompts for own in guides_prompts)],
-      [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens),
+      _limits(max_new_tokens, len(prompts), n, rows),
       range(len(prompts)) if requests is None else requests,
       n,
       rows,
@@ -155,6 +155,15 @@ def sample(
       stop or Stop((), lambda ids: ''),
       watch,
   ).all()
+
+
+def _limits(max_new_tokens: int | Sequence[int], prompts: int, n: int, rows: int) -> list[int]:
+  """Of each prompt; UsageError where one of the numbers has no meaning."""
+  found = [max_new_tokens] * prompts if isinstance(max_new_tokens, int) else list(max_new_tokens)
+  for name, count in (('max_new_tokens', min(found, default=1)), ('n', n), ('rows', rows)):
+    if count < 1:
+      raise types.UsageError(f'{name} = {count}: it must be at least 1')
+  return found
 
 
 def _opened(model, params, stop_ids, guidance: Guidance | None, cache_dtype, told_at, rule) -> tuple:

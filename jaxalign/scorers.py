@@ -214,6 +214,8 @@ class Scorer:
     self._known, self._mesh = known, mesh
     with jax.set_mesh(mesh):
       loaded = recipe_lib.load(known.directory, mesh, known.model.dtype)
+    size = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(loaded.params)) / 1e6
+    logging.info('memory of a device: reward %s %.1f MB', known.model.name, size)
     model, config = loaded.model, loaded.model.config
     kernel = attention.pick(
         mesh, model.dtype, head_size=config.head_size, length=known.row_length, softcap=config.attn_softcap

@@ -114,8 +114,8 @@ def make_step(
 
   The batch is a stack of A micro-batches. Their loss sums, weights and gradients are added, and one division by the
   total weight follows, so the result does not depend on A or on the number of devices. Where the loss or the gradient's
-  norm is not finite, parameters, optimizer and loss state stay as they were and the step is counted as skipped. They
-  stay too where the policy is more than `max_kl` nats a token from the one that was sampled from, by the metric
+  norm is not finite, parameters, optimizer and loss state stay as they were and the step is counted as skipped. So they
+  do where the policy is more than `max_kl` nats a token from the one that was sampled from, by the metric
   `policy/approxkl_avg`: further updates by that rollout, which find it there, change nothing.
   """
   gradients = _of_whole_step(objective) if objective.whole_step else _of_micro_batches(objective)
@@ -134,8 +134,8 @@ def make_step(
     old = state.params, state.opt_state, state.loss_state
     near = jnp.ones((), bool) if max_kl is None else _mean_of(metrics, 'policy/approxkl_avg') <= max_kl
     params, opt_state, loss_state = jax.tree.map(lambda n, o: jnp.where(finite & near, n, o), new, old)
-    skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
-    in_row = (state.skipped_in_row + 1) * skipped
+    skipped = jnp.where(finite & near, 0, 1).astype(jnp.int32)
+    in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
     followed = () if sync is None else ref
     counts = state.skipped + skipped, in_row
     new_state = TrainState(state.step + 1, params, opt_state, loss_state, state.key, *counts, followed)

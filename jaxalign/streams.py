@@ -170,7 +170,7 @@ def open_prompts(
   datasets = recipe_lib.open_data(job, recipe, tokenizer, job.data)
   held_sets = recipe_lib.open_data(job, recipe, tokenizer, job.eval_data) if job.eval_data else []
   mixture, prompts = sources.parse_mixture(job.data), dataset.Joined(datasets)
-  needs = _needs_of_rollouts(recipe, options)
+  needs = recipe_lib.needs_of(recipe, options)
   logging.info('the loss reads %s', ', '.join(sorted(needs.fields)))
   logging.info('advantages read %s', ', '.join(sorted(options.credit.reads)))
   packing = iterations.packing_of(options, recipe.packing)
@@ -207,37 +207,6 @@ def _texts(job: recipe_lib.Job, options: rollouts.Options, tokenizer, row_length
     return None
   read = lambda spec: recipe_lib.open_source(job, options.texts_fn, tokenizer, spec, row_length)
   return dataset.Joined([read(spec) for spec in sources.parse_all(options.texts_data)])
-
-
-def _needs_of_rollouts(recipe: recipe_lib.Recipe, options: rollouts.Options) -> tracing.Needs:
-  """What the loss reads; raises UsageError where advantages read a critic that is not there."""
-  outputs = recipe.score_outputs or int(bool(recipe.critic) and not recipe.critic_writes)
-  if 'values_BT' in options.credit.reads and not outputs:
-    problem = 'reads values_BT of a critic: bind recipe.Recipe.critic, or recipe.Recipe.score_outputs = 1 for a head'
-    raise types.UsageError(f'rollouts.Options.advantage_fn {problem}')
-  of_responses, of_tokens = options.credit.names(options.samples, len(options.rewards) + bool(options.environment))
-  needs = tracing.trace(
-      recipe.loss_fn,
-      group_size=options.samples,
-      labels=of_responses,
-      token_labels=(*of_tokens, 'sampler_logps', 'old_logps', *(['is_text'] if options.texts else [])),
-      outputs=outputs,
-  )
-  values = needs.fields & {'policy.scores_BTO', 'policy.values_GK'} or 'values_BT' in options.credit.reads
-  writes = needs.fields & {'policy.critic_logps_BT'} or 'critic_ratio_BT' in options.credit.reads
-  if writes and not recipe.critic_writes:
-    problem = "read a critic that writes; bind recipe.Recipe.critic = 'policy' and recipe.Recipe.critic_writes = True"
-    raise types.UsageError(f'loss or advantages {problem}')
-  if recipe.critic and not (writes if recipe.critic_writes else values):
-    what = 'log-probabilities' if recipe.critic_writes else 'values'
-    raise types.UsageError(f'recipe.Recipe.critic = {recipe.critic!r}: neither loss nor advantages read its {what}')
-  if options.updates > 1 and 'labels.advantages' in needs.fields and 'labels.old_logps' not in needs.fields:
-    problem = 'the loss has no ratio to the policy that sampled, which the first update changes; bind 1, or policy.ppo'
-    raise types.UsageError(f'rollouts.Options.epochs x minibatches = {options.updates}: {problem}')
-  if options.texts and 'labels.is_text' not in needs.fields:
-    problem = 'the loss reads no texts; put actor_critic.with_pretraining around it'
-    raise types.UsageError(f'rollouts.Options.texts = {options.texts}: {problem}')
-  return needs
 
 
 def _scorers(options: rollouts.Options, tokenizer, prompts: list[dataset.Joined], packing: loader_lib.Packing, mesh):

@@ -75,12 +75,12 @@ def train(
     evaluator = evaluate.Evaluator(
         job, recipe, model, tokenizer, streams, samples, counter, frozen, live, kept if recipe.rollouts else None
     )
-    before = _before(job, evaluator, state)
+    before, whole = _before(job, evaluator, state), _Whole(evaluator)
     max_kl = None if recipe.rollouts is None else recipe.rollouts.max_kl
     step = step_lib.make_step(objective, opt, recipe.sync, max_kl)
     tools = loop.Tools(
         step_fn=_jit_step(job, counter.counted(step), state, frozen, live and live.moving),
-        evaluate=lambda now: evaluator.held_out(now.params, now.loss_state, now.reference),
+        evaluate=lambda now: whole(now).metrics() if recipe.rollouts else evaluator.held_out(*_evaluated(now)),
         store=store,
         writer=(metrics.Writer if recipe.rollouts is None else collapse.Writer)(job.workdir, int(state.step)),
         clock=metrics.Clock(data_state['num_tokens']),
@@ -95,22 +95,44 @@ def train(
     if job.debug:
       _show_shapes(state)
     place = data_state['epoch'], data_state['step']
-    newest = _Newest(tools.step_fn, state, frozen, live)
+    newest = _Newest(tools.step_fn, state, frozen, live, recipe.sync)
     batches = streams.training_batches(place, newest.params)
     state = loop.run(state, batches, options, dataclasses.replace(tools, step_fn=newest))
-    after = evaluator.whole(state.params, state.loss_state, state.reference)
+    after = whole(state)
     store.close()
     tools.writer.close()
     return _finish(job, state, before, after, tools, streams, counter)
+
+
+def _evaluated(state: step_lib.TrainState) -> tuple[types.PyTree, types.PyTree, types.PyTree]:
+  return state.params, state.loss_state, state.reference
+
+
+class _Whole:
+  """Evaluates the whole of a state, the newest once."""
+
+  def __init__(self, evaluator: evaluate.Evaluator):
+    self._evaluator, self._found = evaluator, dict[int, evaluate.Whole]()
+
+  def __call__(self, state: step_lib.TrainState) -> evaluate.Whole:
+    step = int(state.step)
+    if step not in self._found:
+      self._found = {step: self._evaluator.whole(*_evaluated(state))}
+    return self._found[step]
 
 
 class _Newest:
   """A step that remembers the state which it returned last, for who needs the policy between two steps."""
 
   def __init__(
-      self, step_fn: Callable, state: step_lib.TrainState, frozen: types.PyTree, live: reference.Reference | None
+      self,
+      step_fn: Callable,
+      state: step_lib.TrainState,
+      frozen: types.PyTree,
+      live: reference.Reference | None,
+      sync: reference.Sync | None,
   ):
-    self._step_fn, self._state, self._frozen, self._live = step_fn, state, frozen, live
+    self._step_fn, self._state, self._frozen, self._live, self._sync = step_fn, state, frozen, live, sync
 
   def __call__(self, state: step_lib.TrainState, batch: types.Batch):
     self._state, measured = self._step_fn(state, batch)
@@ -122,8 +144,9 @@ class _Newest:
     whole = lambda trained: lora.join(trained, self._frozen)
     ref = None
     if self._live is not None:
-      followed = jax.tree.leaves(self._state.reference)
-      ref = lora.join(self._state.reference if followed else self._live.moving, self._live.fixed)
+      now = self._state
+      moving = self._live.moving if self._sync is None else self._sync.moved(now.reference, now.params, now.step)
+      ref = lora.join(moving, self._live.fixed)
     own = None if critic is None else whole(critic)
     return rollouts.Params(whole(policy), own, ref, self._state.loss_state, int(self._state.step))
 
@@ -217,7 +240,7 @@ def _before(job, evaluator: evaluate.Evaluator, state: step_lib.TrainState) -> e
   path = job.workdir / 'before.json'
   if path.exists() and int(state.step):
     return evaluate.Whole.from_json(json.loads(path.read_text(encoding='utf-8')))
-  found = evaluator.whole(state.params, state.loss_state, state.reference, compared=False)
+  found = evaluator.whole(*_evaluated(state), compared=False)
   if jax.process_index() == 0:
     metrics.write_text(path, json.dumps(found.to_json()))
   return found

@@ -184,23 +184,38 @@ class TestBandit:
     found, true = self.expected(greedy, 2)
     np.testing.assert_allclose(found, true, atol=1e-6)
 
+  def test_of_a_greedy_response_that_nobody_judged_is_none(self):
+    found = advantages.greedy_baseline(REWARDS, VALID, greedy_G=np.where(np.arange(7) == 3, np.nan, 0.5))
+    np.testing.assert_allclose(found, VALID * (REWARDS - 0.5) * (np.arange(7) != 3)[:, None], rtol=1e-6)
+
 
 class TestSoftOptimal:
 
   def test_gives_the_prompt_s_value_under_the_reference(self):
     of_ref = RNG.normal(size=(7, 5)).astype(np.float32)
-    found = advantages.soft_optimal(REWARDS, of_ref, beta=0.5)
+    of_ref[2, 1:3] = of_ref[4] = np.nan  # nobody judged them
+    known = VALID * (np.arange(7) != 4)[:, None]
+    found = advantages.soft_optimal(REWARDS, VALID, of_ref, beta=0.5)
+    of_ref[2] = of_ref[2][[0, 3, 4, 0, 3]]
+    value_of_two = 0.5 * np.log(np.exp(of_ref[2, :3].astype(np.float64) / 0.5).mean())
+    of_ref[4] = 0
     value = 0.5 * np.log(np.exp(of_ref.astype(np.float64) / 0.5).mean(axis=1))
-    np.testing.assert_allclose(found['optimal_value'], np.repeat(value[:, None], 4, axis=1), rtol=1e-5)
-    np.testing.assert_array_equal(found['score'], advantages.scores(REWARDS)['score'])
+    value[2] = value_of_two
+    np.testing.assert_allclose(found['optimal_value'], np.repeat(value[:, None], 4, axis=1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found['score_known'], known)
+    np.testing.assert_array_equal(found['score'], advantages.scores(REWARDS, VALID)['score'])
 
 
 class TestLagrangian:
 
   def test_weighs_cost_by_the_multiplier_of_the_loss(self):
     cost = RNG.uniform(size=(7, 4)).astype(np.float32)
-    both, plain = np.stack([REWARDS, cost]), lambda r, valid: r
+    both, plain = np.stack([REWARDS, cost]), lambda r, valid: np.where(valid, r, 0)
+    known = np.stack([VALID, VALID])
+    known[0, 1, 0] = known[1, 2, 1] = 0
     for state, weight in (((), 1.0), ({'log_lambda': jnp.float32(1.5)}, np.exp(1.5))):
-      found = advantages.lagrangian(both, VALID, state, advantage_fn=plain)
-      np.testing.assert_allclose(found['advantages'], (REWARDS - weight * cost) / (1 + weight), rtol=1e-5, atol=1e-6)
+      found = advantages.lagrangian(both, known, state, advantage_fn=plain)
+      wanted = known[0] * known[1] * (REWARDS - weight * cost) / (1 + weight)
+      np.testing.assert_allclose(found['advantages'], wanted, rtol=1e-5, atol=1e-6)
       np.testing.assert_array_equal(found['cost'], cost)
+      np.testing.assert_array_equal(found['cost_known'], known[1])

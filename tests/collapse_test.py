@@ -40,6 +40,11 @@ class TestSigns:
     loop = {'reward_std': 0.0, 'entropy': 0.01, 'kl': 7.5, 'completions/distinct_2': 0.008}
     assert collapse.signs([FIRST, FIRST | loop]) == ('reward_std', 'distinct_2', 'entropy', 'kl')
 
+  def test_are_those_of_a_divergence_in_the_reward_too(self):
+    far = {name: value for name, value in FIRST.items() if name != 'kl'} | {'objective/kl': 39.0}
+    assert collapse.signs([FIRST, far]) == ()
+    assert collapse.signs([FIRST, far | {'objective/kl': 41.0}]) == ('kl',)
+
   def test_do_not_show_at_first(self):
     assert collapse.signs([]) == collapse.signs([FIRST]) == ()
     always = FIRST | {'completions/clipped_ratio': 1.0}

@@ -47,7 +47,7 @@ class TestSample:
     ids = [examples.prompt_ids(tokenizer, text) for text in texts]
     prompts = [verdicts.Prompt(one, record, f'here {n}') for n, (one, record) in enumerate(zip(ids, records))]
     rewards = [functions.Reward('judge', judge)] if judge is not None else []
-    return evaluate.sample(*model_and_params, tokenizer, samples, prompts, 1, rewards, ref_logps=ref_logps)
+    return evaluate.sample(*model_and_params, tokenizer, samples, prompts, 1, evaluate.Setting(rewards), ref_logps)
 
   def test_judges_every_response_and_shows_the_first_of_each_prompt(self, model_and_params, tokenizer):
     judged = []

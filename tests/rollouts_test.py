@@ -154,6 +154,13 @@ class TestIterations:
     with pytest.raises(types.UsageError, match=said):
       make(dataclasses.replace(OPTIONS, **options), dataclasses.replace(PACKING, **packing))
 
+  def test_takes_what_just_fits_the_context(self, make, loaded):
+    longest = max(len(examples.prompt_ids(loaded.tokenizer, text)) for text in PROMPTS)
+    packing = dataclasses.replace(PACKING, row_length=511, rows=6)
+    make(dataclasses.replace(OPTIONS, max_new_tokens=512 - longest), packing)
+    with pytest.raises(types.UsageError, match=f'a prompt of {longest} tokens and .* exceed the context of the model'):
+      make(dataclasses.replace(OPTIONS, max_new_tokens=513 - longest), packing)
+
 
 class TestAhead:
 
@@ -275,7 +282,7 @@ class TestMaker:
         OPTIONS, advantage_fn=value, ref_samples=4, rewards=('tests.rollouts_test:of_length',)
     )
     ((_, batch),) = taken(make(options), loaded, 1)
-    assert set(batch.labels_BS) == {'score', 'optimal_value'}
+    assert set(batch.labels_BS) == {'score', 'score_known', 'optimal_value'}
     lines = kept(tmp_path, 0)
     assert [line['labels']['score'] for line in lines] == [len(line['ids']) for line in lines]
     np.testing.assert_allclose(
@@ -331,6 +338,12 @@ class TestOptions:
               {'combine': 'gated', 'advantage_fn': functools.partial(advantages.normalise_then_sum)},
               "combine = 'gated': rollouts.Options.advantage_fn reads each reward",
           ),
+          (
+              {'combine': 'normalised', 'advantage_fn': advantages.greedy_baseline},
+              "combine = 'normalised': it makes numbers of one set of responses",
+          ),
+          ({'stop': '###'}, "stop = '###': a tuple of texts that are not empty"),
+          ({'stop': ('',)}, r"stop = \('',\): a tuple of texts"),
           ({'turns': 0}, 'rollouts.Options.turns = 0: it must be at least 1'),
           ({'temperature': 0.0}, 'rollouts.Options.temperature = 0.0: it must be above 0, or nothing varies'),
       ],
@@ -341,6 +354,29 @@ class TestOptions:
 
 
 class TestRuns:
+
+  def test_are_evaluated_as_they_go_from_where_they_began(self, tmp_path, capsys):
+    args = [
+        'jaxalign',
+        '--algo=grpo',
+        f'--workdir={tmp_path / "w"}',
+        '--steps=3',
+        '--eval_every=2',
+        '--log_every=1',
+        '--gin=recipe.Recipe.sync = @reference.Sync()',
+        '--gin=reference.Sync.every = 1',
+        '--gin=reference.Sync.alpha = 1.0',
+        '--gin=optim.constant.lr = 1e-2',
+        *(f'--gin=rollouts.Options.{one}' for one in ('prompts = 2', 'samples = 2', 'max_new_tokens = 8')),
+        *(f'--gin=evaluate.Samples.{one}' for one in ('count = 2', 'per_prompt = 2')),
+    ]
+    assert main.main(args) == 0, capsys.readouterr().err
+    lines = runs.logged(tmp_path / 'w')
+    assert [step for step, line in lines.items() if 'eval/reward' in line] == [2, 3]
+    # The reference has moved with the policy; what the run began with has not.
+    assert abs(lines[3]['kl']) < 1e-3 and abs(lines[3]['eval/kl']) > 0.1
+    summary = json.loads((tmp_path / 'w' / 'summary.json').read_text())
+    assert (summary['eval/kl'], summary['eval/reward_after']) == (lines[3]['eval/kl'], lines[3]['eval/reward'])
 
   def test_of_a_critic_are_resumed_bit_for_bit_in_the_midst_of_a_rollout(self, tmp_path, capsys):
     def run(name, steps):

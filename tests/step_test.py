@@ -15,6 +15,7 @@ from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import tracing
 from jaxalign import types
+from jaxalign.losses import actor_critic
 from jaxalign.losses import batchwise
 from jaxalign.losses import policy
 from jaxalign.losses import preference
@@ -131,7 +132,26 @@ class TestMakeStep:
     state, measured = step(moved, {}, far)  # 0.02 nats away, and what the update before added
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (moved.params, moved.opt_state))
     assert float(measured.gauges['stopped']) == 1
-    assert (int(state.step), int(state.skipped)) == (2, 0)
+    # The schedule's own count stands still too, and nothing is broken.
+    assert (int(state.step), int(state.skipped), int(state.skipped_in_row)) == (2, 1, 0)
+    assert int(state.opt_state[1].count) == 1
+
+  def test_measures_what_was_sampled_apart_from_texts(self):
+    mixed = functools.partial(actor_critic.with_pretraining, loss=PPO, weight=2.0)
+    needs = tracing.trace(mixed, group_size=2, labels=(), token_labels=('advantages', 'old_logps', 'is_text'))
+    objective = objectives.policy_gradient(model=MODEL, loss_fn=mixed, needs=needs, aggregate='token')
+    batch = split(1)
+    logps = forward.ref_logps(PARAMS, batch, model=MODEL)
+    is_text = (np.asarray(batch.responses_BT) == 1) * batch.mask_BT
+    labels = {'advantages': batch.mask_BT, 'old_logps': logps - 0.2 * batch.mask_BT, 'is_text': is_text}
+    step = jax.jit(step_lib.make_step(objective, OPTIMIZER))
+    _, measured = step(fresh(), {}, dataclasses.replace(batch, labels_BT=labels))
+    assert 0 < is_text.sum() < batch.mask_BT.sum()
+    np.testing.assert_allclose(measured.means['policy/approxkl_avg'].mean(), 0.02, rtol=1e-4)
+    np.testing.assert_allclose(measured.means['texts/loss'].mean(), -(logps * is_text).sum() / is_text.sum(), rtol=1e-5)
+    sampled = 1.2214028 * (batch.mask_BT - is_text)  # e^0.2, clipped at 1.2
+    wanted = (-np.minimum(sampled, 1.2) - 2 * np.asarray(logps) * is_text).sum() / batch.mask_BT.sum()
+    np.testing.assert_allclose(measured.means['loss'].mean(), wanted, rtol=1e-4)
 
   def test_skips_an_update_that_is_not_finite_and_counts_it(self):
     good = split(1)

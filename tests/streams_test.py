@@ -188,10 +188,10 @@ class TestRollouts:
   def needs(self, loss_fn, **options):
     """What is found of a loss without a model, for two prompts of two responses each."""
     of_critic = {name: options.pop(name, '') for name in ('critic', 'critic_writes')}
-    recipe = pytypes.SimpleNamespace(loss_fn=loss_fn, score_outputs=0, **of_critic)
+    recipe = pytypes.SimpleNamespace(loss_fn=loss_fn, score_outputs=0, sync=None, **of_critic)
     advantage_fn = options.pop('advantage_fn', advantages.mean_centred)
     made = rollouts.Options(2, 2, 4, ('tests.runs:vowels',), advantage_fn, **options)
-    return streams_lib._needs_of_rollouts(recipe, made)
+    return recipe_lib.needs_of(recipe, made)
 
   @pytest.mark.parametrize('options', [{'epochs': 2}, {'minibatches': 2}], ids=str)
   def test_of_several_updates_want_a_loss_that_knows_who_sampled(self, options):

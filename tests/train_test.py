@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types as pytypes
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from jaxalign import main
 from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import recipe
+from jaxalign import reference
 from jaxalign import sharding
 from jaxalign import train
 from jaxalign.data import examples
@@ -286,6 +288,19 @@ def bytes_of_a_session(folder, workdir, reference, steps):
       config=config,
   )
   return found
+
+
+class TestNewest:
+
+  @pytest.mark.parametrize('step,wanted', [(2, 0.25), (3, 0.0)])
+  def test_has_the_reference_that_the_next_step_compares_with(self, step, wanted):
+    state = pytypes.SimpleNamespace(
+        params={'a': jax.numpy.ones(2)}, reference={'a': jax.numpy.zeros(2)}, loss_state=(), step=jax.numpy.int32(step)
+    )
+    live, sync = reference.Reference(None, None, {}), reference.Sync(every=2, alpha=0.25)
+    found = train._Newest(lambda *_: None, state, {}, live, sync).params()
+    np.testing.assert_allclose(found.ref['a'], wanted)
+    assert found.version == step
 
 
 class TestWriteSamples:

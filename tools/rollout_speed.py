@@ -96,6 +96,9 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
   mesh = sharding.make_mesh(args.mesh)
   with jax.set_mesh(mesh):
     model, params = open_model(args.model, mesh, args.dtype)
+    if args.prompt_tokens + args.new_tokens > model.config.max_length:
+      wanted = f'--prompt_tokens={args.prompt_tokens} --new_tokens={args.new_tokens}'
+      raise types.UsageError(f'{wanted}: the context of the model has {model.config.max_length} tokens')
     if args.ragged:
       drawn = np.random.default_rng(0).geometric(1 / args.mean, args.prompts).clip(max=args.new_tokens)
       limits = drawn.tolist()
@@ -114,23 +117,32 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     return compare(runs, args.repeats)
 
 
+def _positive(text: str) -> int:
+  """A whole number from 1 on; argparse says so of another."""
+  if int(text) < 1:
+    raise argparse.ArgumentTypeError(f'{text}: it must be at least 1')
+  return int(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--model', default='stories15M', help='a name in gin_configs/models, or as for jaxalign.main')
   parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'))
-  parser.add_argument('--prompts', type=int, default=16)
-  parser.add_argument('--prompt_tokens', type=int, default=64)
-  parser.add_argument('--new_tokens', type=int, help='of each response, at most; default: 128, with --ragged 512')
+  parser.add_argument('--prompts', type=_positive, default=16)
+  parser.add_argument('--prompt_tokens', type=_positive, default=64)
+  parser.add_argument('--new_tokens', type=_positive, help='of each response, at most; default: 128, with --ragged 512')
   parser.add_argument('--temperature', type=float, default=1.0)
   parser.add_argument('--top_k', type=int, default=0)
   parser.add_argument('--ragged', action='store_true', help='lengths differ')
   parser.add_argument('--mean', type=float, default=64.0, help='of the lengths, with --ragged')
-  parser.add_argument('--rows', type=int, default=16, help='with --ragged, written at once')
-  parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument('--rows', type=_positive, default=16, help='with --ragged, written at once')
+  parser.add_argument('--repeats', type=_positive, default=5)
   parser.add_argument('--beside', help='a command that does the same otherwise, not with --ragged')
   parser.add_argument('--mesh', default='', help='as for jaxalign.main')
   args = parser.parse_args(argv)
+  if args.mean < 1:
+    parser.error('--mean must be at least 1')
   if args.ragged and args.beside:
     parser.error('--ragged and --beside do not go together')
   args.new_tokens = args.new_tokens or (512 if args.ragged else 128)

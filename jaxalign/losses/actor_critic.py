@@ -122,7 +122,9 @@ def with_pretraining(policy, ref, labels, *, state=(), loss: Loss, weight: float
   is_text_BT = labels['is_text']
   out = loss(_Policy(policy, is_text_BT), ref, _Labels(labels, policy), state=state)
   loss_BT = jnp.where(is_text_BT > 0, -weight * policy.logps_BT, out.per_item)
-  return types.LossOut(loss_BT, dict(out.metrics) | {'texts/tokens': is_text_BT}, out.state)
+  text_BT = is_text_BT * policy.mask_BT
+  metrics = dict(out.metrics) | {'texts/loss': masked.Weighted(-text_BT * policy.logps_BT, text_BT)}
+  return types.LossOut(loss_BT, metrics, out.state)
 
 
 class _Labels:
@@ -204,14 +206,14 @@ def adaptive(
 def constrained(policy, ref, labels, *, state=(), loss: Loss, limit: float, rate: float) -> types.LossOut:
   """The multiplier of a constraint on a cost, for `advantages.lagrangian`, which gives the label `cost`.
 
-    log lambda <- log lambda + rate (mean cost - limit)
+    log lambda <- log lambda + rate lambda (mean cost - limit)
 
-  The mean is over the responses of a step. The paper's rate is 0.1 with the limit 0 or below.
+  The mean is over the responses of a step whose cost is known. The paper's rate is 0.1 with the limit 0 or below.
 
   Args:
     policy: read by the loss, and `valid_GK`.
     ref: read by the loss.
-    labels: read by the loss, and `cost`.
+    labels: read by the loss, and `cost` with `cost_known`.
     state: log lambda, and none of the loss's.
     loss: any of `losses.policy`, without a state.
     limit: what the cost is to be on average, at most.
@@ -222,6 +224,8 @@ def constrained(policy, ref, labels, *, state=(), loss: Loss, limit: float, rate
   """
   out = loss(policy, ref, labels)
   log_lambda = state['log_lambda'] if state else jnp.zeros((), jnp.float32)
-  mean = jnp.sum(labels['cost'] * policy.valid_GK) / jnp.maximum(jnp.sum(policy.valid_GK), 1.0)
-  metrics = dict(out.metrics) | {'objective/lambda': jnp.full_like(out.per_item, jnp.exp(log_lambda))}
-  return types.LossOut(out.per_item, metrics, {'log_lambda': log_lambda + rate * (mean - limit)})
+  known_GK = policy.valid_GK * labels['cost_known']
+  mean = jnp.sum(labels['cost'] * known_GK) / jnp.maximum(jnp.sum(known_GK), 1.0)
+  multiplier = jnp.exp(log_lambda)
+  metrics = dict(out.metrics) | {'objective/lambda': jnp.full_like(out.per_item, multiplier)}
+  return types.LossOut(out.per_item, metrics, {'log_lambda': log_lambda + rate * multiplier * (mean - limit)})

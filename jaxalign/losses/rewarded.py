@@ -1,7 +1,8 @@
 """Losses on whole responses that were sampled and scored: one value per group.
 
 Contract of `losses.preference`, for lists of any length. r is the label `score` of a response, its reward; z its
-log-ratio to the reference, or for `rebel` to the policy that wrote it.
+log-ratio to the reference, or for `rebel` to the policy that wrote it. `rebel` and `a_star_po` leave out responses of
+which the label `score_known` is 0.
 """
 
 import jax
@@ -29,7 +30,7 @@ def rebel(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
   z_GK = masked.totals(policy.logps_BT - labels['old_logps'], policy.rows)
   gap_G = labels['score'][:, 0] - labels['score'][:, 1]
   margin_G = beta * (z_GK[:, 0] - z_GK[:, 1])
-  both_G = jnp.min(policy.valid_GK[:, :2], axis=1)
+  both_G = jnp.min((policy.valid_GK * labels['score_known'])[:, :2], axis=1)
   right_G = masked.Weighted((margin_G * gap_G > 0).astype(jnp.float32) * both_G, both_G)
   return types.LossOut(jnp.square(margin_G - gap_G) * both_G, {'rewards/accuracies': right_G}, state)
 
@@ -48,7 +49,7 @@ def a_star_po(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
   """
   rewards_GK = beta * ref.logratios_GK
   wanted_GK = labels['score'] - labels['optimal_value']
-  loss_G = _over_responses(jnp.square(rewards_GK - wanted_GK), policy)
+  loss_G = _over_responses(jnp.square(rewards_GK - wanted_GK), policy.valid_GK * labels['score_known'])
   return types.LossOut(loss_G, {'rewards': rewards_GK, 'rewards/wanted': wanted_GK}, state)
 
 
@@ -64,15 +65,14 @@ def a_lol(policy, ref, labels, *, state=(), clip_eps: float) -> types.LossOut:
   References:
     Baheti et al., 2023, https://arxiv.org/abs/2305.14718, derived from its definition.
   """
-  value_G = _over_responses(labels['score'], policy)
+  value_G = _over_responses(labels['score'], policy.valid_GK)
   advantages_GK = jax.nn.relu(labels['score'] - value_G[:, None])
   ratio_GK = jax.lax.stop_gradient(jnp.clip(jnp.exp(ref.logratios_GK), 1 - clip_eps, 1 + clip_eps))
-  loss_G = _over_responses(-advantages_GK * ratio_GK * policy.logps_GK, policy)
+  loss_G = _over_responses(-advantages_GK * ratio_GK * policy.logps_GK, policy.valid_GK)
   used_GK = (advantages_GK > 0).astype(jnp.float32)
   return types.LossOut(loss_G, {'val/ratio': ratio_GK, 'advantages': advantages_GK, 'advantages/used': used_GK}, state)
 
 
-def _over_responses(x_GK, policy):
+def _over_responses(x_GK, valid_GK):
   """The mean over the responses that a group has: `[G]`."""
-  count_G = jnp.maximum(jnp.sum(policy.valid_GK, axis=1), 1.0)
-  return jnp.sum(jnp.where(policy.valid_GK > 0, x_GK, 0.0), axis=1) / count_G
+  return jnp.sum(jnp.where(valid_GK > 0, x_GK, 0.0), axis=1) / jnp.maximum(jnp.sum(valid_GK, axis=1), 1.0)

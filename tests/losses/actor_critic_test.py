@@ -78,13 +78,14 @@ class TestWithPretraining:
     out = _run(_of(actor_critic.with_pretraining, loss=PPO, weight=3.0), is_text=jnp.asarray(is_text))
     wanted = np.where(is_text > 0, -3 * LOGPS, _ppo())
     np.testing.assert_allclose(out.per_item[MASK > 0], wanted[MASK > 0], rtol=1e-5)
+    of_texts = out.metrics['texts/loss']
+    np.testing.assert_allclose(of_texts.sum.sum() / of_texts.weight.sum(), -LOGPS[0, :2].mean(), rtol=1e-5)
 
   def test_is_no_response_to_what_follows_a_target(self):
     is_text = jnp.asarray(np.array([[1, 1, 0], [0, 0, 0]], np.float32))
     inner = _of(actor_critic.constrained, loss=PPO, limit=0.5, rate=0.1)
-    out = _run(
-        _of(actor_critic.with_pretraining, loss=inner, weight=3.0), is_text=is_text, cost=jnp.array([[9.0, 0.7]])
-    )
+    cost = {'cost': jnp.array([[9.0, 0.7]]), 'cost_known': jnp.ones((1, 2))}
+    out = _run(_of(actor_critic.with_pretraining, loss=inner, weight=3.0), is_text=is_text, **cost)
     np.testing.assert_allclose(out.state['log_lambda'], 0.1 * 0.2, rtol=1e-5)
 
 
@@ -114,10 +115,13 @@ class TestConstrained:
 
   def test_raises_the_multiplier_where_the_cost_is_above_the_limit(self):
     loss = _of(actor_critic.constrained, loss=PPO, limit=0.5, rate=0.1)
-    out = _run(loss, cost=jnp.array([[1.0, 0.4]]))
+    known = jnp.ones((1, 2))
+    out = _run(loss, cost=jnp.array([[1.0, 0.4]]), cost_known=known)
     np.testing.assert_allclose(out.state['log_lambda'], 0.1 * 0.2, rtol=1e-5)
-    out = _run(_of(loss, state={'log_lambda': jnp.float32(1.0)}), cost=jnp.zeros((1, 2)))
-    np.testing.assert_allclose(out.state['log_lambda'], 1 - 0.05, rtol=1e-5)
+    out = _run(loss, cost=jnp.array([[1.0, 0.4]]), cost_known=jnp.array([[0.0, 1.0]]))
+    np.testing.assert_allclose(out.state['log_lambda'], 0.1 * -0.1, rtol=1e-5)
+    out = _run(_of(loss, state={'log_lambda': jnp.float32(1.0)}), cost=jnp.zeros((1, 2)), cost_known=known)
+    np.testing.assert_allclose(out.state['log_lambda'], 1 - 0.05 * np.e, rtol=1e-5)
     np.testing.assert_allclose(out.per_item[MASK > 0], _ppo()[MASK > 0], rtol=1e-5)
 
 

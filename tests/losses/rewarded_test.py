@@ -40,11 +40,15 @@ def _left(w):
   return np.maximum(w.score - w.score.mean(axis=1, keepdims=True), 0.0)
 
 
+def _known(labels):
+  return {'score_known': jnp.ones_like(labels['score'])}
+
+
 def _labelled(loss, w):
   """The loss with further labels; the old policy is the reference."""
 
   def labelled(policy, ref, labels, **options):
-    more = {'old_logps': jnp.asarray(w.ref_BT), 'optimal_value': labels['margin']}
+    more = {'old_logps': jnp.asarray(w.ref_BT), 'optimal_value': labels['margin']} | _known(labels)
     return loss(policy, ref, {**labels, **more}, **options)
 
   return labelled
@@ -79,7 +83,7 @@ class TestLists:
     _, loss, _, _ = CASES[name]
     w = world_lib.world(groups=6, size=3)
     policy, ref = w.stats()
-    labels = w.given() | {'optimal_value': w.given()['margin']}
+    labels = w.given() | {'optimal_value': w.given()['margin']} | _known(w.given())
     short = dataclasses.replace(policy, valid_GK=policy.valid_GK.at[1, 2].set(0.0))
     other = dataclasses.replace(ref, logratios_GK=ref.logratios_GK.at[1, 2].set(jnp.nan))
     found, whole = loss(short, other, labels).per_item, loss(policy, ref, labels).per_item
@@ -90,12 +94,18 @@ class TestLists:
     }[name]
     np.testing.assert_allclose(found[1], first, rtol=1e-5)
     np.testing.assert_array_equal(np.delete(found, 1), np.delete(whole, 1))
+    if name == 'a_star_po':  # so with a response that nobody judged
+      unknown = labels | {'score_known': labels['score_known'].at[1, 2].set(0.0)}
+      np.testing.assert_array_equal(loss(policy, ref, unknown).per_item, found)
 
   def test_of_one_response_are_nothing_to_rebel(self):
     w = world_lib.world(groups=6, size=2)
     policy, ref = w.stats()
     short = dataclasses.replace(policy, valid_GK=policy.valid_GK.at[1, 0].set(0.0))
-    found = rewarded.rebel(short, ref, w.given() | {'old_logps': jnp.asarray(w.ref_BT)}, beta=0.7)
+    labels = w.given() | {'old_logps': jnp.asarray(w.ref_BT)} | _known(w.given())
+    found = rewarded.rebel(short, ref, labels, beta=0.7)
+    unknown = labels | {'score_known': labels['score_known'].at[1, 1].set(0.0)}
+    np.testing.assert_array_equal(rewarded.rebel(policy, ref, unknown, beta=0.7).per_item, found.per_item)
     right = w.h * (w.score[:, 0] - w.score[:, 1]) > 0
     assert found.per_item[1] == 0 and np.all(found.per_item[np.array([0, 2, 3, 4, 5])] > 0)
     accuracy = found.metrics['rewards/accuracies']
@@ -121,7 +131,7 @@ class TestRewarded:
         len(picked),
     )
     labels = {'score': jnp.asarray(self.R[picked], jnp.float32)[None], 'old_logps': jnp.asarray(ref)[None]}
-    labels['optimal_value'] = jnp.full((1, len(picked)), np.float32(value))
+    labels |= {'optimal_value': jnp.full((1, len(picked)), np.float32(value))} | _known(labels)
 
     def total(logps_BT):
       policy = types.Stats(logps_BT=logps_BT, logps_GK=logps_BT, rows=rows, valid_GK=jnp.ones((1, len(picked))))
@@ -144,6 +154,6 @@ class TestNeeds:
   @pytest.mark.parametrize('name,reference', [('rebel', False), ('a_star_po', True), ('a_lol', True)])
   def test_are_a_reference_but_for_rebel(self, name, reference):
     size, loss, _, _ = CASES[name]
-    labels = ('score', 'optimal_value')
+    labels = ('score', 'score_known', 'optimal_value')
     needs = tracing.trace(loss, group_size=size, labels=labels, token_labels=('old_logps',))
     assert needs.reference == reference and not needs.live

@@ -160,7 +160,10 @@ class TestParseOfModels:
           ('{rm}+nowhere', 'there is no directory nowhere; write'),
           ('{rm}:', 'could not convert'),
           ('{rm}:1e999', 'the weight inf is not finite'),
-          ('{rm}(gamma=1)', 'a model has no option gamma; it has beta, reduce, output, dtype, how, penalty, centre'),
+          (
+              '{rm}(gamma=1)',
+              'a model has no option gamma; it has beta, reduce, output, dtype, mesh, how, penalty, centre',
+          ),
           ("{rm}(beta='1')", "beta='1': it is a number"),
           ("{rm}(reduce='max')", "reduce='max': it is one of min, mean, last, product"),
           ('{rm}(output=-1)', 'output=-1: it is a whole number from 0 on'),

@@ -30,3 +30,13 @@ class TestMain:
   def test_says_what_the_other_program_lacks(self, capsys):
     assert rollout_speed.main([*SMALL, printing('nothing')]) == 1
     assert 'it printed no tokens_per_s=NUMBER' in capsys.readouterr().err
+
+  @pytest.mark.parametrize('args,said', [(['--repeats=0'], 'at least 1'), (['--mean=0', '--ragged'], 'at least 1')])
+  def test_refuses_what_measures_nothing(self, args, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+      rollout_speed.main([*SMALL, *args])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+  def test_refuses_what_exceeds_the_context(self, capsys):
+    assert rollout_speed.main([*SMALL, '--prompt_tokens=100000']) == 2
+    assert '--prompt_tokens=100000' in capsys.readouterr().err

@@ -57,6 +57,7 @@ class TestMain:
     assert table[0, 4] == pytest.approx(np.mean([len(line['ids']) for line in lines]), abs=1e-4)
     assert table[0, 5] == pytest.approx(2 / 6, abs=1e-4)
     assert float(shown(capsys, workdir, '--prompt=tom')[1].split()[2]) == 0.5
+    assert float(shown(capsys, workdir, '--prompt=lily')[1].split()[2]) == 0.5
 
   def test_shows_the_best_and_the_worst_response_to_each_prompt(self, workdir, capsys):
     lines = shown(capsys, workdir, '--rollout=0')
