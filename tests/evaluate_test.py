@@ -116,6 +116,17 @@ class TestSample:
     assert found.metrics['distinct_2'] < 0.3
 
 
+class TestEvaluator:
+
+  def test_compares_with_where_a_run_began_whose_reference_follows(self):
+    evaluator = evaluate.Evaluator.__new__(evaluate.Evaluator)
+    evaluator._live, evaluator._ref, evaluator._frozen = object(), None, {}
+    evaluator._kept = lambda: pytypes.SimpleNamespace(params={'a': 'first'})
+    for follows, wanted in ((True, 'first'), (False, 'live')):
+      evaluator._follows = follows
+      assert evaluator._ref_logps({'a': 'live'}).args == ({'a': wanted},)
+
+
 class Held(list):
   """Groups, each of a record of the same number."""
 
