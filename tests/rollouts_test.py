@@ -362,7 +362,10 @@ class TestRuns:
         f'--workdir={tmp_path / "w"}',
         '--steps=3',
         '--eval_every=2',
+        '--save_every=2',
+        '--reward=tests.runs:vowels',
         '--log_every=1',
+        '--gin=checkpoint.Options.keep = 1',
         '--gin=recipe.Recipe.sync = @reference.Sync()',
         '--gin=reference.Sync.every = 1',
         '--gin=reference.Sync.alpha = 1.0',
@@ -374,6 +377,9 @@ class TestRuns:
     lines = runs.logged(tmp_path / 'w')
     assert [step for step, line in lines.items() if 'eval/reward' in line] == [2, 3]
     assert abs(lines[3]['kl']) < 1e-3 and abs(lines[3]['eval/kl']) > 0.1  # the reference has moved with the policy
+    best = max((2, 3), key=lambda step: lines[step]['eval/reward'])
+    steps = {int(path.name) for path in (tmp_path / 'w' / 'checkpoints').iterdir() if path.name.isdigit()}
+    assert steps == {best, 3}
     summary = json.loads((tmp_path / 'w' / 'summary.json').read_text())
     assert (summary['eval/kl'], summary['eval/reward_after']) == (lines[3]['eval/kl'], lines[3]['eval/reward'])
 
