@@ -73,9 +73,9 @@ class Samples:
   ways: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    for name in ('count', 'per_prompt', 'max_new_tokens'):
-      if getattr(self, name) is not None and getattr(self, name) < 1:
-        raise types.UsageError(f'evaluate.Samples.{name} = {getattr(self, name)}: it must be at least 1')
+    for name, least in (('count', 0), ('per_prompt', 1), ('max_new_tokens', 1)):
+      if getattr(self, name) is not None and getattr(self, name) < least:
+        raise types.UsageError(f'evaluate.Samples.{name} = {getattr(self, name)}: it must be at least {least}')
     for k in self.pass_at:
       if not 1 <= k <= self.per_prompt:
         wanted = f'{k} is not from 1 to evaluate.Samples.per_prompt = {self.per_prompt}'

@@ -1,8 +1,10 @@
 """What every test runs under: eight CPU devices, no implicit rank promotion, no network, no cache of the user's."""
 
 import atexit
+import gc
 import importlib.metadata
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -48,6 +50,17 @@ hypothesis.settings.load_profile('jaxalign')
 def own_cache(tmp_path, monkeypatch):
   """Tokenised data and reference log-probabilities of a test go to a folder of its own."""
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg_cache'))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def few_programs():
+  """Forgets what was compiled when it has become much: each program is mapped into memory in parts, of which Linux lets
+  a process have 65,530, and XLA aborts beyond."""
+  yield
+  maps = pathlib.Path('/proc/self/maps')
+  if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope='module')
