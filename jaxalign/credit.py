@@ -43,6 +43,7 @@ FIELDS = frozenset(
     'rewards_GK valid_GK rewards_RGK valid_RGK weights_R outcomes_GK token_rewards_BT token_marks_BT tokens_GK'
     ' finished_GK greedy_G ref_rewards_GN logps_BT log_ratio_BT critic_ratio_BT values_BT rows loss_state'.split()
 )
+_ARE_ONE = ('valid_GK', 'valid_RGK', 'finished_GK', 'token_marks_BT')  # where it matters
 OF_REFERENCE = frozenset({'log_ratio_BT', 'critic_ratio_BT', 'ref_rewards_GN'})
 # What the training program makes of tokens.
 OF_PROGRAM = frozenset({'logps_BT', 'log_ratio_BT', 'critic_ratio_BT', 'values_BT'})
@@ -70,13 +71,15 @@ class Credit:
     if 'log_ratio_BT' in self.reads:
       made['kl'] = masked.totals(fields['log_ratio_BT'], fields['rows'])
     valid_GK, rows = fields['valid_GK'], fields['rows']
+    for name in self.reads & {'greedy_G', 'ref_rewards_GN'}:
+      valid_GK = valid_GK * ~jnp.any(jnp.isnan(fields[name].reshape(len(valid_GK), -1)), axis=1, keepdims=True)
     counts = lambda x: valid_GK if x.shape == valid_GK.shape else rows.mask_BT * masked.to_tokens(valid_GK, rows)
     if 'advantages' in made:
       made['advantages'] = jnp.where(counts(made['advantages']) > 0, made['advantages'], 0.0)
     return made
 
   def labels(self, fields: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """By name float32 `[G, K]` or `[B, T]`; advantages are 0 where there is no reward.
+    """By name float32 `[G, K]` or `[B, T]`; advantages are 0 where a reward that they compare with is not there.
 
     With values of a critic they are a label too, and with a log-ratio to the reference its sum over a response, `kl`.
 
@@ -92,11 +95,14 @@ class Credit:
     Args:
       rewards: R.
     """
-    random = np.random.default_rng(0)
-    fields = jax.tree.map(lambda x: jnp.asarray(random.uniform(1, 2, x.shape), x.dtype), self._shapes(1, rewards))
-    fields['rows'] = rows([3, 3], 1, 3)
-    made = self._make(fields)
-    return 'advantages' in made and not np.any(made['advantages'])
+    random, shapes = np.random.default_rng(0), self._shapes(1, rewards)
+    for scale in (1.0, 10.0, 100.0):
+      fields = jax.tree.map(lambda x, scale=scale: jnp.asarray(random.normal(0, scale, x.shape), x.dtype), shapes)
+      fields |= {name: jnp.ones(shapes[name].shape) for name in _ARE_ONE} | {'rows': rows([3, 3], 1, 3)}
+      made = self._make(fields)
+      if 'advantages' not in made or np.any(made['advantages']):
+        return False
+    return True
 
   def names(self, samples: int, rewards: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the labels that it makes of responses, and of tokens.

@@ -341,6 +341,9 @@ def evaluate(
     if ref is not None and isinstance(streams, streams_lib.Streams) and streams.cached:
       streams = streams_lib.with_reference(streams, job, recipe, ref, steps=0, counter=counter)
     loss_state = checkpoint.load_loss_state(directory, streams.needs.state, job.mesh)
+    plain = recipe.sync is not None and recipe.rollouts is not None and loaded.model.lora is None
+    first = functools.partial(checkpoint.load_base, checkpoint.find(directory)[0], loaded.model, job.mesh)
+    kept = first if plain else None
     live = ref.alone() if ref is not None and (streams.live or recipe.rollouts is not None) else None
-    evaluator = Evaluator(job, recipe, loaded.model, loaded.tokenizer, streams, samples, counter, {}, live)
+    evaluator = Evaluator(job, recipe, loaded.model, loaded.tokenizer, streams, samples, counter, {}, live, kept)
     return evaluator.whole(loaded.params, loss_state).metrics()

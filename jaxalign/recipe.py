@@ -262,7 +262,11 @@ def needs_of(recipe: Recipe, options: rollouts_lib.Options) -> tracing.Needs:
   if 'values_BT' in options.credit.reads and not outputs:
     problem = 'reads values_BT of a critic: bind recipe.Recipe.critic, or recipe.Recipe.score_outputs = 1 for a head'
     raise types.UsageError(f'rollouts.Options.advantage_fn {problem}')
-  of_responses, of_tokens = options.credit.names(options.samples, len(options.rewards) + bool(options.environment))
+  count = len(options.rewards) + bool(options.environment)
+  of_responses, of_tokens = options.credit.names(options.samples, count)
+  if options.samples == 1 and options.credit.compares(count):
+    problem = 'rollouts.Options.advantage_fn compares the responses to a prompt, and of one makes 0; it takes 2 or more'
+    raise types.UsageError(f'rollouts.Options.samples = 1: {problem}')
   needs = tracing.trace(
       recipe.loss_fn,
       group_size=options.samples,

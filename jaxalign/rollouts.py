@@ -120,11 +120,6 @@ class Options:
     if self.combine != 'sum' and 'rewards_RGK' in reads and not reads & {'rewards_GK', 'outcomes_GK'}:
       problem = 'rollouts.Options.advantage_fn reads each reward, and combines them itself; leave it out'
       raise types.UsageError(f'rollouts.Options.combine = {self.combine!r}: {problem}')
-    if self.samples == 1 and self.credit.compares(len(self.rewards) + bool(self.environment)):
-      problem = (
-          'rollouts.Options.advantage_fn compares the responses to a prompt, and of one makes 0; it takes 2 or more'
-      )
-      raise types.UsageError(f'rollouts.Options.samples = 1: {problem}')
     if reads & {'greedy_G', 'ref_rewards_GN'}:
       self._check_scale()
     if not isinstance(self.stop, tuple | list) or not all(isinstance(text, str) and text for text in self.stop):

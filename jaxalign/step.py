@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxalign import forward
 from jaxalign import masked
 from jaxalign import objectives
 from jaxalign import optim
@@ -67,7 +68,7 @@ def init_state(
     follows: whether the state has a reference that follows the policy.
   """
   zero, key = jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.key(seed))
-  reference = jax.tree.map(jnp.copy, params) if follows else ()
+  reference = jax.tree.map(jnp.copy, forward.divided(params)[0]) if follows else ()
   return TrainState(zero, params, tx.init(params), loss_state, key, zero, zero, reference)
 
 
@@ -97,7 +98,7 @@ def abstract_state(
   )
   trained = jax.tree.map(lambda x: placed(x, x.sharding), params)
   return jax.tree.map(replicated, shapes).replace(
-      params=trained, opt_state=moments, reference=trained if follows else ()
+      params=trained, opt_state=moments, reference=forward.divided(trained)[0] if follows else ()
   )
 
 
@@ -124,7 +125,7 @@ def make_step(
     good_steps = state.step - state.skipped
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch.inputs_BT.shape[0]))
-    ref = ref if sync is None else sync.moved(state.reference, state.params, state.step)
+    ref = ref if sync is None else sync.moved(state.reference, forward.divided(state.params)[0], state.step)
     grads, (weight, metrics, loss_state) = gradients(state, frozen, batch, keys, ref)
     grads = jax.tree.map(lambda g: g / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny), grads)
     norm = optax.tree.norm(grads)

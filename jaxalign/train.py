@@ -73,7 +73,16 @@ def train(
     logging.info('memory of a device: %s', _memory(state, frozen, live))
     kept = functools.partial(checkpoint.load_base, job.workdir / 'checkpoints', model, job.mesh)
     evaluator = evaluate.Evaluator(
-        job, recipe, model, tokenizer, streams, samples, counter, frozen, live, kept if recipe.rollouts else None
+        job,
+        recipe,
+        model,
+        tokenizer,
+        streams,
+        samples,
+        counter,
+        frozen,
+        live,
+        kept if recipe.rollouts and not frozen else None,
     )
     before, whole = _before(job, evaluator, state), _Whole(evaluator)
     max_kl = None if recipe.rollouts is None else recipe.rollouts.max_kl
@@ -133,6 +142,7 @@ class _Newest:
       sync: reference.Sync | None,
   ):
     self._step_fn, self._state, self._frozen, self._live, self._sync = step_fn, state, frozen, live, sync
+    self._moved = jax.jit(sync.moved) if sync is not None else lambda *_: None
 
   def __call__(self, state: step_lib.TrainState, batch: types.Batch):
     self._state, measured = self._step_fn(state, batch)
@@ -144,11 +154,14 @@ class _Newest:
     whole = lambda trained: lora.join(trained, self._frozen)
     ref = None
     if self._live is not None:
-      now = self._state
-      moving = self._live.moving if self._sync is None else self._sync.moved(now.reference, now.params, now.step)
-      ref = lora.join(moving, self._live.fixed)
+      ref = lora.join(self._followed(policy) if self._sync is not None else self._live.moving, self._live.fixed)
     own = None if critic is None else whole(critic)
     return rollouts.Params(whole(policy), own, ref, self._state.loss_state, int(self._state.step))
+
+  def _followed(self, policy: types.PyTree) -> types.PyTree:
+    now = self._state
+    due = self._sync is not None and int(now.step) % self._sync.every == 0
+    return self._moved(now.reference, policy, now.step) if due else now.reference
 
 
 class _Opened(NamedTuple):

@@ -58,6 +58,12 @@ class TestCredit:
   def test_knows_whether_a_lone_response_is_told_anything(self, fn, wanted):
     assert credit.Credit(fn).compares(2) == wanted
 
+  def test_gives_nothing_where_what_is_compared_with_has_no_reward(self):
+    made = credit.Credit(lambda rewards_GK, greedy_G: rewards_GK - greedy_G[:, None])
+    fields = {'rewards_GK': np.ones((2, 2), np.float32), 'valid_GK': np.ones((2, 2), np.float32)}
+    fields |= {'greedy_G': np.array([np.nan, 0.25], np.float32), 'rows': credit.rows([2] * 4, 2, 3)}
+    np.testing.assert_array_equal(made.labels(fields)['advantages'], [[0, 0], [0.75, 0.75]])
+
   def test_refuses_to_read_a_reward_that_is_not_there(self):
     with pytest.raises(types.UsageError, match='reads more rewards than the 1 that there are; give another --reward'):
       credit.Credit(lambda rewards_RGK, valid_GK, loss_state: advantages.lagrangian(rewards_RGK, valid_GK, ())).names(

@@ -333,7 +333,6 @@ class TestOptions:
           ({'max_kl': 0.1}, 'max_kl = 0.1: a rollout has a single update, before which nothing moved'),
           ({'top_p': 1.5}, 'top_p = 1.5: it must be above 0 and at most 1'),
           ({'ref_samples': 2}, 'ref_samples = 2: rollouts.Options.advantage_fn reads none of the reference'),
-          ({'samples': 1}, 'samples = 1: rollouts.Options.advantage_fn compares the responses to a prompt'),
           (
               {'combine': 'gated', 'advantage_fn': functools.partial(advantages.normalise_then_sum)},
               "combine = 'gated': rollouts.Options.advantage_fn reads each reward",

@@ -190,7 +190,7 @@ class TestRollouts:
     of_critic = {name: options.pop(name, '') for name in ('critic', 'critic_writes')}
     recipe = pytypes.SimpleNamespace(loss_fn=loss_fn, score_outputs=0, sync=None, **of_critic)
     advantage_fn = options.pop('advantage_fn', advantages.mean_centred)
-    made = rollouts.Options(2, 2, 4, ('tests.runs:vowels',), advantage_fn, **options)
+    made = rollouts.Options(2, options.pop('samples', 2), 4, ('tests.runs:vowels',), advantage_fn, **options)
     return recipe_lib.needs_of(recipe, made)
 
   @pytest.mark.parametrize('options', [{'epochs': 2}, {'minibatches': 2}], ids=str)
@@ -199,6 +199,12 @@ class TestRollouts:
       self.needs(policy.reinforce, **options)
     assert 'labels.old_logps' in self.needs(functools.partial(policy.ppo, clip_eps=0.2), **options).fields
     assert 'labels.advantages' in self.needs(policy.reinforce).fields
+
+  def test_of_one_response_a_prompt_want_nothing_to_compare(self):
+    with pytest.raises(types.UsageError, match='samples = 1: rollouts.Options.advantage_fn compares'):
+      self.needs(policy.reinforce, samples=1)
+    for fn in (lambda rewards_GK: rewards_GK, lambda rewards_GK, finished_GK: (rewards_GK > 3.0) * (finished_GK == 1)):
+      assert self.needs(policy.reinforce, samples=1, advantage_fn=fn).fields
 
   def test_say_which_critic_is_not_there(self):
     prime = functools.partial(returns.prime, beta=0.1)

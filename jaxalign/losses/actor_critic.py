@@ -148,6 +148,8 @@ class _Policy:
 
   def __getattr__(self, name: str):
     found = getattr(self._policy, name)
+    if name == 'mask_BT':
+      return found * (1.0 - self._is_text_BT)
     if name != 'valid_GK':
       return found
     return jnp.where(masked.totals(self._is_text_BT, self._policy.rows) > 0, 0.0, found)
@@ -203,7 +205,9 @@ def adaptive(
   return types.LossOut(loss_BT, metrics, {'log_coefficient': log_c + step})
 
 
-def constrained(policy, ref, labels, *, state=(), loss: Loss, limit: float, rate: float) -> types.LossOut:
+def constrained(
+    policy, ref, labels, *, state=(), loss: Loss, limit: float, rate: float, most: float = 5.0
+) -> types.LossOut:
   """The multiplier of a constraint on a cost, for `advantages.lagrangian`, which gives the label `cost`.
 
     log lambda <- log lambda + rate lambda (mean cost - limit)
@@ -218,6 +222,7 @@ def constrained(policy, ref, labels, *, state=(), loss: Loss, limit: float, rate
     loss: any of `losses.policy`, without a state.
     limit: what the cost is to be on average, at most.
     rate: of the change.
+    most: of lambda, which would become infinite where the limit cannot be kept; that of the paper's code.
 
   References:
     Dai et al., 2023 (Safe RLHF), https://arxiv.org/abs/2310.12773, Eq. 31.
@@ -227,5 +232,6 @@ def constrained(policy, ref, labels, *, state=(), loss: Loss, limit: float, rate
   known_GK = policy.valid_GK * labels['cost_known']
   mean = jnp.sum(labels['cost'] * known_GK) / jnp.maximum(jnp.sum(known_GK), 1.0)
   multiplier = jnp.exp(log_lambda)
+  moved = log_lambda + rate * multiplier * (mean - limit)
   metrics = dict(out.metrics) | {'objective/lambda': jnp.full_like(out.per_item, multiplier)}
-  return types.LossOut(out.per_item, metrics, {'log_lambda': log_lambda + rate * multiplier * (mean - limit)})
+  return types.LossOut(out.per_item, metrics, {'log_lambda': jnp.minimum(moved, jnp.log(most))})

@@ -2,7 +2,7 @@
 
 xla     dense, in blocks of queries; anywhere
 cudnn   fused, with a dense mask; NVIDIA GPUs, 16-bit floats
-splash  Pallas kernel that skips what the mask rules out; TPUs
+splash  Pallas kernel that skips what the mask rules out; TPUs, 16-bit floats
 """
 
 import functools
@@ -60,8 +60,11 @@ def pick(
   name, reason = 'xla', f'the platform is {platform}'
   if platform == 'tpu':
     local = length // sharding.parts(mesh, 'length')
-    if head_size % 64 or local % _SPLASH_BLOCKS[-1]:
-      reason = f'splash wants heads in multiples of 64 (here {head_size}), tokens of 128 (here {local} per device)'
+    if not sixteen_bits or head_size % 64 or local % _SPLASH_BLOCKS[-1]:
+      reason = (
+          f'splash wants 16-bit floats (here {jnp.dtype(dtype).name}), heads in multiples of 64 (here {head_size}),'
+          f' tokens of 128 (here {local} per device)'
+      )
     else:
       name = 'splash'
   elif platform == 'gpu':

@@ -35,6 +35,7 @@ def _run(loss, critic=REF, **labels):
       mask_BT=MASK,
       entropy_BT=_f32(ENTROPY),
       scores_BTO=_f32(VALUES)[..., None],
+      valid_G=jnp.ones(1),
       critic_logps_BT=_f32(critic * MASK),
       rows=rows,
       valid_GK=VALID,
@@ -81,6 +82,13 @@ class TestWithPretraining:
     of_texts = out.metrics['texts/loss']
     np.testing.assert_allclose(of_texts.sum.sum() / of_texts.weight.sum(), -LOGPS[0, :2].mean(), rtol=1e-5)
 
+  def test_counts_for_none_of_the_shares_of_a_step(self):
+    is_text = jnp.asarray(np.array([[1, 1, 1], [0, 0, 0]], np.float32))
+    inner = _of(policy.kl_cov, share=0.5, coef=1.0)
+    out = _run(_of(actor_critic.with_pretraining, loss=inner, weight=3.0), is_text=is_text)
+    held = np.asarray(out.metrics['kl_cov/held_mean'])
+    assert not held[0].any() and held[1].sum() == 1  # of two tokens that were sampled
+
   def test_is_no_response_to_what_follows_a_target(self):
     is_text = jnp.asarray(np.array([[1, 1, 0], [0, 0, 0]], np.float32))
     inner = _of(actor_critic.constrained, loss=PPO, limit=0.5, rate=0.1)
@@ -122,6 +130,8 @@ class TestConstrained:
     np.testing.assert_allclose(out.state['log_lambda'], 0.1 * -0.1, rtol=1e-5)
     out = _run(_of(loss, state={'log_lambda': jnp.float32(1.0)}), cost=jnp.zeros((1, 2)), cost_known=known)
     np.testing.assert_allclose(out.state['log_lambda'], 1 - 0.05 * np.e, rtol=1e-5)
+    out = _run(_of(loss, state={'log_lambda': jnp.float32(1.6)}), cost=jnp.full((1, 2), 9.0), cost_known=known)
+    np.testing.assert_allclose(out.state['log_lambda'], np.log(5.0), rtol=1e-5)
     np.testing.assert_allclose(out.per_item[MASK > 0], _ppo()[MASK > 0], rtol=1e-5)
 
 

@@ -138,7 +138,8 @@ class TestPick:
       [
           ('cpu', 'bfloat16', 64, 1024, {}, 'xla'),
           ('tpu', 'bfloat16', 128, 1024, {}, 'splash'),
-          ('tpu', 'float32', 64, 1024, {}, 'splash'),
+          ('tpu', 'bfloat16', 64, 1024, {}, 'splash'),
+          ('tpu', 'float32', 64, 1024, {}, 'xla'),
           ('tpu', 'bfloat16', 96, 1024, {}, 'xla'),
           ('tpu', 'bfloat16', 128, 1000, {}, 'xla'),
           ('tpu', 'bfloat16', 128, 512, {'context': 4}, 'splash'),
