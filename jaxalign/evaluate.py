@@ -19,6 +19,7 @@ from jaxalign import episodes
 from jaxalign import forward
 from jaxalign import held_out
 from jaxalign import metrics
+from jaxalign import needs as needs_lib
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
 from jaxalign import sampling
@@ -139,7 +140,7 @@ def sample(
       and no token ruled out `kl`, the mean over the responses of log policy - log reference in nats, which estimates
       KL(policy || reference), with its standard error; and the first response to the first `shown` prompts.
   """
-  stop_ids = prompts_lib.stop_ids(tokenizer, prompts[0].is_chat, setting.template)
+  stop_ids = prompts_lib.stop_ids(tokenizer, verdicts.are_chats(prompts), setting.template)
   how: dict[str, Any] = {'max_new_tokens': samples.max_new_tokens, 'temperature': samples.temperature}
   how |= {'stop_ids': stop_ids, **samples.ways}
   draw = lambda behind, n, turn: sampling.sample(model, params, behind, n=n, seed=seed + turn, **how)
@@ -249,7 +250,7 @@ class Evaluator:
       kept: reads what the run began with, where no reference is live, to say how far the policy has moved.
     """
     model = transformer.without_dropout(model)
-    objective = recipe_lib.bind(recipe, model, streams.needs, live and live.model)
+    objective = needs_lib.bind(recipe, model, streams.needs, live and live.model)
     evaluate_step = counter.counted(step_lib.make_eval_step(objective))
     self._step = jax.jit(evaluate_step, out_shardings=sharding.named(job.mesh))
     self._ref = live and live.moving
@@ -288,7 +289,6 @@ class Evaluator:
       return None
     own = self._kept().params if self._kept is not None and (self._live is None or self._follows) else None
     params = lora.join(ref if jax.tree.leaves(ref) else self._ref, self._frozen) if own is None else own
-
     return functools.partial(self._summed, params)
 
   def _summed(self, params: types.PyTree, prompts, responses) -> np.ndarray:
@@ -342,8 +342,9 @@ def evaluate(
       streams = streams_lib.with_reference(streams, job, recipe, ref, steps=0, counter=counter)
     loss_state = checkpoint.load_loss_state(directory, streams.needs.state, job.mesh)
     plain = recipe.sync is not None and recipe.rollouts is not None and loaded.model.lora is None
-    first = functools.partial(checkpoint.load_base, checkpoint.find(directory)[0], loaded.model, job.mesh)
-    kept = first if plain else None
-    live = ref.alone() if ref is not None and (streams.live or recipe.rollouts is not None) else None
+    load = functools.partial(checkpoint.load_base, checkpoint.find(directory)[0], loaded.model, job.mesh)
+    kept = load if plain else None
+    own = recipe_lib.reference_of(recipe, job.mesh, loaded.model)
+    live = ref.alone(own) if ref is not None and (streams.live or recipe.rollouts is not None) else None
     evaluator = Evaluator(job, recipe, loaded.model, loaded.tokenizer, streams, samples, counter, {}, live, kept)
     return evaluator.whole(loaded.params, loss_state).metrics()

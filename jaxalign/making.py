@@ -95,7 +95,7 @@ class Maker:
     self._options, self._prompts, self._weights = options, prompts, list(weights)
     self._packing, self._models, self._tokenizer, self._mesh, self._seed = packing, models, tokenizer, mesh, seed
     self._asked = functools.partial(verdicts.of_record, prompts, records)
-    self._stop_ids = prompts_lib.stop_ids(tokenizer, self._asked(0).is_chat, options.template)
+    self._stop_ids = functools.cache(lambda is_chat: prompts_lib.stop_ids(tokenizer, is_chat, options.template))
     self._judge = judging.Judge(options.rewards, options.combine, tokenizer, options.world)
     self._wanted = options.credit.reads & credit_lib.OF_PROGRAM | ({'logps_BT'} if options.updates > 1 else set())
     ref_model = models.ref if self._wanted & {'log_ratio_BT', 'critic_ratio_BT'} else None
@@ -262,7 +262,8 @@ class Maker:
       self, chosen: Sequence[int], params, model, name, count: int, temperature: float | None = None
   ) -> list[environments.Response]:
     """`count` responses to each of these prompts; `name` makes the random numbers its own."""
-    options = self._options
+    options, asked = self._options, self._all_asked(chosen)
+    stop_ids = self._stop_ids(verdicts.are_chats(asked))
 
     def draw(prompts: list[list[int]], n: int, turn: int) -> list[sampling.Sampled]:
       return sampling.sample(
@@ -275,10 +276,10 @@ class Maker:
           told_at=options.temperature,  # as in the training program, which they are compared with
           **options.ways(self._tokenizer),
           seed=_seed(self._seed, (*name, 'turn', turn) if turn else name),
-          stop_ids=self._stop_ids,
+          stop_ids=stop_ids,
       )
 
-    return list(environments.respond(options.world, self._all_asked(chosen), count, self._tokenizer, draw))
+    return list(environments.respond(options.world, asked, count, self._tokenizer, draw))
 
 
 def _seed(seed: int, name: tuple[int | str, ...]) -> int:

@@ -75,7 +75,16 @@ def open_critic(
   if not recipe.critic:
     return None, lambda frozen: None
   outputs = 0 if recipe.critic_writes else 1
-  scored = dataclasses.replace(recipe, score_outputs=outputs, score_bias=False, critic='', critic_writes=False)
+  scored = dataclasses.replace(
+      recipe,
+      score_outputs=outputs,
+      score_bias=False,
+      dtype=recipe.critic_dtype or recipe.dtype,
+      critic='',
+      critic_writes=False,
+      critic_dtype='',
+      critic_rules={},
+  )
   if recipe.critic == 'policy':
     model, params = open_model(job, scored, tokenizer)
   elif recipe.lora is not None:
@@ -92,10 +101,13 @@ def open_critic(
           f'recipe.Recipe.critic = {recipe.critic!r}: no reward model, as it has no head that scores'
       )
     model, params = open_model(source, read, tokenizer)
+  shapes = transformer.abstract_params(model, job.mesh, recipe.critic_rules)
   if model.lora is None:
-    return model, lambda frozen: params().trained
+    place = lambda found: jax.device_put(found, jax.tree.map(lambda x: x.sharding, shapes))
+    return model, lambda frozen: place(params().trained)
   key = jax.random.fold_in(jax.random.key(job.seed), 1)
-  return model, lambda frozen: transformer.init_adapters(model, key, frozen, job.mesh)
+  place = lambda found: jax.device_put(found, jax.tree.map(lambda x: x.sharding, lora_lib.split(shapes)[0]))
+  return model, lambda frozen: place(transformer.init_adapters(model, key, frozen, job.mesh))
 
 
 def _source(

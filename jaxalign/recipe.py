@@ -1,21 +1,20 @@
 """What an algorithm is, as a gin file binds it, and what every mode builds from it: model, tokenizer and data."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
+import functools
 import importlib.resources
-import inspect
 import pathlib
 from typing import Any
 
-from absl import logging
 import jax
 
 from jaxalign import checkpoint
-from jaxalign import credit as credit_lib
-from jaxalign import objectives
 from jaxalign import reference as reference_lib
 from jaxalign import rollouts as rollouts_lib
-from jaxalign import tracing
+from jaxalign import sharding
 from jaxalign import types
 from jaxalign.data import dataset
 from jaxalign.data import loader
@@ -40,7 +39,7 @@ class Recipe:
     objective: from `objectives`; what it needs of the batch is what the examples provide. One that takes no `ref_model`
       has no reference.
     loss_fn: from `losses`, or a function of the user's own.
-    example_fn: from `data.examples`: a record to a group of sequences.
+    example_fn: from `data.examples`: a record to a group of sequences; where there are rollouts it takes a `template`.
     scored_fn: the same of a record whose responses are to be scored; None reads them as they are, see `score`.
     combine_fn: makes scores of what the model makes of those examples, a list of `[O]`, one of each sequence: outputs
       of its head, or without one log-probabilities of what is marked. None takes those of a head as they are, or else
@@ -59,6 +58,10 @@ class Recipe:
       reference, which it learns, as PRIME's.
     reference: 'cached' (log-probabilities computed once per response, kept on disk) or 'live' (a second copy of the
       parameters, a forward pass per step), as it always is where the loss reads more of it.
+    reference_dtype: of a live reference without adapters, as it is kept and computed; '' for as the policy is.
+    reference_rules: logical axes to mesh axes of its parameters, in place of some of `sharding.RULES`.
+    critic_dtype: of the computation of a critic with parameters of its own; '' for that of the policy.
+    critic_rules: logical axes to mesh axes of its parameters and their moments, likewise.
     sync: how a reference follows the policy; None for one that stays as the policy was at first.
     dtype: of the computation; what is trained and optimizer state are float32.
     remat: which activations the backward pass computes again, see `models.transformer`; 'dots' (all but products with
@@ -83,6 +86,10 @@ class Recipe:
   critic: str = ''
   critic_writes: bool = False
   reference: str = 'cached'
+  reference_dtype: str = ''
+  reference_rules: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+  critic_dtype: str = ''
+  critic_rules: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
   sync: reference_lib.Sync | None = None
   dtype: str = 'float32'
   remat: str = 'dots'
@@ -106,6 +113,21 @@ class Recipe:
       )
     if self.reference not in ('cached', 'live'):
       raise types.UsageError(f"recipe.Recipe.reference = {self.reference!r}: it is 'cached' or 'live'")
+    for name, dtype in (('reference_dtype', self.reference_dtype), ('critic_dtype', self.critic_dtype)):
+      if dtype not in ('', *transformer.DTYPES):
+        raise types.UsageError(f'recipe.Recipe.{name} = {dtype!r}: it is one of {", ".join(transformer.DTYPES)}')
+    sharding.check_rules(self.reference_rules, 'recipe.Recipe.reference_rules')
+    sharding.check_rules(self.critic_rules, 'recipe.Recipe.critic_rules')
+    if (self.critic_dtype or self.critic_rules) and not self.critic:
+      raise types.UsageError('recipe.Recipe.critic_dtype, critic_rules: there is no critic with parameters of its own')
+    if self.keeps_reference and (self.lora is not None or self.sync is not None):
+      problem = 'follows the policy' if self.lora is None else "is the policy's own frozen base"
+      raise types.UsageError(f'recipe.Recipe.reference_dtype, reference_rules: this reference {problem}')
+
+  @property
+  def keeps_reference(self) -> bool:
+    """Whether a live reference is kept in another way than the policy."""
+    return bool(self.reference_dtype or self.reference_rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,8 +246,11 @@ def load_tokenizer(spec: str) -> tokenizers.Tokenizer:
 
 def open_data(job: Job, recipe: Recipe, tokenizer: tokenizers.Tokenizer, specs: str) -> list[dataset.Dataset]:
   """Tokenises the sources of a mixture, or finds them in the cache."""
-  row_length = recipe.packing.row_length
-  open_one = lambda spec: open_source(job, recipe.example_fn, tokenizer, spec, row_length, recipe.mismatched)
+  row_length, example_fn = recipe.packing.row_length, recipe.example_fn
+  if recipe.rollouts is not None:
+    # Of rollouts, so that prompts, what answers them and where a turn ends are written by the same.
+    example_fn = functools.partial(example_fn, template=recipe.rollouts.template)
+  open_one = lambda spec: open_source(job, example_fn, tokenizer, spec, row_length, recipe.mismatched)
   return [open_one(spec) for spec, _ in sources.parse_mixture(specs)]
 
 
@@ -256,73 +281,12 @@ def open_loader(job: Job, recipe: Recipe, datasets: list[dataset.Dataset], specs
   return loader.Loader(datasets, weights, packing=recipe.packing, mesh=job.mesh, seed=job.seed)
 
 
-def needs_of(recipe: Recipe, options: rollouts_lib.Options) -> tracing.Needs:
-  """What the loss reads; raises UsageError where it and advantages read what there is not, or not what there is."""
-  outputs = recipe.score_outputs or int(bool(recipe.critic) and not recipe.critic_writes)
-  if 'values_BT' in options.credit.reads and not outputs:
-    problem = 'reads values_BT of a critic: bind recipe.Recipe.critic, or recipe.Recipe.score_outputs = 1 for a head'
-    raise types.UsageError(f'rollouts.Options.advantage_fn {problem}')
-  count = len(options.rewards) + bool(options.environment)
-  of_responses, of_tokens = options.credit.names(options.samples, count)
-  if options.samples == 1 and options.credit.compares(count):
-    problem = 'rollouts.Options.advantage_fn compares the responses to a prompt, and of one makes 0; it takes 2 or more'
-    raise types.UsageError(f'rollouts.Options.samples = 1: {problem}')
-  needs = tracing.trace(
-      recipe.loss_fn,
-      group_size=options.samples,
-      labels=of_responses,
-      token_labels=(*of_tokens, 'sampler_logps', 'old_logps', *(['is_text'] if options.texts else [])),
-      outputs=outputs,
-  )
-  values = needs.fields & {'policy.scores_BTO', 'policy.values_GK'} or 'values_BT' in options.credit.reads
-  writes = needs.fields & {'policy.critic_logps_BT'} or 'critic_ratio_BT' in options.credit.reads
-  if writes and not recipe.critic_writes:
-    problem = "read a critic that writes; bind recipe.Recipe.critic = 'policy' and recipe.Recipe.critic_writes = True"
-    raise types.UsageError(f'loss or advantages {problem}')
-  if recipe.critic and not (writes if recipe.critic_writes else values):
-    what = 'log-probabilities' if recipe.critic_writes else 'values'
-    raise types.UsageError(f'recipe.Recipe.critic = {recipe.critic!r}: neither loss nor advantages read its {what}')
-  if options.updates > 1 and 'labels.advantages' in needs.fields and 'labels.old_logps' not in needs.fields:
-    problem = 'the loss has no ratio to the policy that sampled, which the first update changes; bind 1, or policy.ppo'
-    raise types.UsageError(f'rollouts.Options.epochs x minibatches = {options.updates}: {problem}')
-  if recipe.sync is not None and not (needs.reference or options.credit.reads & credit_lib.OF_REFERENCE):
-    raise types.UsageError('recipe.Recipe.sync: neither loss nor advantages compare with a reference; leave it out')
-  if options.asynchronous and 'labels.sampler_logps' not in needs.fields:
-    wanted = 'policy.regularised with policy_parts.truncated_importance weighs it'
-    logging.warning('the loss does not know that an asynchronous rollout is of an earlier policy; %s', wanted)
-  if options.texts and 'labels.is_text' not in needs.fields:
-    problem = 'the loss reads no texts; put actor_critic.with_pretraining around it'
-    raise types.UsageError(f'rollouts.Options.texts = {options.texts}: {problem}')
-  return needs
-
-
-def bind(
-    recipe: Recipe,
-    model: transformer.Transformer,
-    needs: tracing.Needs,
-    ref_model: transformer.Transformer | None = None,
-    critic_model: transformer.Transformer | None = None,
-) -> objectives.Objective:
-  """The recipe's objective for `model`, as the step takes it.
-
-  Args:
-    recipe: the algorithm.
-    model: of the policy.
-    needs: of the loss.
-    ref_model: of a live reference, None where there is none.
-    critic_model: of a critic with parameters of its own, None where there is none.
-
-  Raises:
-    UsageError: the loss reads a reference, but the objective takes no `ref_model`; or the objective refuses more.
-  """
-  if needs.reference and 'ref_model' not in inspect.signature(recipe.objective).parameters:
-    fields = ', '.join(sorted(name for name in needs.fields if name.startswith('ref.')))
-    problem = 'but the objective is of scores, which have no reference; bind objectives.preference or supervised'
-    raise types.UsageError(f'the loss reads {fields}, {problem}')
-  others = {'ref_model': ref_model if needs.reference else None, 'critic_model': critic_model}
-  given: dict[str, Any] = {name: other for name, other in others.items() if other is not None}
-  if recipe.rollouts is not None and 'longest' in inspect.signature(recipe.objective).parameters:
-    given['longest'] = recipe.rollouts.most_sampled
-  if recipe.rollouts is not None and recipe.rollouts.temperature != 1:
-    given['temperature'] = recipe.rollouts.temperature
-  return recipe.objective(model=model, loss_fn=recipe.loss_fn, needs=needs, **given)
+def reference_of(recipe: Recipe, mesh: jax.sharding.Mesh, model: transformer.Transformer) -> reference_lib.Own:
+  """How the live reference of a run of `model` is computed and kept."""
+  found = reference_lib.model_of(model, follows=recipe.sync is not None)
+  if recipe.reference_dtype:
+    config, length = found.config, recipe.packing.row_length
+    found = transformer.build(config, mesh, dtype=recipe.reference_dtype, attention=recipe.attention, length=length)
+  shapes = transformer.abstract_params(found, mesh, recipe.reference_rules) if recipe.reference_rules else None
+  where = None if shapes is None else jax.tree.map(lambda x: x.sharding, shapes)
+  return reference_lib.Own(found, where, recipe.reference_dtype or None)

@@ -59,6 +59,25 @@ class Sync:
     return jax.lax.cond((step > 0) & (step % self.every == 0), mixed, lambda: ref)
 
 
+class Own(NamedTuple):
+  """How the reference is computed and kept, where that is not as the policy is.
+
+  Attributes:
+    model: of the reference.
+    where: shardings of what it does not share with the policy, None for those that this has.
+    dtype: of the same, None likewise.
+  """
+
+  model: transformer.Transformer
+  where: types.PyTree | None = None
+  dtype: str | None = None
+
+  def of(self, params: types.PyTree) -> types.PyTree:
+    """Parameters of the policy, as the reference keeps them."""
+    params = params if self.dtype is None else jax.tree.map(lambda x: x.astype(self.dtype), params)
+    return params if self.where is None else jax.device_put(params, self.where)
+
+
 class Reference(NamedTuple):
   """The model that a run began with.
 
@@ -72,16 +91,16 @@ class Reference(NamedTuple):
   moving: types.PyTree
   fixed: types.PyTree
 
-  def kept(self, follows: bool) -> 'Reference':
+  def kept(self, follows: bool, own: Own) -> 'Reference':
     """The same, with a copy of what training takes over, as the step takes the buffers that it starts from.
 
     Of a reference that follows the policy there is none: it is in the state of the step.
     """
-    return self._replace(moving=None if follows else jax.tree.map(jnp.copy, self.moving))
+    return self._replace(moving=None if follows else jax.tree.map(jnp.copy, own.of(self.moving)), model=own.model)
 
-  def alone(self) -> 'Reference':
+  def alone(self, own: Own) -> 'Reference':
     """The same, sharing nothing with what is trained."""
-    return self._replace(moving=self.params, fixed={})
+    return self._replace(moving=own.of(self.params), fixed={}, model=own.model)
 
   @property
   def params(self) -> types.PyTree:

@@ -55,7 +55,7 @@ class Options:
       are added up, and come first among `rewards`, which read a whole episode, what was answered included.
     turns: the most of an episode, each of up to `max_new_tokens`.
     observation_tokens: the most that an answer of the environment has.
-    template: see `chat.pick`, of answers where prompts are messages: what `prompts.alone.template` is.
+    template: of prompts that are messages, and of what answers the policy in such a chat, see `chat.pick`.
   """
 
   prompts: int

@@ -131,8 +131,12 @@ def parts(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, logical: str) -> 
 
 def _rule(logical: str) -> tuple[str, ...]:
   if logical not in RULES:
-    raise ValueError(f'unknown logical axis {logical!r}; sharding.RULES knows {", ".join(RULES)}')
+    raise _unknown(logical)
   return RULES[logical]
+
+
+def _unknown(logical: str) -> ValueError:
+  return ValueError(f'unknown logical axis {logical!r}; sharding.RULES knows {", ".join(RULES)}')
 
 
 def spec(*logical: str | None) -> jax.sharding.PartitionSpec:
@@ -165,34 +169,57 @@ def batch_shardings(mesh: jax.sharding.Mesh, batch: types.Batch, stacked: bool) 
   return jax.tree_util.tree_map_with_path(of, batch)
 
 
-def shardings_of(mesh: jax.sharding.Mesh, boxed: types.PyTree) -> types.PyTree:
+def check_rules(rules: Mapping[str, Sequence[str]], name: str) -> None:
+  """Raises UsageError, by the name of the binding, where `rules` are not of logical axes to mesh axes."""
+  for logical, axes in rules.items():
+    if logical not in RULES:
+      raise types.UsageError(f'{name}: {logical!r} is none of {", ".join(RULES)}')
+    if isinstance(axes, str) or not set(axes) <= set(AXES):
+      raise types.UsageError(f'{name}: {logical!r} is given {axes!r}, which is no tuple of {", ".join(AXES)}')
+
+
+def shardings_of(
+    mesh: jax.sharding.Mesh, boxed: types.PyTree, rules: Mapping[str, Sequence[str]] | None = None
+) -> types.PyTree:
   """Shardings of a tree of `nn.Partitioned` parameters (arrays or shapes), with every axis checked.
 
   Key and value heads that are fewer than the devices they would be split over are replicated.
 
+  Args:
+    mesh: where they lie.
+    boxed: the parameters.
+    rules: in place of those of the table, for some logical axes.
+
   Raises:
-    UsageError: a parameter's axis is not divisible by the mesh axes it is split over.
+    UsageError: a parameter's axis is not divisible by the mesh axes it is split over, or two axes are split over one.
     ValueError: a parameter names a logical axis that the table does not know.
   """
+  table: dict[str, Sequence[str]] = {**RULES, **(rules or {})}
 
   def of(path, leaf):
     if not isinstance(leaf, nn.Partitioned):
       return named(mesh)
-    names = [_fitting(mesh, path, size, logical) for size, logical in zip(leaf.value.shape, leaf.names)]
-    return named(mesh, *names)
+    found = [_fitting(mesh, path, size, name, table) for size, name in zip(leaf.value.shape, leaf.names)]
+    split = [axis for axes in found for axis in axes]
+    if len(set(split)) < len(split):
+      raise types.UsageError(f'rules of sharding: {jax.tree_util.keystr(path)} is split twice over one of {split}')
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(axes or None for axes in found)))
 
   return jax.tree_util.tree_map_with_path(of, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
-def _fitting(mesh: jax.sharding.Mesh, path, size: int, logical: str | None) -> str | None:
-  """The name that an axis of `size` is sharded by, None where it is replicated."""
-  ways = parts(mesh, logical) if logical else 1
+def _fitting(mesh: jax.sharding.Mesh, path, size: int, logical: str | None, table) -> tuple[str, ...]:
+  """The mesh axes that an axis of `size` is split over, none where it is replicated."""
+  if logical and logical not in table:
+    raise _unknown(logical)
+  split = tuple(table[logical]) if logical else ()
+  ways = math.prod(mesh.shape[axis] for axis in split)
   if size % ways == 0:
-    return logical
+    return split
   # Fewer key heads than devices: each keeps them all, and its queries read one.
   if logical == 'kv_heads' and ways % size == 0:
-    return None
-  axes = ' x '.join(f'{axis}:{mesh.shape[axis]}' for axis in axes_of(logical or ''))
+    return ()
+  axes = ' x '.join(f'{axis}:{mesh.shape[axis]}' for axis in split)
   raise types.UsageError(f'--mesh: {jax.tree_util.keystr(path)} has {size} {logical!r}, which {axes} does not divide')
 
 

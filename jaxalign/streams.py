@@ -16,6 +16,7 @@ from jaxalign import forward
 from jaxalign import iterations
 from jaxalign import making
 from jaxalign import metrics
+from jaxalign import needs as needs_lib
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
 from jaxalign import rollouts
@@ -170,7 +171,7 @@ def open_prompts(
   datasets = recipe_lib.open_data(job, recipe, tokenizer, job.data)
   held_sets = recipe_lib.open_data(job, recipe, tokenizer, job.eval_data) if job.eval_data else []
   mixture, prompts = sources.parse_mixture(job.data), dataset.Joined(datasets)
-  needs = recipe_lib.needs_of(recipe, options)
+  needs = needs_lib.of_rollouts(recipe, options)
   logging.info('the loss reads %s', ', '.join(sorted(needs.fields)))
   logging.info('advantages read %s', ', '.join(sorted(options.credit.reads)))
   packing = iterations.packing_of(options, recipe.packing)
@@ -186,7 +187,7 @@ def open_prompts(
       models=rollouts.Models(
           transformer.without_dropout(model),
           critic and transformer.without_dropout(critic),
-          reference.model_of(model, follows=recipe.sync is not None) if ref else None,
+          recipe_lib.reference_of(recipe, job.mesh, model).model if ref else None,
       ),
       **shared,
   )
@@ -197,6 +198,10 @@ def open_prompts(
   folder = job.workdir / 'rollouts'
   made = iterations.Iterations(options, maker, folder=folder, scorers=models, texts=texts, **shared)
   has_reference = needs.reference or bool(ref)
+  if recipe.keeps_reference and not has_reference:
+    raise types.UsageError(
+        'recipe.Recipe.reference_dtype, reference_rules: neither loss nor advantages compare with one'
+    )
   report, share = _report(datasets, held_sets), options.prompts / len(prompts)
   return Online(made, needs, has_reference, asked, report, share, models)
 
@@ -241,6 +246,9 @@ def open_streams(
   if recipe.sync is not None and not needs.reference:
     raise types.UsageError(f'recipe.Recipe.sync = {recipe.sync}: the loss reads no reference that could follow')
   live = needs.reference and (needs.live or recipe.sync is not None or recipe.reference == 'live')
+  if recipe.keeps_reference and not live:
+    problem = "there is no live reference; bind recipe.Recipe.reference = 'live'"
+    raise types.UsageError(f'recipe.Recipe.reference_dtype, reference_rules: {problem}')
   return Streams(*loaders, needs, live, _report(train_sets, held_sets))
 
 

@@ -17,6 +17,7 @@ from jaxalign import evaluate
 from jaxalign import forward
 from jaxalign import loop
 from jaxalign import metrics
+from jaxalign import needs as needs_lib
 from jaxalign import objectives
 from jaxalign import opening
 from jaxalign import optim
@@ -68,7 +69,8 @@ def train(
     opt = optimizer(options.steps)
     # Of frozen parameters there is no copy to be made.
     has_live = streams.live or (bool(frozen) and recipe.rollouts is not None)
-    live = reference.Reference.of(model, trained, frozen, follows=follows).kept(follows) if has_live else None
+    own = recipe_lib.reference_of(recipe, job.mesh, model) if has_live else None
+    live = own and reference.Reference.of(model, trained, frozen, follows=follows).kept(follows, own)
     state, data_state = _start(job, store, trained | critic, opt, streams.needs.state, follows)
     logging.info('memory of a device: %s', _memory(state, frozen, live))
     kept = functools.partial(checkpoint.load_base, job.workdir / 'checkpoints', model, job.mesh)
@@ -185,8 +187,8 @@ def _open(
     streams = streams_lib.open_prompts(job, recipe, tokenizer, model, critic_model)
   else:
     streams = streams_lib.open_streams(job, recipe, tokenizer, train=True)
-  ref_model = reference.model_of(model, follows=recipe.sync is not None) if streams.live else None
-  objective = recipe_lib.bind(recipe, model, streams.needs, ref_model, critic_model)
+  ref_model = recipe_lib.reference_of(recipe, job.mesh, model).model if streams.live else None
+  objective = needs_lib.bind(recipe, model, streams.needs, ref_model, critic_model)
   first = params()
   if isinstance(streams, streams_lib.Streams) and streams.cached:
     ref = reference.Reference.of(model, *first)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from jaxalign import types
 from jaxalign.data import dataset
 from jaxalign.data import sources
 from jaxalign.data import tokenizers
@@ -54,6 +55,15 @@ def of_record(groups: dataset.Joined, records: Sequence[sources.Source], index: 
   group, (source, place) = groups[index], groups.place(index)
   ids = group.sequences[0].ids[: max(1, group.prompt_tokens)].tolist()
   return Prompt(ids, records[source].at(place), groups.where(index))
+
+
+def are_chats(prompts: Sequence[Prompt]) -> bool:
+  """Whether all these prompts are of messages; raises UsageError where some are and others are not."""
+  kinds = {one.is_chat: one.where for one in reversed(prompts)}
+  if len(kinds) > 1:
+    problem = 'is of messages, but {} is a text, and their responses end differently; write all of them in one way'
+    raise types.UsageError(f'{kinds[True]}: this prompt {problem.format(kinds[False])}')
+  return True in kinds
 
 
 def responses(prompts: Sequence[Prompt], tokenizer: tokenizers.Tokenizer, said: Sequence[Said]) -> functions.Responses:

@@ -36,7 +36,7 @@ ROWS = (
     ('iterations',),
     ('checkpoint',),
     ('loop', 'recipe'),
-    ('reading',),
+    ('needs', 'reading'),
     ('scorers',),
     ('opening', 'respond', 'resume', 'score', 'streams'),
     ('evaluate',),

@@ -1,7 +1,6 @@
 """What every mode builds from a recipe and a job: tokenizer, model and data."""
 
 import dataclasses
-import functools
 import json
 import shutil
 
@@ -13,14 +12,12 @@ from jaxalign import objectives
 from jaxalign import opening
 from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
-from jaxalign import tracing
 from jaxalign import types
 from jaxalign.data import examples
 from jaxalign.data import loader
 from jaxalign.data import scored
 from jaxalign.losses import preference
 from jaxalign.models import architecture
-from jaxalign.models import transformer
 
 TINY = architecture.Config(512, 1, 16, 2, 1, 8, 32, 64)
 
@@ -179,14 +176,3 @@ class TestOpenLoader:
     datasets = recipe_lib.open_data(job, recipe, recipe_lib.open_tokenizer(job), pairs)
     opened = recipe_lib.open_loader(job, recipe, datasets, pairs)
     assert opened.first().inputs_BT.shape == (1, 8, 32)
-
-
-class TestBind:
-
-  @pytest.mark.parametrize('make', [objectives.reward, objectives.process, functools.partial(objectives.reward)])
-  @pytest.mark.parametrize('live', [False, True])
-  def test_refuses_a_reference_to_an_objective_of_scores(self, make, live):
-    model = transformer.build(TINY, sharding.make_mesh(), length=32)
-    needs = tracing.Needs(frozenset({'policy.rewards_GK', 'ref.logratios_GK'}))
-    with pytest.raises(types.UsageError, match='the loss reads ref.logratios_GK, but .* of scores, which have no ref'):
-      recipe_lib.bind(make_recipe(objective=make), model, needs, model if live else None)

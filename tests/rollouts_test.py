@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 import types as pytypes
 
 import jax
@@ -353,6 +354,43 @@ class TestOptions:
 
 
 class TestRuns:
+
+  def test_have_a_reference_and_a_critic_with_rules_and_precisions_of_their_own(self, tmp_path, capsys, caplog):
+    few = ('prompts = 4', 'samples = 2', 'max_new_tokens = 8')
+
+    def run(name, *more):
+      args = ['--algo=ppo_adaptive', f'--workdir={tmp_path / name}', '--steps=2', '--log_every=1', '--mesh=fsdp:8']
+      args += [
+          '--gin=train.train.samples = None',
+          '--gin=loader.Packing.row_length = 96',
+          '--gin=loader.Packing.rows = 8',
+      ]
+      args += ['--gin=rollouts.Options.epochs = 1', '--gin=rollouts.Options.minibatches = 1']
+      args += ['--gin=recipe.Recipe.dtype = "bfloat16"', *(f'--gin=rollouts.Options.{one}' for one in few)]
+      with caplog.at_level('INFO', logger='absl'):
+        assert main.main(['jaxalign', *args, *(f'--gin=recipe.Recipe.{one}' for one in more)]) == 0
+      told = re.findall('memory of a device: (.*)', caplog.text)[-1]
+      return {role: float(size) for role, size in re.findall(r'(\w+) ([\d.]+) MB', told)}, runs.logged(tmp_path / name)
+
+    plain, wanted = run('plain')
+    own = 'reference_dtype = "bfloat16"', 'reference_rules = {"embed": ()}', 'critic_rules = {"embed": ()}'
+    sizes, found = run('own', *own, 'critic_dtype = "float32"')
+    assert plain['policy'] == plain['critic'] == plain['reference'] == sizes['policy'] == 0.1
+    assert (sizes['critic'], sizes['reference']) == (1.0, 0.5)  # whole on each of the eight, 260,000 parameters
+    # In 16 bits the policy computes with the same rounded weights.
+    for one in (wanted, found):
+      assert abs(one[1]['objective/kl']) < 0.02 and one[1]['values'] == 0
+    assert found[2]['reward'] == pytest.approx(wanted[2]['reward'], abs=1)
+    capsys.readouterr()
+    args = '--mode=eval', f'--checkpoint={tmp_path / "own"}', '--gin=evaluate.Samples.count = 2'
+    assert main.main(['jaxalign', *args]) == 0
+    assert json.loads(capsys.readouterr().out)['eval/mean_length'] > 0
+
+  def test_write_prompts_and_their_answers_by_one_template(self, tmp_path, capsys):
+    args = ['--mode=show', '--algo=grpo', f'--data=jsonl:{tmp_path / "p.jsonl"}', '--reward=tests.runs:vowels']
+    (tmp_path / 'p.jsonl').write_text(json.dumps({'prompt': [{'role': 'user', 'content': 'Hello'}]}) + '\n')
+    assert main.main(['jaxalign', *args, "--gin=rollouts.Options.template = 'hh'"]) == 0
+    assert 'Human: Hello' in capsys.readouterr().out
 
   def test_are_evaluated_as_they_go_from_where_they_began(self, tmp_path, capsys):
     args = [

@@ -254,6 +254,22 @@ class TestShardingsOf:
     assert spec_of(adam.mu) == spec_of(adam.nu) == spec_of(state.params) == SPECS
     assert adam.count.sharding.spec == state.step.sharding.spec == state.key.sharding.spec == P()
 
+  def test_rules_of_its_own_take_the_place_of_the_table(self):
+    mesh = sharding.make_mesh('fsdp:4,tensor:2')
+    found = transformer.abstract_params(model_on(mesh), mesh, {'embed': (), 'mlp': ('fsdp', 'tensor')})
+    assert found['embed'].sharding.spec == P('tensor', None)
+    assert found['layers']['0']['up'].sharding.spec == P(None, None, ('fsdp', 'tensor'))
+    with pytest.raises(types.UsageError, match=r"\['embed'\] is split twice over one of \['tensor', 'tensor'\]"):
+      transformer.abstract_params(model_on(mesh), mesh, {'embed': ('tensor',)})
+
+  @pytest.mark.parametrize(
+      ('rules', 'said'),
+      [({'embde': ()}, "'embde' is none of"), ({'embed': 'fsdp'}, 'no tuple'), ({'embed': ('x',)}, 'x')],
+  )
+  def test_rules_are_of_axes_that_there_are(self, rules, said):
+    with pytest.raises(types.UsageError, match=f'some.binding: .*{said}'):
+      sharding.check_rules(rules, 'some.binding')
+
   def test_key_heads_fewer_than_the_axis_are_on_every_device(self):
     mesh = sharding.make_mesh('fsdp:2,tensor:4')
     found = transformer.abstract_params(model_on(mesh), mesh)['layers']['0']

@@ -3,28 +3,22 @@
 import dataclasses
 import functools
 import json
-import types as pytypes
 
 import jax
 import numpy as np
 import pytest
 
-from jaxalign import advantages
 from jaxalign import metrics
 from jaxalign import objectives
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
-from jaxalign import returns
-from jaxalign import rollouts
 from jaxalign import sharding
 from jaxalign import streams as streams_lib
 from jaxalign import types
 from jaxalign.data import examples
 from jaxalign.data import feedback
 from jaxalign.data import loader
-from jaxalign.losses import actor_critic
 from jaxalign.losses import listwise
-from jaxalign.losses import policy
 from jaxalign.losses import preference
 from jaxalign.losses import supervised
 from jaxalign.models import architecture
@@ -181,46 +175,3 @@ class TestShow:
         'packing/used',
     ]
     assert lines[-4] == 'packing/groups: 11'
-
-
-class TestRollouts:
-
-  def needs(self, loss_fn, **options):
-    """What is found of a loss without a model, for two prompts of two responses each."""
-    of_critic = {name: options.pop(name, '') for name in ('critic', 'critic_writes')}
-    recipe = pytypes.SimpleNamespace(loss_fn=loss_fn, score_outputs=0, sync=None, **of_critic)
-    advantage_fn = options.pop('advantage_fn', advantages.mean_centred)
-    made = rollouts.Options(2, options.pop('samples', 2), 4, ('tests.runs:vowels',), advantage_fn, **options)
-    return recipe_lib.needs_of(recipe, made)
-
-  @pytest.mark.parametrize('options', [{'epochs': 2}, {'minibatches': 2}], ids=str)
-  def test_of_several_updates_want_a_loss_that_knows_who_sampled(self, options):
-    with pytest.raises(types.UsageError, match='epochs x minibatches = 2: the loss has no ratio'):
-      self.needs(policy.reinforce, **options)
-    assert 'labels.old_logps' in self.needs(functools.partial(policy.ppo, clip_eps=0.2), **options).fields
-    assert 'labels.advantages' in self.needs(policy.reinforce).fields
-
-  def test_of_one_response_a_prompt_want_nothing_to_compare(self):
-    with pytest.raises(types.UsageError, match='samples = 1: rollouts.Options.advantage_fn compares'):
-      self.needs(policy.reinforce, samples=1)
-    for fn in (lambda rewards_GK: rewards_GK, lambda rewards_GK, finished_GK: (rewards_GK > 3.0) * (finished_GK == 1)):
-      assert self.needs(policy.reinforce, samples=1, advantage_fn=fn).fields
-
-  def test_say_which_critic_is_not_there(self):
-    prime = functools.partial(returns.prime, beta=0.1)
-    learning = functools.partial(actor_critic.implicit_rewards, beta=0.1)
-    both = functools.partial(actor_critic.actor_critic, loss=policy.reinforce, value_loss=learning, value_coef=1.0)
-    with pytest.raises(types.UsageError, match='read a critic that writes; bind'):
-      self.needs(both, advantage_fn=prime)
-    with pytest.raises(types.UsageError, match='read a critic that writes; bind'):
-      self.needs(policy.reinforce, advantage_fn=prime, critic='policy')
-    with pytest.raises(types.UsageError, match="critic = 'policy': neither loss nor advantages read its log-prob"):
-      self.needs(policy.reinforce, critic='policy', critic_writes=True)
-    found = self.needs(both, advantage_fn=prime, critic='policy', critic_writes=True)
-    assert found.reference and 'policy.critic_logps_BT' in found.fields
-
-  def test_of_several_updates_want_it_of_what_texts_are_put_around(self):
-    options = {'epochs': 2, 'texts': 1, 'texts_data': 'builtin:stories', 'texts_fn': print}
-    mixed = functools.partial(actor_critic.with_pretraining, loss=policy.reinforce, weight=1.0)
-    with pytest.raises(types.UsageError, match='the loss has no ratio'):
-      self.needs(mixed, **options)

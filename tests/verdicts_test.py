@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from jaxalign import types
 from jaxalign import verdicts
 from jaxalign.rewards import functions
 
@@ -25,6 +26,18 @@ class TestPassAt:
     assert verdicts.pass_at(1, rewards_GK) == pytest.approx((1 / 2 + 1 + 0) / 3)
     assert verdicts.pass_at(2, rewards_GK) == pytest.approx((1 + 0) / 2)
     assert math.isnan(verdicts.pass_at(2, rewards_GK[1:2]))
+
+
+class TestAreChats:
+
+  def test_says_which_of_both_all_prompts_are(self):
+    said = [{'role': 'user', 'content': 'Hello'}]
+    chats = [verdicts.Prompt([1], {name: said}, f'a:{name}') for name in ('prompt', 'messages')]
+    text = verdicts.Prompt([1], {'prompt': 'Hello'}, 'b:3')
+    assert verdicts.are_chats(chats)
+    assert not verdicts.are_chats([text, verdicts.Prompt([2], {}, 'no record')])
+    with pytest.raises(types.UsageError, match='a:prompt: this prompt is of messages, but b:3 is a text'):
+      verdicts.are_chats([*chats, text])
 
 
 class TestMeasured:

@@ -5,6 +5,8 @@ states: logits of a whole batch are never made (`logps.token_stats` makes them i
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -24,6 +26,8 @@ from jaxalign.models import linear
 from jaxalign.models import lora as lora_lib
 from jaxalign.models import quant
 from jaxalign.models import rotary
+
+DTYPES = ('float32', 'bfloat16', 'float16')
 
 # What the backward pass finds saved: everything, products with weights, or nothing but what each layer reads.
 REMAT: dict[str, Callable | None] = {
@@ -214,8 +218,8 @@ def build(
   """
   if remat not in REMAT:
     raise types.UsageError(f'recipe.Recipe.remat = {remat!r}: it is one of {", ".join(REMAT)}')
-  if dtype not in ('float32', 'bfloat16', 'float16'):
-    raise types.UsageError(f"recipe.Recipe.dtype = {dtype!r}: it is 'float32', 'bfloat16' or 'float16'")
+  if dtype not in DTYPES:
+    raise types.UsageError(f'recipe.Recipe.dtype = {dtype!r}: it is one of {", ".join(DTYPES)}')
   if attention is not None and attention not in attention_lib.KERNELS:
     raise types.UsageError(f'recipe.Recipe.attention = {attention!r}: it is one of {", ".join(attention_lib.KERNELS)}')
   if length > config.max_length:
@@ -248,8 +252,15 @@ def _init_fn(model: Transformer) -> Callable[[jax.Array], types.PyTree]:
   return lambda key: plain.init(key, _ONE, _ONE, _ONE)['params']
 
 
-def abstract_params(model: Transformer, mesh: jax.sharding.Mesh) -> types.PyTree:
+def abstract_params(
+    model: Transformer, mesh: jax.sharding.Mesh, rules: Mapping[str, Sequence[str]] | None = None
+) -> types.PyTree:
   """Shapes, dtypes and shardings of the parameters: float32 for what is trained, a frozen base as `model.lora` says.
+
+  Args:
+    model: whose they are.
+    mesh: where they lie, which need not be there.
+    rules: see `sharding.shardings_of`.
 
   Raises:
     UsageError: the mesh does not divide an axis; the message names both.
@@ -257,7 +268,7 @@ def abstract_params(model: Transformer, mesh: jax.sharding.Mesh) -> types.PyTree
   # Nothing may run: the mesh may be of devices that are not there.
   boxed = jax.eval_shape(_init_fn(model), jax.eval_shape(lambda: jax.random.key(0)))
   place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-  placed = jax.tree.map(place, nn.unbox(boxed), sharding.shardings_of(mesh, boxed))
+  placed = jax.tree.map(place, nn.unbox(boxed), sharding.shardings_of(mesh, boxed, rules))
   if model.lora is None:
     return placed
   trained, frozen = lora_lib.split(placed)

@@ -1,0 +1,76 @@
+"""What loss and advantages of a recipe read, and what is refused before anything is loaded."""
+
+import functools
+import types as pytypes
+
+import pytest
+
+from jaxalign import advantages
+from jaxalign import needs as needs_lib
+from jaxalign import objectives
+from jaxalign import returns
+from jaxalign import rollouts
+from jaxalign import sharding
+from jaxalign import tracing
+from jaxalign import types
+from jaxalign.losses import actor_critic
+from jaxalign.losses import policy
+from jaxalign.models import architecture
+from jaxalign.models import transformer
+
+TINY = architecture.Config(512, 1, 16, 2, 1, 8, 32, 64)
+
+
+class TestOfRollouts:
+
+  def needs(self, loss_fn, **options):
+    """What is found of a loss without a model, for two prompts of two responses each."""
+    of_critic = {name: options.pop(name, '') for name in ('critic', 'critic_writes')}
+    recipe = pytypes.SimpleNamespace(loss_fn=loss_fn, score_outputs=0, sync=None, **of_critic)
+    advantage_fn = options.pop('advantage_fn', advantages.mean_centred)
+    made = rollouts.Options(2, options.pop('samples', 2), 4, ('tests.runs:vowels',), advantage_fn, **options)
+    return needs_lib.of_rollouts(recipe, made)
+
+  @pytest.mark.parametrize('options', [{'epochs': 2}, {'minibatches': 2}], ids=str)
+  def test_of_several_updates_want_a_loss_that_knows_who_sampled(self, options):
+    with pytest.raises(types.UsageError, match='epochs x minibatches = 2: the loss has no ratio'):
+      self.needs(policy.reinforce, **options)
+    assert 'labels.old_logps' in self.needs(functools.partial(policy.ppo, clip_eps=0.2), **options).fields
+    assert 'labels.advantages' in self.needs(policy.reinforce).fields
+
+  def test_of_one_response_a_prompt_want_nothing_to_compare(self):
+    with pytest.raises(types.UsageError, match='samples = 1: rollouts.Options.advantage_fn compares'):
+      self.needs(policy.reinforce, samples=1)
+    for fn in (lambda rewards_GK: rewards_GK, lambda rewards_GK, finished_GK: (rewards_GK > 3.0) * (finished_GK == 1)):
+      assert self.needs(policy.reinforce, samples=1, advantage_fn=fn).fields
+
+  def test_say_which_critic_is_not_there(self):
+    prime = functools.partial(returns.prime, beta=0.1)
+    learning = functools.partial(actor_critic.implicit_rewards, beta=0.1)
+    both = functools.partial(actor_critic.actor_critic, loss=policy.reinforce, value_loss=learning, value_coef=1.0)
+    with pytest.raises(types.UsageError, match='read a critic that writes; bind'):
+      self.needs(both, advantage_fn=prime)
+    with pytest.raises(types.UsageError, match='read a critic that writes; bind'):
+      self.needs(policy.reinforce, advantage_fn=prime, critic='policy')
+    with pytest.raises(types.UsageError, match="critic = 'policy': neither loss nor advantages read its log-prob"):
+      self.needs(policy.reinforce, critic='policy', critic_writes=True)
+    found = self.needs(both, advantage_fn=prime, critic='policy', critic_writes=True)
+    assert found.reference and 'policy.critic_logps_BT' in found.fields
+
+  def test_of_several_updates_want_it_of_what_texts_are_put_around(self):
+    options = {'epochs': 2, 'texts': 1, 'texts_data': 'builtin:stories', 'texts_fn': print}
+    mixed = functools.partial(actor_critic.with_pretraining, loss=policy.reinforce, weight=1.0)
+    with pytest.raises(types.UsageError, match='the loss has no ratio'):
+      self.needs(mixed, **options)
+
+
+class TestBind:
+
+  @pytest.mark.parametrize('make', [objectives.reward, objectives.process, functools.partial(objectives.reward)])
+  @pytest.mark.parametrize('live', [False, True])
+  def test_refuses_a_reference_to_an_objective_of_scores(self, make, live):
+    model = transformer.build(TINY, sharding.make_mesh(), length=32)
+    needs = tracing.Needs(frozenset({'policy.rewards_GK', 'ref.logratios_GK'}))
+    recipe = pytypes.SimpleNamespace(objective=make, rollouts=None)
+    with pytest.raises(types.UsageError, match='the loss reads ref.logratios_GK, but .* of scores, which have no ref'):
+      needs_lib.bind(recipe, model, needs, model if live else None)
