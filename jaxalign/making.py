@@ -63,6 +63,26 @@ class Drawn(NamedTuple):
     return cls(found['chosen'], read, found['version'])
 
 
+def wanted(options: rollouts.Options) -> set[str]:
+  """What the training program is to make of sampled tokens before the first update, by name."""
+  return set(options.credit.reads & credit_lib.OF_PROGRAM) | ({'logps_BT'} if options.updates > 1 else set())
+
+
+def annotate_fn(options: rollouts.Options, models: rollouts.Models):
+  """Builds what makes it: (`rollouts.Params`, a step's batch) -> `[A, B, T]` by name."""
+  asked = wanted(options)
+  return lambda params, batch: forward.annotations(
+      params.policy,
+      params.critic,
+      params.ref,
+      batch,
+      model=models.policy,
+      critic_model=models.critic if asked & {'values_BT', 'critic_ratio_BT'} else None,
+      ref_model=models.ref if asked & {'log_ratio_BT', 'critic_ratio_BT'} else None,
+      temperature=options.temperature,
+  )
+
+
 class Maker:
   """Makes the rollouts of a run."""
 
@@ -97,19 +117,8 @@ class Maker:
     self._asked = functools.partial(verdicts.of_record, prompts, records)
     self._stop_ids = functools.cache(lambda is_chat: prompts_lib.stop_ids(tokenizer, is_chat, options.template))
     self._judge = judging.Judge(options.rewards, options.combine, tokenizer, options.world)
-    self._wanted = options.credit.reads & credit_lib.OF_PROGRAM | ({'logps_BT'} if options.updates > 1 else set())
-    ref_model = models.ref if self._wanted & {'log_ratio_BT', 'critic_ratio_BT'} else None
-    run = lambda params, batch: forward.annotations(
-        params.policy,
-        params.critic,
-        params.ref,
-        batch,
-        model=models.policy,
-        critic_model=models.critic if self._wanted & {'values_BT', 'critic_ratio_BT'} else None,
-        ref_model=ref_model,
-        temperature=options.temperature,
-    )
-    self._run = jax.jit(run, out_shardings=sharding.named(mesh))
+    self._wanted = wanted(options)
+    self._run = jax.jit(annotate_fn(options, models), out_shardings=sharding.named(mesh))
     self._seconds: dict[str, float] = {}  # of the rollout in the making, by what they were spent on
 
   def make(self, panel: functions.Panel, iteration: int, params: rollouts.Params) -> episodes.Rollout:

@@ -14,14 +14,13 @@ from absl import logging
 import jax
 import numpy as np
 
+from jaxalign import buckets
 from jaxalign import choosing
 from jaxalign import decoding
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign.models import transformer
 
-_LEAST = 32  # tokens of the smallest bucket; the next have 1.5 and 2 times as many, and so on, so that programs are few
-_TOGETHER = 16384  # tokens of prompts that are read at once
 _AT_FIRST = 64  # tokens behind the longest prompt that there is room for at first
 _LOOK = 8  # tokens between looks at texts
 
@@ -176,14 +175,14 @@ def _opened(model, params, stop_ids, guidance: Guidance | None, cache_dtype, tol
   sizes = {one.config.vocab_size for one in models}
   if len(sizes) > 1:
     raise types.UsageError(f'models that guide each other have one vocabulary; these have {sorted(sizes)} tokens')
-  models = tuple(map(_prepared, models))
+  models = tuple(map(prepared, models))
   program = decoding.Program(models, rule, tuple(stop_ids), guidance.process, cache_dtype, told_at)
-  prepared: list[types.PyTree] = [decoding.prepare(models[0], params)]
+  params_of: list[types.PyTree] = [decoding.prepare(models[0], params)]
   for its_model, guide in zip(models[1:], guidance.guides, strict=True):
     # The policy may guide itself, behind another prompt.
     is_policy = guide.params is params and its_model == models[0]
-    prepared.append(prepared[0] if is_policy else decoding.prepare(its_model, guide.params))
-  return program, prepared, [guide.prompts for guide in guidance.guides]
+    params_of.append(params_of[0] if is_policy else decoding.prepare(its_model, guide.params))
+  return program, params_of, [guide.prompts for guide in guidance.guides]
 
 
 def check_cache_dtype(cache_dtype: str | None) -> None:
@@ -192,19 +191,11 @@ def check_cache_dtype(cache_dtype: str | None) -> None:
     raise types.UsageError(f'cache_dtype = {cache_dtype}: it is int8 or left out')
 
 
-def _prepared(model: transformer.Transformer) -> transformer.Transformer:
+def prepared(model: transformer.Transformer) -> transformer.Transformer:
   """The model as it writes."""
   mesh = jax.sharding.get_mesh()
   platform = jax.default_backend() if mesh.empty else sharding.platform_of(mesh)
   return dataclasses.replace(transformer.without_dropout(model), apart=platform == 'cpu')
-
-
-def _bucket(count: int) -> int:
-  """The size, of few, that holds so many tokens."""
-  size = _LEAST
-  while size < count:
-    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-  return size
 
 
 class _Run:
@@ -214,26 +205,18 @@ class _Run:
     self._program, self._params, self._prompts, self._limits = program, params, prompts, limits
     self._reader = program._replace(process=None)  # Another process reads the same, by what is compiled already.
     self._requests, self._n, self._key, self._stop, self._watch = requests, n, key, stop, watch
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else sharding.parts(mesh, 'batch')
-    up = lambda count: -(-count // parts) * parts
-    total = len(limits) * n
-    self._size = up(min(rows, 1 << (total - 1).bit_length()))
-    longest = [_bucket(max(map(len, one))) for one in prompts]
+    sizes, total = buckets.Sizes.of([max(map(len, one)) for one in prompts], limits, n, rows), len(limits) * n
+    self._size, self._together, self._most, longest = sizes.rows, sizes.together, sizes.most, sizes.longest
     # Prompts of like length are read together.
-    self._waiting = collections.deque(sorted(range(len(limits)), key=lambda i: -_bucket(len(prompts[0][i]))))
-    together = min(len(limits), -(-self._size // n), max(1, _TOGETHER // max(longest)))
-    self._together = up(together)
-    new = -(-max(limits) // _LEAST) * _LEAST
-    self._most = tuple(length + new for length in longest)
-    self._room = tuple(min(most, _bucket(length + _AT_FIRST)) for most, length in zip(self._most, longest))
+    self._waiting = collections.deque(sorted(range(len(limits)), key=lambda i: -buckets.bucket(len(prompts[0][i]))))
+    self._room = tuple(min(most, buckets.bucket(length + _AT_FIRST)) for most, length in zip(self._most, longest))
     self._read: decoding.Prompts | None = None
     self._ready: collections.deque[tuple[int, int]] = collections.deque()  # (place among the prompts read, response)
     self._owners: list[int | None] = [None] * self._size
     self._counts = np.zeros(self._size, np.int32)
     self._ended = np.zeros(self._size, bool)
     self._found: list[Sampled | None] = [None] * total
-    self._rows = decoding.start(self._reader, self._size, self._room, new)
+    self._rows = decoding.start(self._reader, self._size, self._room, sizes.new)
 
   def all(self) -> list[Sampled]:
     """Writes every response."""
@@ -283,7 +266,7 @@ class _Run:
     ids, lengths = [], []
     for prompts in self._prompts:
       own = [prompts[i] for i in chosen]
-      ids.append(np.zeros((self._together, _bucket(max(map(len, own)))), np.int32))
+      ids.append(np.zeros((self._together, buckets.bucket(max(map(len, own)))), np.int32))
       lengths.append(np.ones(self._together, np.int32))
       for place, prompt in enumerate(own):
         ids[-1][place, : len(prompt)] = prompt
@@ -299,7 +282,7 @@ class _Run:
         for prompts in self._prompts
     ]
     sizes = zip(self._most, self._room, longest)
-    room = tuple(size if count < size else min(most, _bucket(count * 3 // 2)) for most, size, count in sizes)
+    room = tuple(size if count < size else min(most, buckets.bucket(count * 3 // 2)) for most, size, count in sizes)
     if room != self._room:
       self._room, self._rows = room, decoding.grow(room, self._rows)
     most = _LOOK if self._stop.texts or self._watch else max(self._limits)

@@ -119,6 +119,17 @@ def platform_of(mesh: jax.sharding.Mesh) -> str:
   return mesh.devices.flat[0].platform
 
 
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str]:
+  """Options for the compiler of a training step on this mesh.
+
+  TPUs would otherwise turn products with sharded weights into loops over their parts, which keep the gathers behind
+  the products, but take twice the cycles.
+  """
+  if platform_of(mesh) != 'tpu':
+    return {}
+  return {'xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'}
+
+
 def axes_of(logical: str) -> tuple[str, ...]:
   """The mesh axes of one logical axis, for collectives inside `shard_map`."""
   return _rule(logical)

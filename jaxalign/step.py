@@ -154,6 +154,21 @@ def make_step(
   return step
 
 
+def jitted(step: Callable, mesh: jax.sharding.Mesh, state: TrainState, *, donate: bool = True) -> Callable:
+  """Compiles a step of `make_step` for a mesh, on first use.
+
+  Args:
+    step: the step.
+    mesh: where it runs.
+    state: arrays or shapes, with shardings, which the new state has too.
+    donate: whether the new state takes the place of the old one.
+  """
+  where = jax.tree.map(lambda x: x.sharding, state)
+  options = sharding.compiler_options(mesh)
+  given = (0,) if donate else ()
+  return jax.jit(step, donate_argnums=given, out_shardings=(where, sharding.named(mesh)), compiler_options=options)
+
+
 def _mean_of(metrics, name: str) -> jax.Array:
   if name not in metrics:
     raise types.UsageError(f'rollouts.Options.max_kl: the loss has no metric {name}; choose one with a ratio')

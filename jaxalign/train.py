@@ -24,7 +24,6 @@ from jaxalign import optim
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
 from jaxalign import rollouts
-from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import streams as streams_lib
 from jaxalign import types
@@ -243,10 +242,8 @@ def _memory(state: step_lib.TrainState, frozen: types.PyTree, live: reference.Re
 
 def _jit_step(job, step: Callable, state: step_lib.TrainState, frozen, ref) -> Callable:
   """The jitted step on (state, batch); the state is donated, except where NaNs are to be located."""
-  shardings = jax.tree.map(lambda x: x.sharding, state)
   # The operation that made a NaN is found by running the step again, which needs its arguments.
-  donate = () if job.debug else (0,)
-  jitted = jax.jit(step, donate_argnums=donate, out_shardings=(shardings, sharding.named(job.mesh)))
+  jitted = step_lib.jitted(step, job.mesh, state, donate=not job.debug)
   return lambda state, batch: jitted(state, frozen, batch, ref)
 
 

@@ -24,7 +24,7 @@ ROWS = (
     ('types',),
     ('masked',),
     ('losses', 'sharding'),
-    ('advantages', 'data', 'metrics', 'models', 'optim', 'rewards', 'tracing', 'vocab'),
+    ('advantages', 'buckets', 'data', 'hlo', 'metrics', 'models', 'optim', 'rewards', 'tracing', 'vocab'),
     ('candidates', 'choosing', 'collapse', 'divergence', 'held_out', 'logps', 'returns'),
     ('decoding', 'forward'),
     ('guidance', 'objectives', 'reference', 'sampling'),
