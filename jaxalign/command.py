@@ -1,4 +1,4 @@
-"""The flags of the command line, as a table: what there is, what it means, and which mode reads it."""
+"""The command line: which mode reads which flag, and what flags bind."""
 
 from collections.abc import Callable
 import dataclasses
@@ -8,213 +8,11 @@ from typing import Any
 
 from absl import flags
 
-from jaxalign import recipe as recipe_lib
+from jaxalign import flag_table
 from jaxalign import respond
 from jaxalign import types
 from jaxalign.models import lora
 from jaxalign.rewards import functions
-
-_DATA = 'jsonl:PATH (also .gz), parquet:PATH, tfds:NAME[/CONFIG][:SPLIT], builtin:NAME[:SPLIT]'
-
-_POSITIVE = functools.partial(flags.DEFINE_integer, lower_bound=1)
-_COUNT = functools.partial(flags.DEFINE_integer, lower_bound=0)
-
-# (kind, name, default, help), in the order of --help.
-_FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
-    (flags.DEFINE_bool, 'help', False, 'Show this.'),
-    (flags.DEFINE_bool, 'list', False, 'List the algorithms, one line each.'),
-    (flags.DEFINE_bool, 'markdown', False, 'With --list: a table with paper, gin file and test.'),
-    (flags.DEFINE_string, 'mode', 'train', 'train, eval, sample, score or show.'),
-    (flags.DEFINE_string, 'algo', None, 'The algorithm: a file of gin_configs; --list names them.'),
-    (
-        flags.DEFINE_string,
-        'model',
-        None,
-        'A Hugging Face directory, a checkpoint of jaxalign, or a name in gin_configs/models (random initialisation).'
-        f' Default: {recipe_lib.DEFAULT_MODEL}, which the package holds.',
-    ),
-    (
-        flags.DEFINE_string,
-        'tokenizer',
-        None,
-        'A SentencePiece .model, a tokenizer.json, or a directory with one. Default: the one beside the model.',
-    ),
-    (
-        flags.DEFINE_string,
-        'data',
-        None,
-        f'Training data (with --mode=score: what is scored; with --mode=sample: what has prompts): {_DATA}; a'
-        ' slice [a:b] may follow; a mixture is A:0.7,B:0.3. Default: the built-in data of the algorithm.',
-    ),
-    (flags.DEFINE_string, 'eval_data', None, 'Held-out data, written as --data; empty for none.'),
-    (flags.DEFINE_string, 'data_dir', None, 'Where TFDS data sets lie.'),
-    (
-        flags.DEFINE_string,
-        'cache_dir',
-        None,
-        'Where tokenised data and reference log-probabilities are kept. Default: jaxalign in $XDG_CACHE_HOME or'
-        ' ~/.cache.',
-    ),
-    (
-        flags.DEFINE_bool,
-        'skip_bad_records',
-        False,
-        'Skip and count malformed records instead of stopping at the first.',
-    ),
-    (
-        flags.DEFINE_string,
-        'mesh',
-        '',
-        'Sizes of the mesh axes data, fsdp, tensor, context, expert, as fsdp:4,tensor:2; -1 is the rest. Default:'
-        ' fsdp:-1.',
-    ),
-    (flags.DEFINE_string, 'dcn_mesh', '', 'The same between the slices of a multi-slice TPU job. Default: data:-1.'),
-    (
-        flags.DEFINE_string,
-        'lora',
-        '',
-        'Train low-rank adapters of a frozen model: rank:16,alpha:32,dropout:0.05,targets:q+v,rslora:true,dora:true,'
-        'base:bfloat16 or adapter:DIR (a PEFT directory to start from); what is left out has its default, see'
-        ' models/lora.py.',
-    ),
-    (flags.DEFINE_string, 'workdir', None, 'Where the run is kept; the same command resumes it. Default: runs/ALGO.'),
-    (_POSITIVE, 'steps', None, 'Optimizer steps of the whole run.'),
-    (
-        flags.DEFINE_integer,
-        'seed',
-        None,
-        'Seed of data order, initialisation and sampling. Default: 0; with --mode=eval the seed of the run.',
-    ),
-    (_POSITIVE, 'log_every', None, 'Steps between logged lines.'),
-    (_COUNT, 'eval_every', None, 'Steps between evaluations; 0: only before and after.'),
-    (_COUNT, 'save_every', None, 'Steps between checkpoints; 0: only the last.'),
-    (
-        flags.DEFINE_multi_string,
-        'gin_file',
-        [],
-        'A gin file of your own, applied after those of the algorithm; with --mode=score after what the run bound, for'
-        ' a recipe.Recipe.scored_fn of your own.',
-    ),
-    (flags.DEFINE_multi_string, 'gin', [], "A gin binding, applied last, as 'preference.dpo.beta=0.2'."),
-    (flags.DEFINE_string, 'checkpoint', None, 'For --mode=eval, sample and score: a workdir, or one checkpoint in it.'),
-    (flags.DEFINE_multi_string, 'prompt', [], 'For --mode=sample: what to continue, instead of --data.'),
-    (
-        flags.DEFINE_bool,
-        'chat',
-        False,
-        'For --mode=sample: --prompt is what a user says; the chat template (or that of HH) writes it.',
-    ),
-    (_POSITIVE, 'samples_per_prompt', 1, 'For --mode=sample: responses to each prompt. Default: 1.'),
-    (_POSITIVE, 'max_new_tokens', 128, 'For --mode=sample: length of the response. Default: 128.'),
-    (
-        functools.partial(flags.DEFINE_float, lower_bound=0.0),
-        'temperature',
-        1.0,
-        'For --mode=sample: 0 is greedy. Default: 1.',
-    ),
-    (_COUNT, 'top_k', 0, 'For --mode=sample: draw from the k most probable tokens; 0 from all. Default: 0.'),
-    (
-        flags.DEFINE_float,
-        'top_p',
-        1.0,
-        'For --mode=sample: draw from the fewest tokens whose probability reaches p. Default: 1.',
-    ),
-    (
-        flags.DEFINE_float,
-        'min_p',
-        0.0,
-        "For --mode=sample: draw from tokens with at least this share of the most probable one's probability."
-        ' Default: 0.',
-    ),
-    (
-        flags.DEFINE_float,
-        'repetition_penalty',
-        1.0,
-        'For --mode=sample: above 1 makes tokens of prompt and response less likely to come again. Default: 1.',
-    ),
-    (
-        flags.DEFINE_multi_string,
-        'stop',
-        [],
-        'For --mode=sample: a text that ends a response, and is left out of it. Repeatable.',
-    ),
-    (
-        flags.DEFINE_string,
-        'cache_dtype',
-        '',
-        'For --mode=sample: int8 keeps keys and values in 8 bits. Default: in the precision of the model.',
-    ),
-    (
-        flags.DEFINE_bool,
-        'stream',
-        None,
-        'For --mode=sample with one --prompt: show text as it is written. Default: on a terminal.',
-    ),
-    (
-        flags.DEFINE_string,
-        'decode',
-        '',
-        'For --mode=sample: alignment without training, a file of gin_configs/decode: best_of_n, mbr and vote choose'
-        ' one of several candidates; rad, cd, dera, contrastive and proxy are guided by other models; urial shows'
-        ' examples first. Its parameters are bound by --gin. Default: none.',
-    ),
-    (
-        flags.DEFINE_multi_string,
-        'guide',
-        [],
-        'For --decode: a model that guides, as --model, with the same tokenizer. Repeatable: proxy wants the tuned,'
-        ' then the base model.',
-    ),
-    (
-        flags.DEFINE_multi_string,
-        'reward',
-        [],
-        'What judges responses: those that an online algorithm or --mode=sample samples (there --decode=best_of_n and'
-        ' mbr choose by it, and the mean is logged), or with --mode=score those of --data. A'
-        ' function is MODULE:FUNCTION or path/to/file.py:FUNCTION; options and a weight may follow, as in'
-        " 'my.py:score(goal=3, processes=4, timeout=10):0.5'; jaxalign.rewards.rules, lengths and instructions have"
-        ' some. A model is DIR, a'
-        ' checkpoint or a Hugging Face directory: a reward model (output=0 is which output of several), one of steps'
-        " (reduce='min', 'mean', 'last' or 'product' of the probabilities that they are right), or a policy with its"
-        " reference (beta times the log-ratio, as 'runs/dpo(beta=0.1):2'); dtype='bfloat16' keeps it in that,"
-        " mesh='data:-1' lays it on a mesh of its own. A+B are several models, of which how='mean', 'worst' or"
-        " 'uncertainty' (with penalty) makes one, and centre=True takes each one's mean from it first. Repeatable.",
-    ),
-    (
-        flags.DEFINE_string,
-        'environment',
-        '',
-        'For online algorithms: what answers the policy, for up to rollouts.Options.turns turns; its rewards are'
-        ' added up, and those of --reward, if any, to them. MODULE:FUNCTION as for --reward, a step(state, text) ->'
-        ' (observation, reward, done); jaxalign.rewards.environments has some.',
-    ),
-    (
-        flags.DEFINE_string,
-        'combine',
-        'sum',
-        'For --reward: sum (weighted), normalised (each over all responses first), or gated (the others count where'
-        ' the first is above 0). Default: sum.',
-    ),
-    (
-        flags.DEFINE_string,
-        'per',
-        'response',
-        'For --mode=score: what is scored, each response, token, or step (an item of the column completions).',
-    ),
-    (
-        _POSITIVE,
-        'row_length',
-        None,
-        'For --mode=score: tokens of the longest sequence; longer ones are cut. Default: 1024, or the context of the'
-        ' model.',
-    ),
-    (
-        flags.DEFINE_bool,
-        'debug',
-        False,
-        'Locate NaNs, forbid implicit transfers between host and device, and print shapes. Slow.',
-    ),
-)
 
 # Flags that a mode does not read are refused. (What trains is also what is shown.)
 _OPTIMIZING = ('workdir', 'steps', 'log_every', 'eval_every', 'save_every')
@@ -224,10 +22,12 @@ _OF_DRAWING = ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repe
 _OF_SAMPLING = ('prompt', 'chat', 'samples_per_prompt', 'stream', 'decode', 'guide', *_OF_DRAWING)
 _OF_SCORING = ('per', 'row_length')
 _OF_REWARDS = ('reward', 'combine')
+_OF_PLANS = ('topology', 'num_slices', 'json', 'search')
 _but = lambda names, *out: tuple(name for name in names if name not in out)
 _UNREAD: dict[str, tuple[str, ...]] = {
     'train': ('checkpoint', *_OF_SAMPLING, *_OF_SCORING),
     'show': ('checkpoint', *_OF_SAMPLING, *_OF_SCORING),
+    'plan': ('checkpoint', 'workdir', *_OF_SAMPLING, *_OF_SCORING, 'debug'),
     'eval': (*_OF_TRAINING, *_OF_SAMPLING, *_OF_SCORING, *_OF_REWARDS),
     'sample': (*_but(_OF_TRAINING, 'model', 'data'), *_but(_OF_DATA, 'data_dir'), *_OF_SCORING, 'guide', 'combine'),
     'sample --reward': (*_but(_OF_TRAINING, 'model', 'data'), *_but(_OF_DATA, 'data_dir'), *_OF_SCORING, 'guide'),
@@ -256,6 +56,7 @@ _INSTEAD = {
     'markdown': '; it goes with --list',
     'combine': '; it goes with --reward',
     'guide': '; it goes with --decode',
+    **dict.fromkeys(_OF_PLANS, '; it goes with --mode=plan'),
 }
 
 
@@ -276,7 +77,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     UsageError: there is something else than flags.
   """
   args = flags.FlagValues()
-  for define, name, default, text in _FLAGS:
+  for define, name, default, text in flag_table.FLAGS:
     define(name, default, text, flag_values=args)
   rest = args(argv)[1:]
   if rest:
@@ -291,7 +92,7 @@ def check_mode(args: flags.FlagValues) -> None:
     mode = 'score --reward=DIR' if any(map(functions.is_model, args.reward)) else 'score --reward'
   if mode == 'sample' and (args.decode or args.reward):
     mode = 'sample --decode' if args.decode else 'sample --reward'
-  for name in (*_UNREAD[mode], 'markdown'):
+  for name in (*_UNREAD[mode], 'markdown', *(() if mode == 'plan' else _OF_PLANS)):
     if args[name].present:
       raise types.UsageError(f'--mode={mode} does not read --{name}{_INSTEAD.get(name, "")}')
 
@@ -345,5 +146,5 @@ def describe(intro: str) -> str:
   """What --help shows."""
   indent = '      '
   wrap = functools.partial(textwrap.fill, width=100, initial_indent=indent, subsequent_indent=indent)
-  lines = [f'  --{name}\n{wrap(text, break_on_hyphens=False)}' for _, name, _, text in _FLAGS]
+  lines = [f'  --{name}\n{wrap(text, break_on_hyphens=False)}' for _, name, _, text in flag_table.FLAGS]
   return '\n'.join([intro, *lines, ''])

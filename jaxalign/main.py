@@ -8,6 +8,7 @@
     python -m jaxalign.main --mode=score --checkpoint=runs/rm --data=jsonl:pairs.jsonl
     python -m jaxalign.main --mode=score --reward=my_rewards.py:score --data=jsonl:samples.jsonl
     python -m jaxalign.main --mode=show --algo=dpo --data=jsonl:pairs.jsonl
+    python -m jaxalign.main --mode=plan --algo=dpo --model=llama3_1_8b --topology=v5p:4x4x4
     python -m jaxalign.main --list
 
 Exit codes: 0, 2 for a wrong flag or binding, 1 for a run that failed.
@@ -17,16 +18,13 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import functools
 import json
-import logging as python_logging
 import os
 import pathlib
 import re
 import sys
-import threading
-import traceback
 from typing import Any
-import warnings
 
 from absl import flags
 from absl import logging
@@ -40,9 +38,12 @@ from jaxalign import recipe as recipe_lib
 from jaxalign import respond
 from jaxalign import resume
 from jaxalign import score
+from jaxalign import searching
 from jaxalign import sharding
 from jaxalign import steering
 from jaxalign import streams
+from jaxalign import terminal
+from jaxalign import topology as topology_lib
 from jaxalign import types
 from jaxalign.data import sources
 from jaxalign.rewards import functions
@@ -51,7 +52,7 @@ from jaxalign.rewards import modelled
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line and returns the exit code."""
-  _set_up_logging()
+  terminal.set_up_logging()
   try:
     _dispatch(command.parse(list(sys.argv if argv is None else argv)))
   except (types.UsageError, flags.Error) as err:
@@ -64,47 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise
     return _fail(problem, 2)
   except FloatingPointError as err:
-    return _fail(_located(err), 1)
+    return _fail(terminal.located(err), 1)
   except OSError as err:
     return _fail(re.sub(r'\[Errno \d+\] ', '', str(err)), 1)
   except KeyboardInterrupt:
     return _fail('interrupted; the same command resumes from the last checkpoint', 1)
   return 0
-
-
-def _set_up_logging() -> None:
-  """The time and one message a line; nothing of Orbax, which tells of every file and raises what matters."""
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS(['jaxalign'])
-  logging.use_absl_handler()
-  logging.set_verbosity(logging.INFO)
-  handler = logging.get_absl_handler()
-  handler.setFormatter(python_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
-  handler.addFilter(_is_told)
-
-
-def _quiet_failed_saves() -> None:
-  """Keeps the traces of a failed save off the terminal: the main thread learns of it, and says it in one line.
-
-  They come from Orbax's threads and, once those have given up, from TensorStore's, which then find no event loop, and
-  from the coroutines that nobody waits for any more.
-  """
-  warnings.filterwarnings('ignore', message='coroutine .* was never awaited', category=RuntimeWarning)
-  told, shown = threading.excepthook, sys.unraisablehook
-  of_orbax = lambda args: type(args.thread).__module__.startswith('orbax.')
-  late = lambda args: isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == 'Event loop is closed'
-  threading.excepthook = lambda args: None if of_orbax(args) else told(args)
-  sys.unraisablehook = lambda args: None if late(args) else shown(args)
-
-
-def _is_told(record: python_logging.LogRecord) -> bool:
-  return not any(library in record.pathname for library in ('/orbax/', '/asyncio/'))
-
-
-def _located(err: FloatingPointError) -> str:
-  """What --debug found not to be finite, and the line that computed it."""
-  ours = [frame for frame in traceback.extract_tb(err.__traceback__) if '/site-packages/' not in frame.filename]
-  return f'{str(err).splitlines()[0]} at {ours[-1].filename}:{ours[-1].lineno}: {ours[-1].line}'
 
 
 def _fail(message: str, code: int) -> int:
@@ -119,7 +85,7 @@ def _dispatch(args: flags.FlagValues) -> None:
   elif args.list:
     sys.stdout.write(catalog.table() if args.markdown else catalog.listing())
   else:
-    modes = {'train': _train, 'eval': _evaluate, 'sample': _sample, 'score': _score, 'show': _show}
+    modes = {'train': _train, 'eval': _evaluate, 'sample': _sample, 'score': _score, 'show': _show, 'plan': _plan}
     if args.mode not in modes:
       raise types.UsageError(f'--mode={args.mode}: it is one of {", ".join(modes)}')
     command.check_mode(args)
@@ -178,10 +144,12 @@ def _scorings(rewards: Sequence[str]) -> dict[str, modelled.Scoring]:
   return found
 
 
-def _job(args: flags.FlagValues, defaults: Mapping[str, Any]) -> recipe_lib.Job:
+def _job(
+    args: flags.FlagValues, defaults: Mapping[str, Any], devices: list[jax.Device] | None = None
+) -> recipe_lib.Job:
   """What the flags say, and `defaults` (data of the recipe, the run.json of a checkpoint) where they say nothing."""
   algo = args.algo or defaults.get('algo', '')
-  mesh = sharding.make_mesh(args.mesh, args.dcn_mesh)
+  mesh = sharding.make_mesh(args.mesh, args.dcn_mesh, devices)
   logging.info('%d %s devices, mesh %s', mesh.size, sharding.platform_of(mesh), dict(mesh.shape))
   cache = args.cache_dir or pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache')) / 'jaxalign'
   return recipe_lib.Job(
@@ -322,9 +290,24 @@ def _show(args: flags.FlagValues) -> None:
   sys.stdout.write(streams.show(_job(args, _of(recipe)), recipe))
 
 
+def _plan(args: flags.FlagValues) -> None:
+  if not args.topology:
+    raise types.UsageError('--mode=plan needs --topology=CHIP:SIZES, as v5e:4x4 or v5p:4x4x4')
+  topology = topology_lib.find(args.topology, args.num_slices)
+  if catalog.own_files('models', [args.model or '']) and not args.tokenizer:
+    args['tokenizer'].value = recipe_lib.DEFAULT_MODEL  # Of shapes alone any will do.
+  recipe = _configure(args)
+  config.check_reachable('plan.plan', 'recipe.Recipe')
+  job = _job(args, _of(recipe), topology.devices)
+  plan = functools.partial(config.get('plan.plan'), topology=topology, is_data_known=bool(args.data))
+  searched = functools.partial(searching.planned, job, recipe, plan, topology, args.mesh, args.dcn_mesh)
+  found = searched() if args.search else plan(job, recipe=recipe)
+  sys.stdout.write(json.dumps(found.to_json(), indent=1) + '\n' if args.json else found.table())
+
+
 def run() -> None:
   """Entry point of the console script."""
-  _quiet_failed_saves()
+  terminal.quiet_failed_saves()
   sys.exit(main())
 
 

@@ -21,6 +21,7 @@ from jaxalign import sharding
 from jaxalign import types
 from jaxalign.models import transformer
 
+ROWS = 128  # responses that are written at once, if nothing else is said
 _AT_FIRST = 64  # tokens behind the longest prompt that there is room for at first
 _LOOK = 8  # tokens between looks at texts
 
@@ -108,7 +109,7 @@ def sample(
     guidance: Guidance | None = None,
     cache_dtype: str | None = None,
     told_at: float = 1.0,
-    rows: int = 128,
+    rows: int = ROWS,
     watch: Callable[[int, list[int]], None] | None = None,
     **rule: Any,
 ) -> list[Sampled]:

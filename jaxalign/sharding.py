@@ -97,8 +97,7 @@ def make_mesh(text: str = '', dcn_text: str = '', devices: Sequence[jax.Device] 
   text = text or 'fsdp:-1'
   if dcn_text and len(slices) == 1 and math.prod(abs(s) for s in parse_mesh(dcn_text, '--dcn_mesh').values()) > 1:
     raise types.UsageError(f'--dcn_mesh={dcn_text}: all devices are in one slice; leave --dcn_mesh out')
-  per_slice = len(devices) // len(slices)
-  shape = _fill(text, '--mesh', per_slice, 'devices' if len(slices) == 1 else 'devices of a slice')
+  shape = _fill(text, '--mesh', per_slice(devices), 'devices' if len(slices) == 1 else 'devices of a slice')
   if len(slices) > 1:
     dcn_shape = _fill(dcn_text or 'data:-1', '--dcn_mesh', len(slices), 'slices')
     array = mesh_utils.create_hybrid_device_mesh(shape, dcn_shape, devices, allow_split_physical_axes=True)
@@ -107,6 +106,11 @@ def make_mesh(text: str = '', dcn_text: str = '', devices: Sequence[jax.Device] 
   else:
     array = np.array(devices).reshape(shape)
   return jax.sharding.Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def per_slice(devices: Sequence[jax.Device]) -> int:
+  """How many of these devices are in a slice."""
+  return len(devices) // len({_slice_index(d) for d in devices})
 
 
 def _slice_index(device: jax.Device) -> int:

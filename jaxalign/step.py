@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import functools
 import operator
+from typing import Any
 from typing import NamedTuple
 
 from flax import struct
@@ -154,7 +155,7 @@ def make_step(
   return step
 
 
-def jitted(step: Callable, mesh: jax.sharding.Mesh, state: TrainState, *, donate: bool = True) -> Callable:
+def jitted(step: Callable, mesh: jax.sharding.Mesh, state: TrainState, *, donate: bool = True) -> Any:
   """Compiles a step of `make_step` for a mesh, on first use.
 
   Args:

@@ -241,18 +241,24 @@ def open_streams(
   held_sets = recipe_lib.open_data(job, recipe, tokenizer, job.eval_data) if job.eval_data else []
   open_one = lambda sets, specs: recipe_lib.open_loader(job, recipe, sets, specs) if sets else None
   loaders = open_one(train_sets, job.data), open_one(held_sets, job.eval_data)
-  needs = [_needs(recipe, loader.dataset) for loader in loaders if loader is not None][0]
+  needs = [needs_of(recipe, loader.dataset) for loader in loaders if loader is not None][0]
   logging.info('the loss reads %s', ', '.join(sorted(needs.fields)))
   if recipe.sync is not None and not needs.reference:
     raise types.UsageError(f'recipe.Recipe.sync = {recipe.sync}: the loss reads no reference that could follow')
-  live = needs.reference and (needs.live or recipe.sync is not None or recipe.reference == 'live')
+  live = is_live(recipe, needs)
   if recipe.keeps_reference and not live:
     problem = "there is no live reference; bind recipe.Recipe.reference = 'live'"
     raise types.UsageError(f'recipe.Recipe.reference_dtype, reference_rules: {problem}')
   return Streams(*loaders, needs, live, _report(train_sets, held_sets))
 
 
-def _needs(recipe: recipe_lib.Recipe, data: dataset.Joined) -> tracing.Needs:
+def is_live(recipe: recipe_lib.Recipe, needs: tracing.Needs) -> bool:
+  """Whether the step itself computes what the loss reads of a reference."""
+  return needs.reference and (needs.live or recipe.sync is not None or recipe.reference == 'live')
+
+
+def needs_of(recipe: recipe_lib.Recipe, data: dataset.Joined) -> tracing.Needs:
+  """What the loss reads; raises UsageError where data do not have that."""
   needs = tracing.trace(
       recipe.loss_fn,
       group_size=data.group_size,

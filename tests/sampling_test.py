@@ -151,7 +151,7 @@ class TestSample:
 
     monkeypatch.setattr(decoding, 'write', looked_at)
     # As other platforms have it: layers in stacks.
-    monkeypatch.setattr(sampling, '_prepared', lambda model: model)
+    monkeypatch.setattr(sampling, 'prepared', lambda model: model)
     with jax.set_mesh(mesh):
       model = transformer.build(CONFIG, mesh, length=64)
       found = draw(params=params, model=model, cache_dtype=cache_dtype, rows=8, n=2)
@@ -230,7 +230,7 @@ class TestSample:
   @pytest.mark.parametrize('apart', [True, False])
   def test_is_guided_by_what_a_head_makes_of_the_likeliest_tokens(self, monkeypatch, apart):
     if not apart:
-      monkeypatch.setattr(sampling, '_prepared', lambda model: model)
+      monkeypatch.setattr(sampling, 'prepared', lambda model: model)
     model = MODEL.clone(config=dataclasses.replace(CONFIG, score_outputs=1, pattern=('local',), window=4))
     params = PARAMS | {'score': jax.random.normal(jax.random.key(7), (16, 1))}
     guidance = sampling.Guidance(scored, (sampling.Guide(model, params),))

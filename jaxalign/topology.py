@@ -1,0 +1,117 @@
+"""Devices that are not there: TPU topologies to compile for, and what is known of each kind of chip."""
+
+import dataclasses
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+from jaxalign import types
+
+_GIB = 2**30
+GPU = 'gpu'
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A device, as JAX counts them: half a chip of v4 and TPU7x, a whole one of the others.
+
+  Attributes:
+    name: as `--topology` has it.
+    hbm_bytes: that programs may use: what the compiler says is available, of GPUs the published size.
+    flops: bfloat16 products and sums a second, at their peak.
+    hbm_speed: bytes a second, at their peak.
+    link_speed: bytes a second to the other chips of a slice, all links and directions together.
+    clock: cycles a second of the estimates in compiled programs, 0 where it is not known.
+  """
+
+  name: str
+  hbm_bytes: float
+  flops: float
+  hbm_speed: float
+  link_speed: float
+  clock: float = 0.0
+
+
+# Published by Google (cloud.google.com/tpu/docs) and NVIDIA (data sheets); memory as libtpu says.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip('v4', 15.25 * _GIB, 137.5e12, 614e9, 150e9, 1.05e9),
+        Chip('v5e', 15.75 * _GIB, 197e12, 819e9, 200e9, 1.5e9),
+        Chip('v5p', 95.74 * _GIB, 459e12, 2765e9, 600e9, 1.75e9),
+        Chip('v6e', 31.25 * _GIB, 918e12, 1640e9, 448e9, 1.75e9),
+        Chip('tpu7x', 94.75 * _GIB, 1153.5e12, 3690e9, 600e9),
+        Chip('a100', 80e9, 312e12, 2039e9, 600e9),
+        Chip('h100', 80e9, 989e12, 3350e9, 900e9),
+        Chip('h200', 141e9, 989e12, 4800e9, 900e9),
+    )
+}
+_GPUS = ('a100', 'h100', 'h200')
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """What a plan is for.
+
+  Attributes:
+    chip: of which kind the devices are.
+    devices: to compile for.
+    estimated: whether they are CPUs that stand for GPUs: programs are then others, and sizes estimates.
+  """
+
+  chip: Chip
+  devices: list[jax.Device]
+  estimated: bool
+
+
+def find(text: str, num_slices: int = 1) -> Topology:
+  """The devices that `--topology` names: v5p:4x4x4 of TPUs, h100:8 of GPUs.
+
+  Call it before JAX has looked for devices, as it gives this process CPUs that stand for GPUs.
+
+  Raises:
+    UsageError: there is no such chip or topology, or libtpu is not installed.
+  """
+  name, _, sizes = text.partition(':')
+  wanted = 'write for example v5e:4x4, v5p:4x4x4 or h100:8'
+  if name not in CHIPS or not re.fullmatch(r'\d+(x\d+)*', sizes):
+    raise types.UsageError(f'--topology={text}: the chips are {", ".join(CHIPS)}; {wanted}')
+  if name in _GPUS:
+    return Topology(CHIPS[name], _cpus(text, sizes, num_slices), True)
+  # libtpu reads these when it is loaded; without them it asks the machine's metadata, which are not there.
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-16')
+  os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+  jax.config.update('jax_platforms', 'cpu')
+  options = {'num_slices': num_slices} if num_slices > 1 else {}
+  try:
+    found = topologies.get_topology_desc(platform='tpu', topology_name=text, **options)
+  except (ImportError, NotImplementedError) as err:
+    raise types.UsageError(f'--topology={text}: {_install()}') from err
+  except (RuntimeError, ValueError) as err:
+    if 'libtpu' in str(err) and 'not' in str(err):
+      raise types.UsageError(f'--topology={text}: {_install()}') from err
+    raise types.UsageError(f'--topology={text}: libtpu knows no such topology ({str(err).splitlines()[0]})') from err
+  return Topology(CHIPS[name], list(found.devices), False)
+
+
+def _install() -> str:
+  return "libtpu is wanted, which compiles for TPUs on any Linux with x86-64: pip install -e '.[tpu]'"
+
+
+def _cpus(text: str, sizes: str, num_slices: int) -> list[jax.Device]:
+  if 'x' in sizes or num_slices > 1:
+    raise types.UsageError(f'--topology={text}: of GPUs their number, as h100:8, in one slice')
+  count = int(sizes)
+  jax.config.update('jax_platforms', 'cpu')
+  try:
+    jax.config.update('jax_num_cpu_devices', count)
+  except RuntimeError:
+    pass  # They are there already.
+  devices = jax.devices('cpu')
+  if len(devices) < count:
+    raise types.UsageError(f'--topology={text}: this process has {len(devices)} CPU devices already; start another')
+  return devices[:count]
