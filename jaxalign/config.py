@@ -43,6 +43,7 @@ from jaxalign import guidance
 from jaxalign import loop
 from jaxalign import objectives
 from jaxalign import optim
+from jaxalign import plan
 from jaxalign import recipe
 from jaxalign import reference
 from jaxalign import returns

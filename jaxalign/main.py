@@ -174,6 +174,7 @@ def _of(recipe: recipe_lib.Recipe) -> dict[str, Any]:
 
 def _start(args: flags.FlagValues) -> None:
   """Joins the other processes of a job and sets what holds for the whole process."""
+  sharding.tune_compiler()
   sharding.start_distributed()
   jax.config.update('jax_threefry_partitionable', True)
   if args.debug:

@@ -183,6 +183,7 @@ def _compiled(program: programs_lib.Program, resident, chip: topology_lib.Chip) 
   made = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
   parts = of | beside | _temporaries(program, memory.temp_size_in_bytes)
   parts |= {'results': made, 'program': memory.generated_code_size_in_bytes}
+  parts['padding'] = max(0.0, memory.argument_size_in_bytes - sum(of.values()))
   whole = memory.argument_size_in_bytes + memory.temp_size_in_bytes + made + memory.generated_code_size_in_bytes
   whole += sum(beside.values())
   costs = hlo.costs(compiled.as_text(), program.trips)

@@ -289,7 +289,7 @@ def _rollout(job, recipe, tokenizer: tokenizers.Tokenizer, of: Abstract) -> Iter
   params = _as_prepared(model, policy)
   counts = np.zeros((sizes.together, sizes.longest[0]), np.int32), np.zeros(sizes.together, np.int32)
   ids, lengths = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in counts)
-  forward_flops = lambda tokens, length: (architecture.flops_per_token(model.config, length) / 3 * tokens / mesh.size)
+  of_token = lambda length: architecture.flops_per_token(model.config, length) / 3 / mesh.size
   yield Program(
       'prefill',
       lambda: decoding.read.lower(program, (params,), (ids,), (lengths,)),

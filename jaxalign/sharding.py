@@ -123,17 +123,6 @@ def platform_of(mesh: jax.sharding.Mesh) -> str:
   return mesh.devices.flat[0].platform
 
 
-def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str]:
-  """Options for the compiler of a training step on this mesh.
-
-  TPUs would otherwise turn products with sharded weights into loops over their parts, which keep the gathers behind
-  the products, but take twice the cycles.
-  """
-  if platform_of(mesh) != 'tpu':
-    return {}
-  return {'xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'}
-
-
 def axes_of(logical: str) -> tuple[str, ...]:
   """The mesh axes of one logical axis, for collectives inside `shard_map`."""
   return _rule(logical)
@@ -246,6 +235,19 @@ def resized(x: jax.Array | jax.ShapeDtypeStruct, shape: Sequence[int]) -> jax.sh
   ways = [size // part for size, part in zip(x.shape, where.shard_shape(x.shape))]
   kept = (axes if size % n == 0 else None for size, n, axes in zip(shape, ways, names))
   return jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec(*kept))
+
+
+def tune_compiler() -> None:
+  """Sets defaults of the TPU compiler, for programs of this process; what LIBTPU_INIT_ARGS says already stands.
+
+  Call it before JAX looks for devices. Products with sharded weights would otherwise become loops over their parts, in
+  which gathers hide behind products, but which take two to three times the cycles.
+  """
+  given = os.environ.get('LIBTPU_INIT_ARGS', '').split()
+  defaults = {'--xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'}
+  names = {one.partition('=')[0] for one in given}
+  added = [f'{name}={value}' for name, value in defaults.items() if name not in names]
+  os.environ['LIBTPU_INIT_ARGS'] = ' '.join([*given, *added])
 
 
 def start_distributed() -> None:

@@ -165,9 +165,7 @@ def jitted(step: Callable, mesh: jax.sharding.Mesh, state: TrainState, *, donate
     donate: whether the new state takes the place of the old one.
   """
   where = jax.tree.map(lambda x: x.sharding, state)
-  options = sharding.compiler_options(mesh)
-  given = (0,) if donate else ()
-  return jax.jit(step, donate_argnums=given, out_shardings=(where, sharding.named(mesh)), compiler_options=options)
+  return jax.jit(step, donate_argnums=(0,) if donate else (), out_shardings=(where, sharding.named(mesh)))
 
 
 def _mean_of(metrics, name: str) -> jax.Array:

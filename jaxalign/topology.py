@@ -7,6 +7,7 @@ import re
 import jax
 from jax.experimental import topologies
 
+from jaxalign import sharding
 from jaxalign import types
 
 _GIB = 2**30
@@ -85,14 +86,13 @@ def find(text: str, num_slices: int = 1) -> Topology:
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-16')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+  sharding.tune_compiler()
   jax.config.update('jax_platforms', 'cpu')
   options = {'num_slices': num_slices} if num_slices > 1 else {}
   try:
     found = topologies.get_topology_desc(platform='tpu', topology_name=text, **options)
-  except (ImportError, NotImplementedError) as err:
-    raise types.UsageError(f'--topology={text}: {_install()}') from err
-  except (RuntimeError, ValueError) as err:
-    if 'libtpu' in str(err) and 'not' in str(err):
+  except (ImportError, RuntimeError, ValueError) as err:
+    if isinstance(err, ImportError) or 'not installed' in str(err) or 'libtpu.so' in str(err):
       raise types.UsageError(f'--topology={text}: {_install()}') from err
     raise types.UsageError(f'--topology={text}: libtpu knows no such topology ({str(err).splitlines()[0]})') from err
   return Topology(CHIPS[name], list(found.devices), False)

@@ -4,6 +4,7 @@ from absl import flags
 import pytest
 
 from jaxalign import command
+from jaxalign import flag_table
 from jaxalign import types
 
 
@@ -74,7 +75,7 @@ class TestCheckMode:
       command.check_mode(parse(*words))
 
   def test_knows_every_flag_that_it_names(self):
-    names = {name for _, name, _, _ in command._FLAGS}
+    names = {name for _, name, _, _ in flag_table.FLAGS}
     assert {name for unread in command._UNREAD.values() for name in unread} <= names
     assert set(command._INSTEAD) <= names
 
@@ -84,6 +85,6 @@ class TestDescribe:
   def test_says_of_each_flag_what_it_is(self):
     text = command.describe('Intro.')
     assert text.startswith('Intro.\n')
-    for _, name, _, explained in command._FLAGS:
+    for _, name, _, explained in flag_table.FLAGS:
       first = explained.split()[0]
       assert f'\n  --{name}\n      {first}' in text

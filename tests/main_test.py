@@ -16,6 +16,7 @@ from jaxalign import catalog
 from jaxalign import checkpoint
 from jaxalign import command
 from jaxalign import config
+from jaxalign import flag_table
 from jaxalign import main
 from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
@@ -489,7 +490,7 @@ class TestMain:
   def test_help_explains_every_flag(self, capsys):
     assert call('--help') == 0
     out = capsys.readouterr().out
-    for _, name, _, text in command._FLAGS:
+    for _, name, _, text in flag_table.FLAGS:
       assert f'  --{name}\n' in out
       assert len(text) > 8
     assert max(map(len, out.splitlines())) <= 120

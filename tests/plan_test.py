@@ -1,0 +1,190 @@
+"""What `--mode=plan` says of runs, against counts by hand."""
+
+import dataclasses
+import json
+import math
+import types as pytypes
+
+import jax
+import pytest
+
+from jaxalign import main
+from jaxalign import plan as plan_lib
+from jaxalign import searching
+from jaxalign import sharding
+from jaxalign import topology
+from jaxalign import types
+
+L, D, N, K, H, F, V = 3, 128, 4, 2, 64, 256, 1024
+ROWS, LENGTH = 16, 256
+MATRICES = L * (D * H * (2 * N + 2 * K) + 3 * D * F)
+PARAMS = MATRICES + 2 * D * V + (2 * L + 1) * D
+ATTENTION = L * N * H * LENGTH  # twice the products of queries and keys for a token that sees half of them
+
+
+def flags(where, algo, *more):
+  sizes = f'vocab_size = {V}', f'num_layers = {L}', f'embed_dim = {D}', f'num_heads = {N}', f'num_kv_heads = {K}'
+  sizes += f'head_size = {H}', f'mlp_dim = {F}', 'max_length = 4096', 'tie_embeddings = False'
+  bound = [f'architecture.Config.{one}' for one in sizes]
+  bound += ["recipe.Recipe.dtype = 'bfloat16'", "recipe.Recipe.remat = 'full'"]
+  bound += [f'loader.Packing.rows = {ROWS}', f'loader.Packing.row_length = {LENGTH}', *more]
+  named = '--mode=plan', f'--algo={algo}', '--model=llama3_1_8b', f'--topology={where}', '--json', '--eval_data='
+  return ['jaxalign', *named, *(f'--gin={one}' for one in bound)]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def in_haste(optimised):
+  jax.config.update('jax_exec_time_optimization_effort', -1.0)
+  yield
+  jax.config.update('jax_exec_time_optimization_effort', 0.0)
+
+
+def planned(capsys, args):
+  code = main.main(args)
+  out = capsys.readouterr()
+  if code and 'libtpu is wanted' in out.err:
+    pytest.skip('libtpu is not installed')
+  assert code == 0, out.err
+  return json.loads(out.out)
+
+
+@pytest.mark.tpu
+class TestPlan:
+
+  def test_of_pairs_counts_memory_and_products(self, capsys):
+    found = planned(capsys, flags('v5e:2x2', 'dpo'))
+    step, reference = found['programs']
+    assert [step['name'], reference['name']] == ['step', 'reference']
+    classes = found['hbm_by_class']
+    assert classes['parameters'] == PARAMS * 4 / 4 + (2 * L + 1) * D * 4 * 3 / 4  # norms are whole on each of the four
+    assert classes['optimizer'] == pytest.approx(2 * classes['parameters'], abs=16)
+    assert sum(classes.values()) == pytest.approx(found['hbm_bytes'], rel=0.01)
+    assert found['fits'] and found['hbm_bytes'] < found['hbm_limit_bytes'] == 15.75 * 2**30
+    tokens = ROWS * LENGTH / 4
+    head = D * V
+    # Forward twice, as all is computed again but what the last product gives, and backward; of the head likewise.
+    again = MATRICES - L * F * D
+    kernels = ATTENTION * (2 + 2 + 4 + 3) / 2 * 2
+    assert step['flops'] == pytest.approx(tokens * (2 * (3 * MATRICES + again + 4 * head) + kernels), rel=1e-3)
+    assert step['model_flops'] == pytest.approx(tokens * (6 * (MATRICES + head) + 6 * ATTENTION), rel=1e-6)
+    assert reference['flops'] == pytest.approx(tokens * (2 * (MATRICES + head) + 2 * ATTENTION), rel=1e-3)
+    assert found['tokens_per_step'] == ROWS * LENGTH
+    bound = step['model_flops'] / (197e12 * found['seconds_bound'])
+    assert found['mfu_bound'] == pytest.approx(bound)
+    assert 0 < bound < 1
+    gathered = found['collectives']['all-gather']['bytes']
+    # Weights of each layer in 16 bits, forward and again backward; the head forward and backward, the embedding once.
+    assert gathered == pytest.approx(2 * (2 * MATRICES + 3 * D * V), rel=0.1)
+
+  def test_of_rollouts_has_what_samples_and_what_reads_again(self, capsys):
+    few = 'rollouts.Options.prompts = 4', 'rollouts.Options.samples = 4', 'rollouts.Options.max_new_tokens = 96'
+    found = planned(capsys, flags('v5e:2x2', 'ppo', *few, 'prompts.alone.longest = 32'))
+    of = {one['name']: one for one in found['programs']}
+    assert list(of) == ['step', 'prefill', 'decode', 'annotation']
+    cache = of['decode']['hbm_by_class']['kv cache']
+    slots = 192 + 96  # the bucket of the longest prompt, and what is written
+    assert cache == pytest.approx(2 * L * 16 * slots * K * H * 2 / 4, rel=0.01)
+    # While rows are written, training's state lies beside.
+    assert {'parameters', 'optimizer', 'critic', 'weights for sampling'} <= of['decode']['hbm_by_class'].keys()
+    assert of['step']['hbm_by_class']['critic'] > 0.9 * of['step']['hbm_by_class']['parameters']
+    assert found['hbm_bytes'] == max(one['hbm_bytes'] for one in of.values())
+
+
+class TestEstimate:
+
+  def test_of_gpus_is_said_to_be_one(self, capsys):
+    found = planned(capsys, flags('h100:8', 'sft'))
+    assert found['estimated'] and found['devices'] == 8 and found['chip'] == 'h100'
+    assert found['hbm_by_class']['parameters'] == PARAMS * 4 / 8 + (2 * L + 1) * D * 4 * 7 / 8
+    args = [one for one in flags('h100:8', 'sft') if one != '--json']
+    assert main.main(args) == 0
+    out = capsys.readouterr().out
+    assert 'sft of llama3_1_8b on 8 x h100 (estimated on CPUs, whose programs are others)' in out
+    assert 'fits, ' in out and 'tokens/s' in out
+
+
+class TestTopology:
+
+  @pytest.mark.parametrize(
+      ('args', 'said'),
+      [
+          (['--mode=plan', '--algo=dpo'], 'needs --topology'),
+          (['--mode=plan', '--algo=dpo', '--topology=v9:2x2'], 'the chips are v4, v5e'),
+          (['--mode=plan', '--algo=dpo', '--topology=h100:2x2'], 'of GPUs their number'),
+          (['--mode=plan', '--algo=dpo', '--topology=h100:9000'], 'this process has 8 CPU devices already'),
+          (['--algo=dpo', '--topology=v5e:2x2'], '--mode=train does not read --topology; it goes with --mode=plan'),
+          (['--mode=plan', '--algo=dpo', '--topology=h100:8', '--mesh=fsdp:3'], 'does not divide the 8 devices'),
+      ],
+      ids=lambda x: x[-1] if isinstance(x, list) else '',
+  )
+  def test_is_refused_by_name(self, args, said, capsys):
+    assert main.main(['jaxalign', *args]) == 2
+    assert said in capsys.readouterr().err
+
+  def test_says_what_to_install(self, monkeypatch):
+    def missing(**_):
+      raise NotImplementedError('JAX TPU support not installed; cannot generate TPU topology')
+
+    monkeypatch.setattr(topology.topologies, 'get_topology_desc', missing)
+    with pytest.raises(types.UsageError, match=r"v5e:2x2: libtpu is wanted.*pip install -e '.\[tpu\]'"):
+      topology.find('v5e:2x2')
+
+
+class TestRefused:
+
+  def test_reads_how_much_the_compiler_wanted(self):
+    refused = plan_lib._Refused()
+    with refused:
+      raise jax.errors.JaxRuntimeError(
+          'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 36.49G of 15.75G hbm. Exceeded hbm capacity'
+          ' by 20.74G. Largest program allocations in hbm: 1. Size: 99.00G'
+      )
+    assert refused.needed == 36.49 * 2**30
+
+  def test_lets_other_errors_through(self):
+    with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'), plan_lib._Refused():
+      raise jax.errors.JaxRuntimeError('INTERNAL: 3G')
+
+
+def made(size, seconds, fits=True):
+  step = plan_lib.Compiled('step', size, {}, fits, 1.0, 1.0, 1.0, seconds, {}, 0.0, 8, 0.0)
+  return plan_lib.Plan({'algo': 'a'}, topology.CHIPS['v5e'], 4, False, [step])
+
+
+class TestSearch:
+
+  def test_front_is_what_nothing_beats_in_both(self):
+    plans = [made(8, 1.0), made(4, 2.0), made(9, 1.5), made(2, 3.0, fits=False), made(4, 2.5)]
+    assert searching.pareto(plans) == [0, 1]
+
+  def test_points_keep_the_rows_of_a_step(self):
+    packing = pytypes.SimpleNamespace(rows=16, micro_batches=2)
+    points = list(searching.points(pytypes.SimpleNamespace(packing=packing), ['fsdp:4'], lambda text: 4))
+    assert {point['rows'] * point['micro_batches'] for point in points} == {32}
+    assert {point['rows'] for point in points} == {4, 8, 16, 32}
+    assert {point['remat'] for point in points} == {'full', 'dots'}
+
+  def test_prints_the_flags_of_what_it_found(self, capsys):
+    args = [one for one in flags('h100:8', 'sft') if one != '--json']
+    assert main.main([*args, '--search', '--mesh=fsdp:8', '--gin=loader.Packing.rows = 16']) == 0
+    out = capsys.readouterr().out
+    assert out.startswith('4 compiled; none of the others')
+    assert '--mesh=fsdp:8 --gin=loader.Packing.rows=8 --gin=loader.Packing.micro_batches=2 ' in out
+
+  def test_says_what_is_too_large(self):
+    point = {'mesh': 'fsdp:4', 'rows': 8, 'micro_batches': 1, 'remat': 'full'}
+    said = searching.front([(point, made(17 * 2**30, 1.0, fits=False))])
+    assert said == f'none of 1 fits; the smallest is 1.25 GiB too large: {searching.command(point)}\n'
+
+
+class TestMeshes:
+
+  def test_multiply_to_the_devices(self):
+    for text in searching.meshes(8):
+      assert math.prod(sharding.parse_mesh(text).values()) == 8
+    assert searching.meshes(2) == ['fsdp:2', 'fsdp:1,tensor:2']
+
+
+def test_chips_are_named_as_topologies_are():
+  assert {name: chip.name for name, chip in topology.CHIPS.items()} == {name: name for name in topology.CHIPS}
+  assert all(min(dataclasses.astuple(chip)[1:5]) > 0 for chip in topology.CHIPS.values())
