@@ -114,8 +114,8 @@ def run(
     tools: what to call.
 
   Raises:
-    RunError: too many consecutive steps were not finite, a checkpoint could not be written, or SIGTERM came: the step
-      that was running is then saved.
+    RunError: too many consecutive steps were not finite, or a checkpoint could not be written.
+    Preempted: SIGTERM came, and the step that was running is saved.
   """
   first = step = int(state.step)
   if first >= options.steps:
@@ -155,7 +155,7 @@ def run(
         tools.clock.start()
       if stopping:
         tools.store.wait()
-        raise types.RunError(f'stopped by SIGTERM after step {step}, which is saved; the same command resumes')
+        raise types.Preempted(f'stopped by SIGTERM after step {step}, which is saved; the same command resumes')
       if step >= options.steps:
         break
   return state

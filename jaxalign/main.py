@@ -11,7 +11,8 @@
     python -m jaxalign.main --mode=plan --algo=dpo --model=llama3_1_8b --topology=v5p:4x4x4
     python -m jaxalign.main --list
 
-Exit codes: 0, 2 for a wrong flag or binding, 1 for a run that failed.
+Exit codes: 0, 2 for a wrong flag or binding, 1 for a run that failed, 75 for one that was
+stopped, by SIGTERM or as another process of it is gone, and resumes.
 """
 
 from collections.abc import Callable
@@ -49,6 +50,8 @@ from jaxalign.data import sources
 from jaxalign.rewards import functions
 from jaxalign.rewards import modelled
 
+_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line and returns the exit code."""
@@ -59,6 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _fail(str(err), 2)
   except types.RunError as err:
     return _fail(str(err), 1)
+  except types.Preempted as err:
+    return _fail(str(err), _AGAIN)
+  except jax.errors.JaxRuntimeError as err:
+    if not terminal.lost_process(err):
+      raise
+    terminal.leave(_fail(f'another process of this job is gone, as its log may tell; resume all ({err})', _AGAIN))
   except TypeError as err:
     problem = config.unbound(err)
     if not problem:

@@ -181,11 +181,12 @@ def _compiled(program: programs_lib.Program, resident, chip: topology_lib.Chip) 
     )
   memory = compiled.memory_analysis()
   made = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
-  parts = of | beside | _temporaries(program, memory.temp_size_in_bytes)
+  # `temp_size_in_bytes` counts places twice that several buffers take in turn.
+  peak = max(memory.peak_memory_in_bytes, memory.argument_size_in_bytes + made)
+  parts = of | beside | _temporaries(program, peak - memory.argument_size_in_bytes - made)
   parts |= {'results': made, 'program': memory.generated_code_size_in_bytes}
   parts['padding'] = max(0.0, memory.argument_size_in_bytes - sum(of.values()))
-  whole = memory.argument_size_in_bytes + memory.temp_size_in_bytes + made + memory.generated_code_size_in_bytes
-  whole += sum(beside.values())
+  whole = peak + memory.generated_code_size_in_bytes + sum(beside.values())
   costs = hlo.costs(compiled.as_text(), program.trips)
   flops = costs.flops + costs.kernel_flops
   cycles = costs.cycles / chip.clock + costs.kernel_flops / chip.flops if chip.clock else 0.0

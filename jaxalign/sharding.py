@@ -19,6 +19,8 @@ import numpy as np
 
 from jaxalign import types
 
+_GONE = 30  # seconds after which a process that says nothing is taken for gone, and the others end
+
 AXES = ('data', 'fsdp', 'tensor', 'context', 'expert')
 
 # Logical axis -> mesh axes. Parameters are sharded over fsdp along `embed` and over tensor along the other matrix axis;
@@ -267,7 +269,7 @@ def start_distributed() -> None:
     if not re.fullmatch(r'.+:\d+', address):
       raise types.UsageError(f'COORDINATOR_ADDRESS={address}: write HOST:PORT, or auto')
     logging.info('process %d of %d, which meet at %s', index, count, address)
-    jax.distributed.initialize(address, count, index)
+    jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=_GONE)
   elif (
       address
       or len(env.get('TPU_WORKER_HOSTNAMES', '').split(',')) > 1
@@ -276,7 +278,7 @@ def start_distributed() -> None:
       or ('SLURM_STEP_NODELIST' in env and int(env.get('SLURM_NTASKS', '1')) > 1)
       or int(env.get('OMPI_COMM_WORLD_SIZE', '1')) > 1
   ):
-    jax.distributed.initialize()
+    jax.distributed.initialize(heartbeat_timeout_seconds=_GONE)
 
 
 def _process_numbers(env: Mapping[str, str]) -> tuple[int, int]:

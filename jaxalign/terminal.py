@@ -1,13 +1,17 @@
 """What a run says on the terminal, and what it keeps off it."""
 
 import logging as python_logging
+import os
+import re
 import sys
 import threading
+import time
 import traceback
 import warnings
 
 from absl import flags
 from absl import logging
+import jax
 
 
 def set_up_logging() -> None:
@@ -43,3 +47,18 @@ def located(err: FloatingPointError) -> str:
   """What --debug found not to be finite, and the line that computed it."""
   ours = [frame for frame in traceback.extract_tb(err.__traceback__) if '/site-packages/' not in frame.filename]
   return f'{str(err).splitlines()[0]} at {ours[-1].filename}:{ours[-1].lineno}: {ours[-1].line}'
+
+
+def lost_process(err: jax.errors.JaxRuntimeError) -> bool:
+  """Whether an error says that another process of the job is gone."""
+  told = re.search('Gloo|[Cc]onnection (reset|closed)|heartbeat|UNAVAILABLE|coordination service', str(err))
+  return jax.process_count() > 1 and told is not None
+
+
+def leave(code: int) -> None:
+  """Ends this process at once: an orderly end would wait for all the others, of which one is gone."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if jax.process_index() == 0:
+    time.sleep(2)  # The others are ended with it, and should say first why.
+  os._exit(code)

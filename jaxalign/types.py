@@ -145,5 +145,9 @@ class UsageError(Exception):
   """What the user asked for cannot be done as asked; `main` prints the message and exits with 2."""
 
 
+class Preempted(Exception):
+  """The machine is taken away, and what was done is saved; `main` exits with 75, at which launchers run it again."""
+
+
 class RunError(Exception):
   """The run met something it cannot go on with (data, files, numbers); `main` prints the message and exits with 1."""
