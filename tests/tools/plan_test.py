@@ -1,0 +1,72 @@
+"""tools/plan.py: which runs it plans, and the table it makes of them."""
+
+import argparse
+import json
+
+import pytest
+
+from tools import plan
+
+
+@pytest.fixture
+def args():
+  return argparse.Namespace(
+      matrix=False,
+      algos='dpo,ppo',
+      models='tiny',
+      topologies='h100:8',
+      mesh='',
+      row_length=64,
+      rows_per_device=4,
+      rows_at_once=2,
+  )
+
+
+class TestPoints:
+
+  def test_are_every_combination(self, args):
+    found = [(point['algo'], point['topology']) for point in plan.points(args)]
+    assert found == [('dpo', 'h100:8'), ('ppo', 'h100:8')]
+
+  def test_of_the_matrix_are_three_sizes_on_three_generations(self, args):
+    args.matrix = True
+    found = list(plan.points(args))
+    assert len(found) == 3 * 3 * 4
+    assert {point['topology'].split(':')[0] for point in found} == {'v5e', 'v5p', 'v6e'}
+
+
+class TestFlags:
+
+  def test_bind_a_step_of_so_many_rows_a_device(self, args):
+    pairs, sampled = (plan.flags(point, args) for point in plan.points(args))
+    assert '--gin=loader.Packing.rows=16' in pairs and '--gin=loader.Packing.micro_batches=2' in pairs
+    assert '--gin=rollouts.Options.prompts=4' in sampled and '--gin=rollouts.Options.max_new_tokens=32' in sampled
+    assert not [flag for flag in pairs if 'rollouts' in flag]
+
+
+class TestMain:
+
+  def test_plans_what_the_file_lacks_and_makes_a_table(self, tmp_path, capsys, monkeypatch):
+    planned = []
+
+    def run(command):
+      planned.append(command)
+      if '--algo=sft' in command:
+        return {'error': 'jaxalign: no'}
+      of = {'hbm_bytes': 20 * 2**30, 'hbm_limit_bytes': 15.75 * 2**30, 'fits': False, 'mfu_bound': 0.5}
+      return of | ({'fits': True, 'hbm_bytes': 2**30} if '--algo=dpo' in command else {})
+
+    monkeypatch.setattr(plan, 'plan', run)
+    output = f'--output={tmp_path / "plans.jsonl"}'
+    for _ in range(2):
+      assert plan.main([output, '--algos=dpo,grpo,sft', '--models=tiny', '--topologies=h100:8']) == 0
+    assert len(planned) == 3
+    assert [json.loads(line)['algo'] for line in (tmp_path / 'plans.jsonl').open()] == ['dpo', 'grpo', 'sft']
+    capsys.readouterr()
+    assert plan.main([output, '--table']) == 0
+    cells = '1.0 of 15.8 GiB, MFU <= 50% | **does not fit**: 20.0 of 15.8 GiB | refused'
+    assert capsys.readouterr().out.splitlines()[2] == f'| tiny | h100:8 | {cells} |'
+
+  def test_says_what_a_plan_was_refused_for(self):
+    found = plan.plan(['--mode=plan', '--algo=dpo', '--topology=v9:2x2'])
+    assert found['error'].startswith('jaxalign: --topology=v9:2x2: the chips are')

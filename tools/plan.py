@@ -1,0 +1,135 @@
+"""Plans many runs by `--mode=plan`, each in a process of its own, and writes a table of what they need.
+
+  python tools/plan.py --matrix --output=plans.jsonl
+  python tools/plan.py --algos=dpo,grpo --models=llama3_1_8b --topologies=v5p:2x4x4,v6e:8x8 --output=plans.jsonl
+  python tools/plan.py --output=plans.jsonl --table
+
+A line of the output is what `--json` prints, with the flags that made it; what it has already is not compiled again.
+Rows are as many as there are devices times --rows_per_device, split into micro-batches of --rows_at_once of a device.
+`--table` prints the file as Markdown: peak memory of a device over what it has, and the bound on utilisation.
+"""
+
+import argparse
+from collections.abc import Iterator
+from collections.abc import Sequence
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+from jaxalign import topology as topology_lib
+
+# Of each kind a slice that such models are trained on.
+_TOPOLOGIES = {
+    'llama3_2_1b': ('v5e:4x4', 'v5p:2x2x2', 'v6e:2x4'),
+    'llama3_1_8b': ('v5e:8x8', 'v5p:2x4x4', 'v6e:4x8'),
+    'llama3_1_70b': ('v5e:16x16', 'v5p:4x8x8', 'v6e:16x16'),
+}
+_ALGOS = ('sft', 'dpo', 'ppo', 'grpo')
+_ONLINE = ('ppo', 'grpo')
+
+
+def points(args: argparse.Namespace) -> Iterator[dict[str, str]]:
+  """The runs that are asked for: algo, model and topology."""
+  if args.matrix:
+    for model, places in _TOPOLOGIES.items():
+      yield from ({'algo': a, 'model': model, 'topology': t} for a, t in itertools.product(_ALGOS, places))
+  else:
+    for algo, model, place in itertools.product(*(x.split(',') for x in (args.algos, args.models, args.topologies))):
+      yield {'algo': algo, 'model': model, 'topology': place}
+
+
+def devices_of(topology: str) -> int:
+  """How many devices a topology has: two a chip of v4 and TPU7x."""
+  return len(topology_lib.find(topology).devices)
+
+
+def flags(point: dict[str, str], args: argparse.Namespace) -> list[str]:
+  """What `jaxalign.main` is called with."""
+  count = devices_of(point['topology'])
+  bound = {
+      'loader.Packing.rows': count * args.rows_at_once,
+      'loader.Packing.micro_batches': max(1, args.rows_per_device // args.rows_at_once),
+      'loader.Packing.row_length': args.row_length,
+  }
+  if point['algo'] in _ONLINE:
+    # As many responses as rows, of half a row each.
+    bound |= {'rollouts.Options.max_new_tokens': args.row_length // 2, 'rollouts.Options.samples': 8}
+    bound['rollouts.Options.prompts'] = max(1, count * args.rows_per_device // 8)
+    if point['algo'] == 'ppo':
+      bound['rollouts.Options.minibatches'] = 1
+  named = [f'--{name}={value}' for name, value in point.items()]
+  mesh = [f'--mesh={args.mesh}'] if args.mesh else []
+  return ['--mode=plan', '--json', '--eval_data=', *named, *mesh, *(f'--gin={k}={v}' for k, v in bound.items())]
+
+
+def plan(command: Sequence[str]) -> dict[str, Any]:
+  """What a plan found, or `error`."""
+  done = subprocess.run([sys.executable, '-m', 'jaxalign.main', *command], capture_output=True, text=True, check=False)
+  if done.returncode:
+    return {'error': done.stderr.strip().splitlines()[-1]}
+  return json.loads(done.stdout)
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+  """The plans as Markdown, a row a model and topology, a column an algorithm."""
+  algos = list(dict.fromkeys(line['algo'] for line in lines))
+  rows: dict[tuple[str, str], dict[str, str]] = {}
+  for line in lines:
+    cell = rows.setdefault((line['model'], line['topology']), {})
+    cell[line['algo']] = _cell(line)
+  head = ['model', 'topology', *algos]
+  out = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
+  for (model, place), cells in rows.items():
+    out.append('| ' + ' | '.join([model, place, *(cells.get(algo, '') for algo in algos)]) + ' |')
+  return '\n'.join(out) + '\n'
+
+
+def _cell(line: dict[str, Any]) -> str:
+  if 'error' in line:
+    return 'refused'
+  memory = f'{line["hbm_bytes"] / 2**30:.1f} of {line["hbm_limit_bytes"] / 2**30:.1f} GiB'
+  if not line['fits']:
+    return f'**does not fit**: {memory}'
+  return f'{memory}, MFU <= {line["mfu_bound"]:.0%}'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--output', type=pathlib.Path, required=True, help='a JSONL file, which is added to')
+  parser.add_argument('--matrix', action='store_true', help='1B, 8B and 70B on v5e, v5p and v6e: sft, dpo, ppo, grpo')
+  parser.add_argument('--algos', default='dpo', help='by commas')
+  parser.add_argument('--models', default='llama3_1_8b', help='names in gin_configs/models, by commas')
+  parser.add_argument('--topologies', default='v5p:2x4x4', help='by commas')
+  parser.add_argument('--mesh', default='', help='as for jaxalign.main')
+  parser.add_argument('--row_length', type=int, default=2048, help='tokens of a row')
+  parser.add_argument('--rows_per_device', type=int, default=2, help='of a step')
+  parser.add_argument('--rows_at_once', type=int, default=1, help='of a micro-batch, on each device')
+  parser.add_argument('--table', action='store_true', help='print the file as Markdown, and plan nothing')
+  args = parser.parse_args(argv)
+  known = _read(args.output)
+  if args.table:
+    sys.stdout.write(table(known))
+    return 0
+  done = {tuple(line['flags']) for line in known}
+  for point in points(args):
+    command = flags(point, args)
+    if tuple(command) in done:
+      continue
+    found = plan(command)
+    line = point | found | {'model': point['model'], 'flags': command}
+    with args.output.open('a', encoding='utf-8') as file:
+      file.write(json.dumps(line) + '\n')
+    print(*point.values(), found.get('error') or _cell(line), file=sys.stderr, flush=True)
+  return 0
+
+
+def _read(path: pathlib.Path) -> list[dict[str, Any]]:
+  return list(map(json.loads, path.read_text(encoding='utf-8').splitlines())) if path.exists() else []
+
+
+if __name__ == '__main__':
+  sys.exit(main())
