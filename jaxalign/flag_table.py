@@ -46,8 +46,8 @@ FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         flags.DEFINE_string,
         'cache_dir',
         None,
-        'Where tokenised data and reference log-probabilities are kept. Default: jaxalign in $XDG_CACHE_HOME or'
-        ' ~/.cache.',
+        'Where tokenised data, reference log-probabilities and compiled programs are kept. Default: jaxalign in'
+        ' $XDG_CACHE_HOME or ~/.cache.',
     ),
     (
         flags.DEFINE_bool,

@@ -34,6 +34,7 @@ import jax
 from jaxalign import catalog
 from jaxalign import checkpoint
 from jaxalign import command
+from jaxalign import compiling
 from jaxalign import config
 from jaxalign import recipe as recipe_lib
 from jaxalign import respond
@@ -160,7 +161,6 @@ def _job(
   algo = args.algo or defaults.get('algo', '')
   mesh = sharding.make_mesh(args.mesh, args.dcn_mesh, devices)
   logging.info('%d %s devices, mesh %s', mesh.size, sharding.platform_of(mesh), dict(mesh.shape))
-  cache = args.cache_dir or pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache')) / 'jaxalign'
   return recipe_lib.Job(
       algo=algo,
       workdir=pathlib.Path(args.workdir or f'runs/{algo}').absolute(),
@@ -171,7 +171,7 @@ def _job(
       data=args.data or defaults['data'],
       eval_data=defaults['eval_data'] if args.eval_data is None else args.eval_data,
       data_dir=args.data_dir,
-      cache_dir=pathlib.Path(cache).absolute(),
+      cache_dir=_cache_dir(args),
       skip_bad_records=args.skip_bad_records,
       debug=args.debug,
   )
@@ -181,9 +181,15 @@ def _of(recipe: recipe_lib.Recipe) -> dict[str, Any]:
   return {'data': recipe.data, 'eval_data': recipe.eval_data}
 
 
+def _cache_dir(args: flags.FlagValues) -> pathlib.Path:
+  home = pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache'))
+  return pathlib.Path(args.cache_dir or home / 'jaxalign').absolute()
+
+
 def _start(args: flags.FlagValues) -> None:
   """Joins the other processes of a job and sets what holds for the whole process."""
-  sharding.tune_compiler()
+  compiling.keep_programs(_cache_dir(args))
+  compiling.tune_compiler()
   sharding.start_distributed()
   jax.config.update('jax_threefry_partitionable', True)
   if args.debug:

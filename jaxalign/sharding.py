@@ -239,19 +239,6 @@ def resized(x: jax.Array | jax.ShapeDtypeStruct, shape: Sequence[int]) -> jax.sh
   return jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec(*kept))
 
 
-def tune_compiler() -> None:
-  """Sets defaults of the TPU compiler, for programs of this process; what LIBTPU_INIT_ARGS says already stands.
-
-  Call it before JAX looks for devices. Products with sharded weights would otherwise become loops over their parts, in
-  which gathers hide behind products, but which take two to three times the cycles.
-  """
-  given = os.environ.get('LIBTPU_INIT_ARGS', '').split()
-  defaults = {'--xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'}
-  names = {one.partition('=')[0] for one in given}
-  added = [f'{name}={value}' for name, value in defaults.items() if name not in names]
-  os.environ['LIBTPU_INIT_ARGS'] = ' '.join([*given, *added])
-
-
 def start_distributed() -> None:
   """Starts `jax.distributed` where the environment asks for it.
 

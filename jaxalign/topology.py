@@ -7,7 +7,7 @@ import re
 import jax
 from jax.experimental import topologies
 
-from jaxalign import sharding
+from jaxalign import compiling
 from jaxalign import types
 
 _GIB = 2**30
@@ -86,7 +86,7 @@ def find(text: str, num_slices: int = 1) -> Topology:
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-16')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
-  sharding.tune_compiler()
+  compiling.tune_compiler()
   jax.config.update('jax_platforms', 'cpu')
   options = {'num_slices': num_slices} if num_slices > 1 else {}
   try:

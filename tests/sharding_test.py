@@ -1,7 +1,5 @@
 """The mesh that flags name, the table of axes, where parameters and batches lie, and joining a job's processes."""
 
-import os
-
 from flax import linen as nn
 import jax
 from jax.experimental import topologies
@@ -376,19 +374,3 @@ class TestStartDistributed:
   def test_names_the_variable_that_is_missing_or_impossible(self, started, env, words):
     with pytest.raises(types.UsageError, match=words):
       started(**env)
-
-
-class TestTuneCompiler:
-
-  def test_adds_a_default_to_what_the_user_says(self, monkeypatch):
-    monkeypatch.setenv('LIBTPU_INIT_ARGS', '--xla_other=1')
-    sharding.tune_compiler()
-    sharding.tune_compiler()
-    wanted = '--xla_other=1 --xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000'
-    assert os.environ['LIBTPU_INIT_ARGS'] == wanted
-
-  def test_leaves_what_the_user_says(self, monkeypatch):
-    said = '--xla_jf_spmd_threshold_for_windowed_einsum_mib=0'
-    monkeypatch.setenv('LIBTPU_INIT_ARGS', said)
-    sharding.tune_compiler()
-    assert os.environ['LIBTPU_INIT_ARGS'] == said

@@ -3,68 +3,181 @@
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
+import time
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-# Copies into the home of each worker and runs commands there, one worker after another, as --worker=all does.
+# A TPU VM and its place in the queue are files with the states that are told, one after another; the last one stays.
+# `fail-VERB` has what a verb says as it fails, `ssh` the exit codes of connections that are lost.
 GCLOUD = """#!/usr/bin/env bash
 printf '%s|' "$@" >>"$CALLS/log"
 echo >>"$CALLS/log"
-[[ "$1 $2 $3" == 'compute tpus tpu-vm' && " $* " == *' --zone=us-x1-a '* && " $* " == *' --worker=all '* ]] || exit 64
-if [[ -e $CALLS/fail ]] && [[ $4 == "$(cat "$CALLS/fail")" ]]; then exit 9; fi
-for worker in "$CALLS"/worker-*; do
-  case $4 in
-    scp) cp "$5" "$worker/${6#my-tpu:}" ;;
-    ssh)
-      for arg; do
-        if [[ $arg == --command=* ]]; then (cd "$worker" && HOME=$worker bash -c "${arg#--command=}"); fi
-      done
-      ;;
-  esac
-done
+[[ "$1 $2" == 'compute tpus' && " $* " == *' --zone=us-x1-a'* ]] || exit 64
+next() {
+  local first
+  first=$(head -n 1 "$CALLS/$1" 2>/dev/null) || first=ABSENT
+  if (($(wc -l <"$CALLS/$1") > 1)); then sed -i 1d "$CALLS/$1"; fi
+  echo "$first"
+}
+if [[ -e $CALLS/fail-$4 ]]; then cat "$CALLS/fail-$4" >&2; exit 9; fi
+case "$3 $4 $*" in
+  *networkEndpoints*) echo 2 ;;
+  *failedData*) echo 'no such network' ;;
+  *' describe '*)
+    state=$(next "$3")
+    [[ $state != ABSENT ]] || { echo "ERROR: NOT_FOUND: Resource $5 was not found" >&2; exit 1; }
+    echo "$state"
+    ;;
+  *' create '*)
+    echo READY >"$CALLS/tpu-vm"
+    if [[ $3 == queued-resources && ! -s $CALLS/queued-resources.next ]]; then echo ACTIVE >"$CALLS/$3"; fi
+    if [[ -s $CALLS/queued-resources.next ]]; then cp "$CALLS/queued-resources.next" "$CALLS/queued-resources"; fi
+    ;;
+  *' delete '*) echo ABSENT >"$CALLS/tpu-vm"; echo ABSENT >"$CALLS/queued-resources" ;;
+  *' scp '*)
+    if [[ " $* " == *' --worker=all '* ]]; then
+      for worker in "$CALLS"/worker-*; do cp "$5" "$worker/${6#my-tpu:}"; done
+    else
+      for arg; do [[ $arg != --worker=* ]] || worker=$CALLS/worker-${arg#--worker=}; done
+      cp "$worker/${5#my-tpu:}" "$worker/${6#my-tpu:}" "$7"
+    fi
+    ;;
+  *' ssh '*)
+    [[ " $* " == *' --worker=all '* ]] || exit 64
+    if [[ -s $CALLS/ssh && " $* " != *pkill* ]]; then
+      lost=$(head -n 1 "$CALLS/ssh")
+      sed -i 1d "$CALLS/ssh"
+      [[ $lost == 0 ]] || exit "$lost"
+    fi
+    for arg; do [[ $arg != --command=* ]] || command=${arg#--command=}; done
+    running=()
+    for worker in "$CALLS"/worker-*; do
+      (cd "$worker" && HOME=$worker exec setsid bash -c "$command") &
+      running+=($!)
+    done
+    code=0
+    for process in "${running[@]}"; do
+      wait "$process" || { failed=$?; ((code)) || code=$failed; }
+    done
+    exit "$code"
+    ;;
+esac
 """
 
-# What launch/local.sh finds as Python on a worker.
+# What launch/local.sh finds as Python on a worker: `exit` in its home has the codes of runs, `slow` makes them long.
 PYTHON = """#!/usr/bin/env bash
 case "$1 $2" in
   '--version ') echo 'Python 3.12.0' ;;
+  '-c '*) [[ ! -e $HOME/old ]] || exit 1 ;;
   '-m venv') mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
-  '-m jaxalign.main') shift 2; printf '[%s]' "$@"; echo " ${COORDINATOR_ADDRESS-} in ${PWD##*/}" ;;
+  '-m pip')
+    [[ " $* " != *' uv '* ]] || { mkdir -p "$HOME/.local/bin"; cp "$CALLS/bin/uv" "$HOME/.local/bin"; }
+    ;;
+  '-m jaxalign.main')
+    shift 2
+    printf '[%s]' "$@"
+    echo " ${COORDINATOR_ADDRESS-} in ${PWD##*/}"
+    echo "step 1 in ${PWD##*/}" >&2
+    if [[ -e $CALLS/slow ]]; then
+      trap 'echo saved >"$HOME/saved"; exit 75' TERM
+      echo $$ >"$HOME/started"
+      for i in {1..100}; do [[ ! -e $CALLS/slow ]] || sleep 0.1; done
+    fi
+    if [[ -s $HOME/exit ]]; then
+      code=$(head -n 1 "$HOME/exit")
+      sed -i 1d "$HOME/exit"
+      exit "$code"
+    fi
+    ;;
 esac
+"""
+
+# Those of the machine would look at all of its processes.
+PKILL = """#!/usr/bin/env bash
+printf '%s|' pkill "$@" >>"$HOME/killed"
+[[ -e $HOME/started ]] && kill -TERM "$(cat "$HOME/started")"
+"""
+PGREP = """#!/usr/bin/env bash
+[[ -e $HOME/started ]] && kill -0 "$(cat "$HOME/started")" 2>/dev/null
+"""
+UV = """#!/usr/bin/env bash
+printf 'uv|%s\\n' "$*" >>"$CALLS/log"
+if [[ "$1 $2" == 'python find' ]]; then rm -f "$HOME/old"; echo "$CALLS/bin/python3"; fi
 """
 
 
 @pytest.fixture
 def run(tmp_path):
-  """A function that runs the script of a checkout in a folder with a space; `run.calls` has the workers and the log."""
-  checkout = tmp_path / 'my checkout'
-  calls = tmp_path / 'calls'
-  for name in ('worker-0', 'worker-1', 'bin'):
-    (calls / name).mkdir(parents=True)
-  for name in ('launch', 'gin_configs'):
-    shutil.copytree(ROOT / name, checkout / name)
-  for name in ('setup.py', 'README.md', 'LICENSE'):
-    shutil.copy(ROOT / name, checkout)
-  (checkout / 'jaxalign' / '__pycache__').mkdir(parents=True)
-  (checkout / 'jaxalign' / '__pycache__' / 'main.pyc').touch()
-  (checkout / 'jaxalign' / 'main.py').touch()
-  (checkout / 'jaxalign' / 'gin_configs').symlink_to('../gin_configs')
-  for name, text in (('gcloud', GCLOUD), ('python3', PYTHON), ('nvidia-smi', '#!/bin/sh\nexit 9\n')):
-    (calls / 'bin' / name).write_text(text)
-    (calls / 'bin' / name).chmod(0o755)
-  (calls / 'log').touch()
+  """A function that runs the script of a checkout in a folder with a space; see `Cloud`."""
+  return Cloud(tmp_path)
 
-  def call(*args):
+
+class Cloud:
+
+  def __init__(self, folder):
+    self.here = folder
+    self.checkout = checkout = folder / 'my checkout'
+    self.calls = calls = folder / 'calls'
+    for name in ('worker-0', 'worker-1', 'bin'):
+      (calls / name).mkdir(parents=True)
+    for name in ('launch', 'gin_configs'):
+      shutil.copytree(ROOT / name, checkout / name)
+    for name in ('setup.py', 'README.md', 'LICENSE'):
+      shutil.copy(ROOT / name, checkout)
+    (checkout / 'jaxalign' / '__pycache__').mkdir(parents=True)
+    (checkout / 'jaxalign' / '__pycache__' / 'main.pyc').touch()
+    (checkout / 'jaxalign' / 'main.py').touch()
+    (checkout / 'jaxalign' / 'gin_configs').symlink_to('../gin_configs')
+    programs = {'gcloud': GCLOUD, 'python3': PYTHON}
+    programs |= dict.fromkeys(('nvidia-smi', 'python3.11', 'python3.12', 'python3.13'), '#!/bin/sh\nexit 9\n')
+    for name, text in (programs | {'pkill': PKILL, 'pgrep': PGREP, 'uv': UV}).items():
+      (calls / 'bin' / name).write_text(text)
+      (calls / 'bin' / name).chmod(0o755)
+    (calls / 'log').touch()
+    self.tell('tpu-vm', 'READY')
+    self.tell('queued-resources', 'ABSENT')
     clean = {k: v for k, v in os.environ.items() if k not in ('JAX_PLATFORMS', 'PYTHON', 'COORDINATOR_ADDRESS')}
-    env = clean | {'PATH': f'{calls / "bin"}:/usr/bin:/bin', 'CALLS': str(calls), 'TMPDIR': str(calls)}
-    command = ['bash', str(checkout / 'launch' / 'tpu_vm.sh'), *args]
-    return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    paths = {'PATH': f'{calls / "bin"}:/usr/bin:/bin', 'CALLS': str(calls), 'TMPDIR': str(calls)}
+    self.env = clean | paths | {'JAXALIGN_POLL_SECONDS': '0'}
 
-  call.calls = calls
-  return call
+  def tell(self, name, *lines):
+    (self.calls / name).write_text(''.join(f'{line}\n' for line in lines))
+
+  def command(self, *args):
+    return ['env', '--default-signal=INT', 'bash', str(self.checkout / 'launch' / 'tpu_vm.sh'), *args]
+
+  def __call__(self, *args):
+    command = self.command(*args)
+    return subprocess.run(command, cwd=self.here, env=self.env, capture_output=True, text=True, check=False)
+
+  def worker(self, *args):
+    """Calls launch/worker.sh on the first worker, without waiting for it."""
+    home = self.calls / 'worker-0'
+    there = home / 'jaxalign'
+    if not there.exists():
+      shutil.copytree(self.checkout, there, symlinks=True)
+    command = ['bash', 'jaxalign/launch/worker.sh', *args]
+    env = self.env | {'HOME': str(home)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=home, env=env, stdout=pipe, stderr=pipe, text=True)
+
+  def wait_for(self, *names):
+    deadline = time.monotonic() + 20
+    while not all((self.calls / name).exists() for name in names):
+      assert time.monotonic() < deadline, names
+      time.sleep(0.02)
+
+  def log(self):
+    """What gcloud was asked for, without the flags."""
+    lines = (self.calls / 'log').read_text().splitlines()
+    return [' '.join(line.split('|')[2:4]) for line in lines if line.startswith('compute|')]
+
+  def changes(self):
+    return [line for line in self.log() if 'describe' not in line]
 
 
 class TestTpuVm:
@@ -73,7 +186,20 @@ class TestTpuVm:
     done = run('my-tpu', 'us-x1-a', '--algo=dpo', '--prompt=once upon', "--gin=a.b='*'", '--eval_data=')
     assert done.returncode == 0, done.stderr
     flags = "[--algo=dpo][--prompt=once upon][--gin=a.b='*'][--eval_data=]"
-    assert done.stdout.splitlines() == [f'{flags} auto in worker-{i}' for i in range(2)]
+    assert sorted(done.stdout.splitlines()) == [f'{flags} auto in worker-{i}' for i in range(2)]
+
+  def test_keeps_the_log_apart_from_the_output(self, run):
+    done = run('my-tpu', 'us-x1-a', '--algo=dpo')
+    assert 'step 1' not in done.stdout
+    assert [f'step 1 in worker-{i}' in done.stderr.splitlines() for i in range(2)] == [True, True]
+
+  def test_sets_the_workers_up_first_and_runs_nothing_where_that_fails(self, run):
+    setup = '--setup=echo "it\'s" >mounted && echo mounted'
+    done = run('my-tpu', 'us-x1-a', setup, '--algo=dpo')
+    assert (done.returncode, 'mounted' in done.stdout) == (0, False), done.stderr
+    assert (run.calls / 'worker-1' / 'mounted').read_text() == "it's\n"
+    done = run('my-tpu', 'us-x1-a', '--setup=echo busy; exit 32', '--algo=dpo')
+    assert (done.returncode, done.stdout) == (32, '')
 
   def test_takes_this_checkout_along(self, run):
     run('my-tpu', 'us-x1-a', '--algo=dpo')
@@ -83,16 +209,38 @@ class TestTpuVm:
     assert (there / 'jaxalign' / 'gin_configs' / 'dpo.gin').is_file()
 
   def test_leaves_no_archive_behind(self, run):
+    before = {path.name for path in run.calls.iterdir()}
     run('my-tpu', 'us-x1-a', '--algo=dpo')
-    assert {path.name for path in run.calls.iterdir()} == {'worker-0', 'worker-1', 'bin', 'log'}
+    assert {path.name for path in run.calls.iterdir()} == before
 
-  @pytest.mark.parametrize('args', [(), ('my-tpu',), ('my-tpu', 'us-x1-a'), ('my-tpu', '--algo=dpo', '--steps=1')])
-  def test_says_how_it_is_used_and_calls_nothing(self, run, args):
+  @pytest.mark.parametrize(
+      'args, problem',
+      [
+          ((), 'usage: bash launch/tpu_vm.sh NAME ZONE'),
+          (('my-tpu',), 'usage: '),
+          (('my-tpu', 'us-x1-a'), 'usage: '),
+          (('my-tpu', '--algo=dpo', '--steps=1'), 'usage: '),
+          (('my-tpu', 'us-x1-a', '--queued'), 'usage: '),
+          (('my-tpu', 'us-x1-a', 'algo=dpo'), 'algo=dpo: flags of jaxalign begin with --'),
+          (('my-tpu', 'us-x1-a', '--create', '--algo=dpo'), '--create needs a value: --create=...'),
+          (('my-tpu', 'us-x1-a', '--logs=', '--algo=dpo'), '--logs needs a value: --logs=...'),
+          (('my-tpu', 'us-x1-a', '--spot=1', '--algo=dpo'), '--spot takes no value'),
+          (('my-tpu', 'us-x1-a', '--algo=dpo', '--delete'), '--delete must come before the flags of jaxalign'),
+          (('my-tpu', 'us-x1-a', '--restarts=x', '--algo=dpo'), '--restarts=x: it is a number'),
+          (('my-tpu', 'us-x1-a', '--create=h100', '--algo=dpo'), '--create=h100: not a type that is known here'),
+          (('my-tpu', 'us-x1-a', '--create=v5e-16', '--algo=dpo'), 'Google calls it v5litepod-16'),
+          (('my-tpu', 'us-x1-a', '--create=tpu7x-8', '--algo=dpo'), 'launch/gke/run.sh'),
+          (('my-tpu', 'us-x1-a', '--spot', '--algo=dpo'), 'they need --create'),
+          (('my-tpu', 'us-x1-a', '--stop', '--algo=dpo'), 'it takes no flags of jaxalign'),
+      ],
+  )
+  def test_says_what_is_wrong_in_one_line_and_calls_nothing(self, run, args, problem):
     done = run(*args)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.count('\n') == 1
-    assert 'usage: bash launch/tpu_vm.sh NAME ZONE --algo=ALGO' in done.stderr
-    assert not (run.calls / 'log').read_text()
+    assert done.stderr.startswith('jaxalign: ')
+    assert problem in done.stderr
+    assert not run.log()
 
   @pytest.mark.skipif(shutil.which('gcloud', path='/usr/bin:/bin') is not None, reason='this machine has gcloud')
   def test_says_that_gcloud_is_missing(self, run):
@@ -102,12 +250,297 @@ class TestTpuVm:
     assert done.stderr.splitlines()[-1].startswith('jaxalign: gcloud is not installed')
 
   def test_runs_nothing_where_the_checkout_could_not_be_copied(self, run):
-    (run.calls / 'fail').write_text('scp')
+    run.tell('fail-scp', 'no route to host')
     done = run('my-tpu', 'us-x1-a', '--algo=dpo')
     assert (done.returncode, done.stdout) == (1, '')
     assert 'could not copy the checkout to my-tpu in us-x1-a' in done.stderr
-    assert '|ssh|' not in (run.calls / 'log').read_text()
+    assert 'tpu-vm ssh' not in run.log()
 
-  def test_passes_the_exit_code_on(self, run):
-    (run.calls / 'fail').write_text('ssh')
-    assert run('my-tpu', 'us-x1-a', '--algo=dpo').returncode == 9
+  @pytest.mark.parametrize('code', [1, 2, 134])
+  def test_passes_the_exit_code_of_half_the_workers_on_and_does_not_start_again(self, run, code):
+    run.tell('worker-1/exit', code, 0)
+    done = run('my-tpu', 'us-x1-a', '--create=v5litepod-16', '--algo=dpo')
+    assert done.returncode == code
+    assert run.changes() == ['tpu-vm scp', 'tpu-vm ssh']
+
+  def test_prints_what_it_would_do_and_does_nothing(self, run):
+    options = ['--create=v6e-16', '--queued', '--spot', '--logs=my logs', '--delete', '--project=p']
+    done = run('my-tpu', 'us-x1-a', '--dry_run', *options, '--algo=dpo', '--prompt=once\nupon')
+    assert (done.returncode, done.stderr) == (0, '')
+    assert not run.log()
+    assert not (run.here / 'my logs').exists()
+    said = 'say() { printf "%s\\0" "$@"; printf "\\n\\0"; }\n'
+    said += 'alias gcloud="say gcloud" tar="say tar" mkdir="say mkdir"\n'
+    read = ['bash', '-c', f'shopt -s expand_aliases\n{said}{done.stdout}']
+    words = subprocess.run(read, capture_output=True, text=True, check=True).stdout
+    commands = [command.split('\0')[:-1] for command in words.split('\n\0')[:-1]]
+    assert len(commands) == done.stdout.count('\n')
+    asked = [words for words in commands if words[0] == 'gcloud']
+    assert all({'--zone=us-x1-a', '--project=p'} < set(words) for words in asked)
+    verbs = [' '.join(words[3:5]) for words in asked if words[4] != 'describe']
+    assert verbs == ['queued-resources create', 'tpu-vm scp', 'tpu-vm ssh', 'tpu-vm scp', 'queued-resources delete']
+    assert {words[0] for words in commands} == {'gcloud', 'tar', 'mkdir'}
+
+  def test_passes_what_follows_two_dashes_on_whatever_it_is(self, run):
+    done = run('my-tpu', 'us-x1-a', '--', '--delete', '--algo=dpo')
+    assert done.stdout.startswith('[--delete][--algo=dpo]')
+    assert run.changes() == ['tpu-vm scp', 'tpu-vm ssh']
+
+
+class TestCreating:
+
+  def test_reuses_a_vm_that_is_ready(self, run):
+    assert run('my-tpu', 'us-x1-a', '--create=v5litepod-16', '--algo=dpo').returncode == 0
+    assert run.changes() == ['tpu-vm scp', 'tpu-vm ssh']
+
+  def test_names_the_option_where_there_is_no_vm(self, run):
+    run.tell('tpu-vm', 'ABSENT')
+    done = run('my-tpu', 'us-x1-a', '--algo=dpo')
+    assert done.returncode == 1
+    assert done.stderr.startswith('jaxalign: there is no TPU VM my-tpu in us-x1-a: --create=ACCELERATOR_TYPE')
+    assert not run.changes()
+
+  @pytest.mark.parametrize(
+      'kind, version',
+      [
+          ('v5litepod-16', 'v2-alpha-tpuv5-lite'),
+          ('v5p-32', 'v2-alpha-tpuv5'),
+          ('v6e-8', 'v2-alpha-tpuv6e'),
+          ('v4-8', 'tpu-ubuntu2204-base'),
+      ],
+  )
+  def test_makes_one_with_the_image_of_its_generation(self, run, kind, version):
+    run.tell('tpu-vm', 'ABSENT')
+    assert run('my-tpu', 'us-x1-a', f'--create={kind}', '--spot', '--algo=dpo').returncode == 0
+    assert run.changes() == ['tpu-vm create', 'tpu-vm scp', 'tpu-vm ssh']
+    flags = f'create|my-tpu|--accelerator-type={kind}|--version={version}|--spot|--zone=us-x1-a|'
+    assert flags in (run.calls / 'log').read_text()
+
+  @pytest.mark.parametrize('state', ['PREEMPTED', 'TERMINATED', 'STOPPED'])
+  def test_makes_one_anew_that_was_taken_away(self, run, state):
+    run.tell('tpu-vm', state)
+    done = run('my-tpu', 'us-x1-a', '--algo=dpo')
+    assert done.returncode == 1
+    assert f'my-tpu is {state}: with --create=ACCELERATOR_TYPE' in done.stderr
+    assert run('my-tpu', 'us-x1-a', '--create=v5litepod-16', '--algo=dpo').returncode == 0
+    assert run.changes() == ['tpu-vm delete', 'tpu-vm create', 'tpu-vm scp', 'tpu-vm ssh']
+
+  @pytest.mark.parametrize(
+      'message, advice',
+      [
+          (
+              "Quota limit 'TPUV5sLitepodPerProjectPerZone' has been exceeded",
+              'the project has no quota for v5litepod-16',
+          ),
+          ('There is no more capacity in the zone "us-x1-a"', 'us-x1-a has no free v5litepod-16 now: --queued waits'),
+          ('Permission denied', 'could not make my-tpu; see the message of gcloud above'),
+      ],
+  )
+  def test_says_why_it_could_not_make_one(self, run, message, advice):
+    run.tell('tpu-vm', 'ABSENT')
+    run.tell('fail-create', message)
+    done = run('my-tpu', 'us-x1-a', '--create=v5litepod-16', '--algo=dpo')
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f'jaxalign: {advice}')
+    assert run.changes() == ['tpu-vm create']
+
+  def test_says_that_it_could_not_ask(self, run):
+    run.tell('fail-describe', 'ERROR: You do not currently have an active account selected.')
+    done = run('my-tpu', 'us-x1-a', '--create=v5litepod-16', '--algo=dpo')
+    assert done.returncode == 1
+    assert 'active account' in done.stderr
+    assert done.stderr.splitlines()[-1].startswith('jaxalign: could not ask for the state of my-tpu')
+    assert not run.changes()
+
+  def test_waits_in_the_queue_until_it_is_active(self, run):
+    run.tell('tpu-vm', 'ABSENT')
+    run.tell('queued-resources.next', 'ACCEPTED', 'WAITING_FOR_RESOURCES', 'WAITING_FOR_RESOURCES', 'ACTIVE')
+    done = run('my-tpu', 'us-x1-a', '--create=v5litepod-16', '--queued', '--spot', '--algo=dpo')
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count('my-tpu is WAITING_FOR_RESOURCES; waiting') == 1
+    assert run.changes() == ['queued-resources create', 'tpu-vm scp', 'tpu-vm ssh']
+    flags = '--accelerator-type=v5litepod-16|--runtime-version=v2-alpha-tpuv5-lite|--node-id=my-tpu|--spot|'
+    assert flags in (run.calls / 'log').read_text()
+
+  def test_takes_up_the_place_in_the_queue_that_it_has(self, run):
+    run.tell('queued-resources', 'WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE')
+    assert run('my-tpu', 'us-x1-a', '--create=v5litepod-16', '--queued', '--algo=dpo').returncode == 0
+    assert run.changes() == ['tpu-vm scp', 'tpu-vm ssh']
+
+  @pytest.mark.parametrize(
+      'state, problem',
+      [
+          ('FAILED', 'my-tpu FAILED in the queue: no such network'),
+          ('SUSPENDED', 'my-tpu is SUSPENDED before it could be used'),
+      ],
+  )
+  def test_gives_up_where_the_queue_does(self, run, state, problem):
+    run.tell('tpu-vm', 'ABSENT')
+    run.tell('queued-resources.next', 'WAITING_FOR_RESOURCES', state)
+    done = run('my-tpu', 'us-x1-a', '--create=v5litepod-16', '--queued', '--algo=dpo')
+    assert done.returncode == 1
+    assert problem in done.stderr.splitlines()[-1]
+    assert run.changes() == ['queued-resources create']
+
+  def test_asks_again_for_what_failed_the_last_time(self, run):
+    run.tell('queued-resources', 'FAILED')
+    assert run('my-tpu', 'us-x1-a', '--create=v5litepod-16', '--queued', '--algo=dpo').returncode == 0
+    assert run.changes()[:2] == ['queued-resources delete', 'queued-resources create']
+
+
+class TestRestarting:
+
+  def test_makes_a_vm_that_was_taken_away_anew_and_goes_on(self, run):
+    run.tell('tpu-vm', 'READY', 'PREEMPTED')
+    run.tell('ssh', 255)
+    done = run('my-tpu', 'us-x1-a', '--create=v5litepod-16', '--algo=dpo')
+    assert done.returncode == 0, done.stderr
+    assert 'jaxalign: my-tpu is PREEMPTED: restart 1 of 3' in done.stderr.splitlines()
+    once = ['tpu-vm scp', 'tpu-vm ssh']
+    assert run.changes() == [*once, 'tpu-vm delete', 'tpu-vm create', *once]
+    assert '[--algo=dpo] auto in worker-1' in done.stdout.splitlines()
+
+  def test_takes_a_new_place_in_the_queue_once_the_old_one_is_gone(self, run):
+    run.tell('queued-resources', 'ACTIVE', 'SUSPENDING', 'SUSPENDING', 'SUSPENDED')
+    run.tell('ssh', 255)
+    assert run('my-tpu', 'us-x1-a', '--create=v5litepod-16', '--queued', '--algo=dpo').returncode == 0
+    once = ['tpu-vm scp', 'tpu-vm ssh']
+    assert run.changes() == [*once, 'queued-resources delete', 'queued-resources create', *once]
+    assert '|delete|my-tpu|--quiet|--force|' in (run.calls / 'log').read_text()
+
+  def test_starts_again_on_the_same_vm_where_the_run_asks_for_it(self, run):
+    for worker in range(2):
+      run.tell(f'worker-{worker}/exit', 75)
+    done = run('my-tpu', 'us-x1-a', '--restarts=1', '--algo=dpo')
+    assert done.returncode == 0, done.stderr
+    assert run.changes() == ['tpu-vm scp', 'tpu-vm ssh', 'tpu-vm ssh', 'tpu-vm scp', 'tpu-vm ssh']
+    assert sorted(done.stdout.splitlines()) == [f'[--algo=dpo] auto in worker-{i}' for i in (0, 0, 1, 1)]
+    assert (run.calls / 'worker-0/jaxalign/launch.log').read_text().count('step 1') == 2
+
+  def test_does_not_start_again_where_one_worker_failed_and_the_others_only_lost_it(self, run):
+    run.tell('worker-0/exit', 75)
+    run.tell('worker-1/exit', 1)
+    done = run('my-tpu', 'us-x1-a', '--create=v5litepod-16', '--algo=dpo')
+    assert done.returncode == 1
+    assert run.changes() == ['tpu-vm scp', 'tpu-vm ssh', 'tpu-vm ssh']
+
+  def test_ends_after_as_many_restarts_as_were_asked_for(self, run):
+    for worker in range(2):
+      run.tell(f'worker-{worker}/exit', 75, 75, 75)
+    done = run('my-tpu', 'us-x1-a', '--restarts=1', '--algo=dpo')
+    assert done.returncode == 75
+    assert run.changes() == ['tpu-vm scp', 'tpu-vm ssh', 'tpu-vm ssh'] * 2
+    assert 'the same command goes on from the last checkpoint' in done.stderr.splitlines()[-1]
+
+  def test_does_not_make_a_vm_anew_that_it_was_not_to_make(self, run):
+    run.tell('tpu-vm', 'READY', 'PREEMPTED')
+    run.tell('ssh', 255)
+    done = run('my-tpu', 'us-x1-a', '--algo=dpo')
+    assert done.returncode == 255
+    assert run.changes() == ['tpu-vm scp', 'tpu-vm ssh']
+
+  def test_connects_again_to_a_run_whose_connection_was_lost(self, run):
+    run.tell('ssh', 255)
+    done = run('my-tpu', 'us-x1-a', '--restarts=1', '--algo=dpo')
+    assert done.returncode == 0
+    assert 'the connection to my-tpu was lost: restart 1 of 1' in done.stderr
+
+
+class TestEnding:
+
+  @pytest.mark.parametrize('code', [0, 1])
+  def test_fetches_the_logs_of_all_workers_however_the_run_ended(self, run, code):
+    run.tell('worker-1/exit', code)
+    done = run('my-tpu', 'us-x1-a', '--logs=my logs', '--delete', '--algo=dpo')
+    assert done.returncode == code
+    for worker in range(2):
+      folder = run.here / 'my logs' / f'worker-{worker}'
+      assert f'step 1 in worker-{worker}\n' in (folder / 'launch.log').read_text()
+      assert (folder / 'launch.out').read_text() == f'[--algo=dpo] auto in worker-{worker}\n'
+    assert run.changes()[-1] == 'tpu-vm delete'
+
+  def test_passes_the_exit_code_on_though_the_logs_are_lost(self, run):
+    run.tell('tpu-vm', 'READY', 'PREEMPTED')
+    run.tell('ssh', 255)
+    done = run('my-tpu', 'us-x1-a', '--logs=logs', '--algo=dpo')
+    assert done.returncode == 255
+    assert 'jaxalign: could not fetch the log of worker 1' in done.stderr.splitlines()
+
+  @pytest.mark.parametrize('place, kind', [('ABSENT', 'tpu-vm'), ('ACTIVE', 'queued-resources')])
+  def test_deletes_at_once_where_no_run_is_asked_for(self, run, place, kind):
+    run.tell('queued-resources', place)
+    assert run('my-tpu', 'us-x1-a', '--delete').returncode == 0
+    assert run.changes() == [f'{kind} delete']
+
+  @pytest.mark.parametrize('how, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+  def test_lets_the_workers_save_where_it_is_interrupted(self, run, how, code):
+    run.tell('slow')
+    command = run.command('my-tpu', 'us-x1-a', '--logs=logs', '--algo=dpo')
+    pipe = subprocess.PIPE
+    running = subprocess.Popen(
+        command, cwd=run.here, env=run.env, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+    run.wait_for('worker-0/started', 'worker-1/started')
+    os.killpg(running.pid, how)
+    _, err = running.communicate(timeout=20)
+    assert running.returncode == code
+    assert 'stopping the run on all workers of my-tpu' in err
+    for worker in range(2):
+      home = run.calls / f'worker-{worker}'
+      assert (home / 'saved').exists()
+      assert (home / 'killed').read_text() == 'pkill|-TERM|-f|--|-m jaxalign[.]main|jaxalign/launch/local[.]sh|'
+      assert (run.here / 'logs' / f'worker-{worker}' / 'launch.log').exists()
+
+  def test_stops_a_run_that_another_command_started(self, run):
+    run.tell('slow')
+    running = run.worker('1', '0', '--algo=dpo')
+    run.wait_for('worker-0/started')
+    done = run('my-tpu', 'us-x1-a', '--stop')
+    assert done.returncode == 0, done.stderr
+    assert run.log() == ['tpu-vm ssh']
+    assert (run.calls / 'worker-0/saved').exists()
+    assert done.stderr == 'jaxalign: nothing runs here\n'  # on the other one
+    running.communicate(timeout=20)
+    assert running.returncode == 143  # not 75, at which the other command would start it again
+
+
+class TestWorker:
+
+  def test_shows_what_becomes_of_a_run_when_it_is_called_again(self, run):
+    run.tell('slow')
+    run.tell('worker-0/exit', 7)
+    first = run.worker('1', '0', '--algo=dpo')
+    run.wait_for('worker-0/started')
+    first.kill()
+    for pipe in (first.stdout, first.stderr):
+      pipe.close()
+    first.wait()
+    again = run.worker('1', '0', '--algo=dpo')
+    other = run.worker('2', '0', '--algo=dpo')
+    _, err = other.communicate(timeout=20)
+    assert other.returncode == 1
+    assert err == 'jaxalign: another run is going on here: launch/tpu_vm.sh NAME ZONE --stop ends it\n'
+    (run.calls / 'slow').unlink()
+    out, err = again.communicate(timeout=20)
+    assert (again.returncode, out) == (7, '[--algo=dpo]  in worker-0\n')
+    assert 'step 1 in worker-0' in err
+    after = run.worker('1', '0', '--algo=dpo')
+    assert after.communicate(timeout=20)[0] == out
+    assert after.returncode == 7
+    assert (run.calls / 'worker-0/jaxalign/launch.log').read_text().count('step 1') == 1
+
+  def test_asks_for_a_restart_where_the_machine_was_started_again(self, run):
+    run.worker('1', '0', '--algo=dpo').communicate(timeout=20)
+    (run.calls / 'worker-0/jaxalign/.launch/code').unlink()
+    again = run.worker('1', '0', '--algo=dpo')
+    assert again.communicate(timeout=20) == ('', 'jaxalign: this machine was started again during the run\n')
+    assert again.returncode == 75
+
+  def test_gets_a_python_where_that_of_the_image_is_too_old(self, run):
+    run.tell('worker-0/old')
+    done = run.worker('1', '0', '--algo=dpo')
+    out, err = done.communicate(timeout=20)
+    assert (done.returncode, out) == (0, '[--algo=dpo]  in worker-0\n'), err
+    asked = (run.calls / 'log').read_text().splitlines()
+    assert asked == ['uv|python install --quiet 3.12', 'uv|python find 3.12']
