@@ -1,21 +1,289 @@
 #!/usr/bin/env bash
 # Runs jaxalign on all workers of a Cloud TPU VM: bash launch/tpu_vm.sh NAME ZONE --algo=dpo --workdir=/mnt/shared/dpo
-# Copies this checkout to ~/jaxalign there, and passes the arguments after the zone to launch/local.sh on each worker.
+# Copies this checkout to ~/jaxalign there, and passes the flags of jaxalign to launch/local.sh on each worker.
 # Checkpoints are written by all workers together: --workdir must be on a disk that all of them mount.
+#
+# Options, before the flags of jaxalign (`--` ends them):
+#   --create=TYPE      make the VM where there is none, or none that is left: v5litepod-16, v6e-8, v5p-32, v4-8, ...
+#   --version=RUNTIME  the image of its workers; there is a default for each generation
+#   --queued           wait in the queue for it
+#   --spot             take a cheaper one, which may be taken away
+#   --project=P        the project, where it is not gcloud's default
+#   --restarts=N       how often to go on where the VM was taken away, or the run asks for it by exit code 75
+#                      (3 with --create, or else 0)
+#   --setup=COMMAND    run it on each worker first, to mount the disk of --workdir; it must do no harm when run again
+#   --logs=DIR         fetch the logs of all workers to DIR/worker-*/ when the run has ended, however it did
+#   --stop             in place of a run: SIGTERM to the one that is going on, which saves first
+#   --delete           delete the VM and its place in the queue after the run, or at once where no run is asked for
+#   --dry_run          print the commands and run none
+# JAXALIGN_POLL_SECONDS is how long to wait before asking again for the state of a VM (30).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/options.sh"
 
-(($# > 2)) && [[ $1 != -* && $2 != -* ]] || die 'usage: bash launch/tpu_vm.sh NAME ZONE --algo=ALGO [--flag=value ...]'
-name=$1 zone=$2
+USAGE='usage: bash launch/tpu_vm.sh NAME ZONE [--create=TYPE ...] --algo=ALGO [--flag=value ...], or --stop or --delete'
+POLL=${JAXALIGN_POLL_SECONDS:-30}
+# The run, or what sets it up. A shell with this text as its command must not match.
+RUN_PATTERN='-m jaxalign[.]main|jaxalign/launch/local[.]sh'
+STOP="touch jaxalign/.launch/stopped 2>/dev/null
+pkill -TERM -f -- '$RUN_PATTERN' || echo 'jaxalign: nothing runs here' >&2
+for i in {1..120}; do pgrep -f -- '$RUN_PATTERN' >/dev/null || exit 0; sleep 1; done
+echo 'jaxalign: still saving after two minutes' >&2; exit 1"
+
+(($# > 2)) && [[ $1 != -* && $2 != -* ]] || misuse "$USAGE"
+login=$1 name=${1#*@} zone=$2
 shift 2
-command -v gcloud >/dev/null || die 'gcloud is not installed; see https://cloud.google.com/sdk/docs/install'
+read_options 'dry_run queued spot stop delete' 'create version project restarts setup logs' "$@"
+set -- ${rest[@]+"${rest[@]}"}
+if [[ $stop ]]; then
+  (($# == 0)) || misuse '--stop ends a run: it takes no flags of jaxalign'
+else
+  [[ $# != 0 || $delete ]] || misuse "$USAGE"
+fi
+[[ $restarts =~ ^[0-9]*$ ]] || misuse "--restarts=$restarts: it is a number"
+restarts=${restarts:-${create:+3}}
+restarts=${restarts:-0}
+case $create in
+  '') [[ ! $version$spot ]] || misuse '--version and --spot say how to make a VM: they need --create' ;;
+  v5litepod-*) version=${version:-v2-alpha-tpuv5-lite} ;;
+  v5p-*) version=${version:-v2-alpha-tpuv5} ;;
+  v6e-*) version=${version:-v2-alpha-tpuv6e} ;;
+  v[234]-*) version=${version:-tpu-ubuntu2204-base} ;;
+  tpu7x*) misuse "--create=$create: there are no such VMs, only nodes of GKE: launch/gke/run.sh" ;;
+  v5e-*) misuse "--create=$create: Google calls it v5litepod-${create#v5e-}" ;;
+  *) [[ $version ]] || misuse "--create=$create: not a type that is known here; say --version=RUNTIME for it" ;;
+esac
+[[ $dry_run ]] || command -v gcloud >/dev/null ||
+  die 'gcloud is not installed; see https://cloud.google.com/sdk/docs/install'
 
-packed=$(mktemp -d)
-trap 'rm -rf "$packed"' EXIT
-tar -czf "$packed/jaxalign.tgz" -C "$ROOT" --exclude=__pycache__ setup.py README.md LICENSE jaxalign gin_configs launch
-gcloud compute tpus tpu-vm scp "$packed/jaxalign.tgz" "$name:jaxalign.tgz" --zone="$zone" --worker=all >&2 ||
-  die "could not copy the checkout to $name in $zone; see the message of gcloud above"
-# JAX asks the machine's metadata for the other workers.
-gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="
+tpus() {
+  call gcloud compute tpus "$@" --zone="$zone" ${project:+--project="$project"}
+}
+
+# Sets `found` to a field of a tpu-vm or of queued-resources, or to ABSENT.
+ask() {
+  local tries=$((answered ? 5 : 1)) # An hour in the queue must not be lost to one message that was.
+  if [[ $dry_run ]]; then
+    tpus "$1" describe "$name" --format="value($2)"
+    found=$assumed
+    return
+  fi
+  until found=$(tpus "$1" describe "$name" --format="value($2)" 2>"$scratch/said"); do
+    if grep -q 'NOT_FOUND\|was not found' "$scratch/said"; then
+      found=ABSENT
+      break
+    elif ((--tries <= 0)); then
+      cat "$scratch/said" >&2
+      say "could not ask for the state of $name in $zone; see the message of gcloud above"
+      return 1
+    fi
+    sleep "$POLL"
+  done
+  answered=1
+}
+
+# Sets `found` to the state of the VM, or to that of its place in the queue until the VM is there.
+find_state() {
+  local place=''
+  if [[ $queued ]]; then
+    ask queued-resources state.state || return
+    [[ $found == ACTIVE || $found == ABSENT ]] || return 0
+    place=$found
+  fi
+  ask tpu-vm state || return
+  [[ $place != ACTIVE || $found != ABSENT ]] || found=SUSPENDED
+}
+
+make() {
+  local kind=tpu-vm args=(--accelerator-type="$create")
+  if [[ $queued ]]; then
+    kind=queued-resources
+    args+=(--runtime-version="$version" --node-id="$name")
+  else
+    args+=(--version="$version")
+  fi
+  args+=(${spot:+--spot})
+  if [[ $dry_run ]]; then
+    tpus "$kind" create "$name" "${args[@]}"
+    assumed=READY
+    return
+  fi
+  say "making $name: $create in $zone"
+  if tpus "$kind" create "$name" "${args[@]}" 2>&1 | tee "$scratch/said" >&2; then
+    return
+  fi
+  if grep -qi 'capacity\|stockout' "$scratch/said"; then
+    die "$zone has no free $create now: --queued waits for one, or try another zone"
+  elif grep -qi 'quota' "$scratch/said"; then
+    die "the project has no quota for $create${spot:+ (spot)} in $zone: use the zone where it has, or ask for more" \
+      'at https://console.cloud.google.com/iam-admin/quotas'
+  fi
+  die "could not make $name; see the message of gcloud above"
+}
+
+# A VM that came out of the queue goes with its place there.
+remove() {
+  local kind=tpu-vm force=''
+  ask queued-resources state.state || exit
+  if [[ $found != ABSENT && (! $dry_run || $queued) ]]; then
+    kind=queued-resources force=--force
+  fi
+  [[ $dry_run ]] || say "deleting $name"
+  tpus "$kind" delete "$name" --quiet ${force:+"$force"} >&"$shown" ||
+    die "could not delete $name in $zone; see the message of gcloud above"
+}
+
+# Returns when the VM is ready.
+ensure() {
+  local awaited='' seen=''
+  while :; do
+    find_state
+    case $found in
+      READY) return ;;
+      ABSENT | FAILED | SUSPENDED | PREEMPTED | TERMINATED | STOPPED)
+        # What was waited for and came to nothing would most likely do so again.
+        if [[ $awaited && $found == FAILED ]]; then
+          ask queued-resources state.failedData.error.message
+          die "$name FAILED in the queue${found:+: $found}; the same command asks for it again"
+        elif [[ $awaited ]]; then
+          die "$name is $found before it could be used; the same command asks for it again"
+        fi
+        if [[ ! $create && $found == ABSENT ]]; then
+          die "there is no TPU VM $name in $zone: --create=ACCELERATOR_TYPE makes one, as --create=v5litepod-16"
+        elif [[ ! $create ]]; then
+          die "$name is $found: with --create=ACCELERATOR_TYPE it is deleted and made again"
+        fi
+        [[ $found == ABSENT ]] || remove
+        make
+        awaited=1
+        ;;
+      STOPPING | SUSPENDING | DELETING)
+        say "$name is $found; waiting"
+        sleep "$POLL"
+        ;;
+      *)
+        [[ $found == "$seen" ]] || say "$name is $found; waiting"
+        seen=$found awaited=1
+        sleep "$POLL"
+        ;;
+    esac
+  done
+}
+
+# Copies the checkout and runs it: what the first worker that failed returned, or 255 where it was lost.
+execute() {
+  call tar -czf "$scratch/jaxalign.tgz" -C "$ROOT" --exclude=__pycache__ \
+    setup.py README.md LICENSE jaxalign gin_configs launch || return
+  if ! tpus tpu-vm scp "$scratch/jaxalign.tgz" "$login:jaxalign.tgz" --worker=all >&"$shown"; then
+    say "could not copy the checkout to $name in $zone; see the message of gcloud above"
+    return 1
+  fi
+  running=1
+  # JAX asks the machine's metadata for the other workers.
+  tpus tpu-vm ssh "$login" --worker=all --command="
 mkdir -p jaxalign && tar -xzf jaxalign.tgz -C jaxalign &&
-COORDINATOR_ADDRESS=auto bash jaxalign/launch/local.sh $(printf '%q ' "$@")"
+${setup:+bash -c $(printf '%q' "$setup") >&2 &&
+}COORDINATOR_ADDRESS=auto bash jaxalign/launch/worker.sh $run $attempt $(printf '%q ' "$@")"
+}
+
+fetch_log() {
+  local folder=$logs/worker-$1
+  call mkdir -p "$folder"
+  tpus tpu-vm scp "$login:jaxalign/launch.log" "$login:jaxalign/launch.out" "$folder/" --worker="$1" \
+    >&"$shown" </dev/null || say "could not fetch the log of worker $1"
+}
+
+fetch_logs() {
+  local worker
+  [[ $logs ]] || return 0
+  ask tpu-vm 'networkEndpoints.len()' || return 0
+  if [[ $dry_run ]]; then
+    fetch_log 0
+  elif [[ ! $found =~ ^[0-9]+$ ]]; then
+    say "could not fetch the logs: $name is gone"
+  else
+    for ((worker = 0; worker < found; worker++)); do
+      fetch_log "$worker" &
+      (((worker + 1) % 8)) || wait
+    done
+    wait
+  fi
+}
+
+# Where one worker fails, the others exit with 75: sets `code` to that of the one.
+find_failure() {
+  local codes one
+  codes=$(tpus tpu-vm ssh "$login" --worker=all --command='cat jaxalign/.launch/code') || return 0
+  for one in $codes; do
+    [[ $one != [12] ]] || code=$one
+  done
+}
+
+stop_run() {
+  tpus tpu-vm ssh "$login" --worker=all --command="$STOP"
+}
+
+interrupted() {
+  trap - INT TERM
+  if [[ $running ]]; then
+    say "stopping the run on all workers of $name, which saves first"
+    stop_run || say "could not stop it on all workers: bash launch/tpu_vm.sh $login $zone --stop"
+    fetch_logs
+  fi
+  if [[ $delete ]]; then
+    remove
+  elif [[ $create && ! $running ]]; then
+    say "$name stays, or stays in the queue: bash launch/tpu_vm.sh $login $zone --delete"
+  fi
+  exit "$1"
+}
+
+answered='' running='' found='' assumed=READY shown=2
+if [[ $dry_run ]]; then
+  scratch=/tmp/launch shown=1
+  [[ ! $create ]] || assumed=ABSENT
+else
+  scratch=$(mktemp -d)
+  trap 'rm -rf "$scratch"' EXIT
+fi
+
+code=0
+if [[ $stop ]]; then
+  stop_run || code=$?
+  fetch_logs
+elif (($#)); then
+  trap 'interrupted 130' INT
+  trap 'interrupted 143' TERM
+  [[ ! $logs ]] || call mkdir -p "$logs"
+  run=$(date +%s)-$$ attempt=0
+  for ((restarted = 0; ; restarted++)); do
+    ensure
+    code=0
+    execute "$@" || code=$?
+    running=''
+    ((code)) || break
+    ((code != 75)) || find_failure
+    find_state || break
+    if [[ $found != READY ]]; then
+      why="$name is $found"
+    elif ((code == 75)); then
+      why='the run asked to be started again'
+      attempt=$((attempt + 1)) # Another one: the exit code of this one is known.
+    elif ((code == 255)); then
+      why="the connection to $name was lost" # The same attempt is looked at again where it still runs.
+    else
+      break
+    fi
+    if ((restarted >= restarts)); then
+      next='the same command goes on from the last checkpoint'
+      ((code != 255)) || [[ $found != READY ]] || next='where the run still goes on, --stop ends it'
+      say "$why; $next"
+      break
+    fi
+    say "$why: restart $((restarted + 1)) of $restarts"
+  done
+  trap - INT TERM
+  fetch_logs
+fi
+[[ ! $delete ]] || remove
+exit "$code"

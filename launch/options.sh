@@ -1,0 +1,60 @@
+# Sourced by the launchers of machines elsewhere: their options, and how they run or print commands.
+
+say() {
+  echo "jaxalign: $*" >&2
+}
+
+misuse() {
+  say "$@"
+  exit 2
+}
+
+# read_options 'switches' 'names of options with values' "$@": sets a variable for each (empty where it is not given),
+# and `rest` to the arguments from the first that is neither.
+read_options() {
+  local switches_=" $1 " valued_=" $2 " name_ arg_
+  shift 2
+  for name_ in $switches_ $valued_; do
+    printf -v "$name_" '%s' ''
+  done
+  rest=()
+  while (($#)); do
+    name_=${1#--}
+    name_=${name_%%=*}
+    if [[ $1 == -- ]]; then
+      shift
+      rest=("$@")
+      return
+    elif [[ $1 == "--$name_" && $switches_ == *" $name_ "* ]]; then
+      printf -v "$name_" 1
+    elif [[ $1 == "--$name_="?* && $valued_ == *" $name_ "* ]]; then
+      printf -v "$name_" '%s' "${1#*=}"
+    elif [[ $1 == "--$name_"* && $valued_ == *" $name_ "* ]]; then
+      misuse "--$name_ needs a value: --$name_=..."
+    elif [[ $1 == "--$name_="* && $switches_ == *" $name_ "* ]]; then
+      misuse "--$name_ takes no value"
+    else
+      break
+    fi
+    shift
+  done
+  [[ $# == 0 || $1 == -* ]] || misuse "$1: flags of jaxalign begin with --"
+  for arg_; do
+    name_=${arg_#--}
+    name_=${name_%%=*}
+    [[ $arg_ != --* || "$switches_$valued_" != *" $name_ "* ]] ||
+      misuse "--$name_ must come before the flags of jaxalign"
+  done
+  rest=("$@")
+}
+
+# Runs a command, or prints it.
+call() {
+  if [[ $dry_run ]]; then
+    printf '%q' "$1"
+    printf ' %q' "${@:2}"
+    echo
+  else
+    "$@"
+  fi
+}
