@@ -159,7 +159,8 @@ def _job(
 ) -> recipe_lib.Job:
   """What the flags say, and `defaults` (data of the recipe, the run.json of a checkpoint) where they say nothing."""
   algo = args.algo or defaults.get('algo', '')
-  mesh = sharding.make_mesh(args.mesh, args.dcn_mesh, devices)
+  there = {} if devices is None else {'devices': devices}
+  mesh = sharding.make_mesh(args.mesh, args.dcn_mesh, **there)
   logging.info('%d %s devices, mesh %s', mesh.size, sharding.platform_of(mesh), dict(mesh.shape))
   return recipe_lib.Job(
       algo=algo,
