@@ -167,8 +167,7 @@ def _compiled(program: programs_lib.Program, resident, chip: topology_lib.Chip) 
   of = {name: _device_bytes(tree) for name, tree in program.roles.items()}
   beside = {name: _device_bytes(tree) for name, tree in resident.items() if name not in program.roles}
   lowered = program.lower()
-  with contextlib.ExitStack() as stack:
-    failed = stack.enter_context(_Refused())
+  with _Refused() as failed:
     compiled = lowered.compile()
   seconds = time.monotonic() - start
   logging.info('%s: compiled in %.1f s', program.name, seconds)
