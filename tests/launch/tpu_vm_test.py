@@ -79,8 +79,8 @@ case "$1 $2" in
     ;;
   '-m jaxalign.main')
     shift 2
-    printf '[%s]' "$@"
-    echo " ${COORDINATOR_ADDRESS-} in ${PWD##*/}"
+    flags=$(printf '[%s]' "$@")
+    echo "$flags ${COORDINATOR_ADDRESS-} in ${PWD##*/}"  # one write: lines of workers do not mix
     echo "step 1 in ${PWD##*/}" >&2
     if [[ -e $CALLS/slow ]]; then
       trap 'echo saved >"$HOME/saved"; exit 75' TERM
