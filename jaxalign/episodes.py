@@ -141,6 +141,7 @@ class Groups:
     for n, group in enumerate(self._groups):
       self.lengths_NK[n, : len(group.sequences)] = [len(one.ids) - 1 for one in group.sequences]
     self.keys_NK = np.zeros(self.lengths_NK.shape, np.uint64)
+    self.shared_N = np.array([examples.shared_slots(group.sequences) for group in self._groups], np.int32)
 
   def with_texts(self, texts: Sequence[examples.Group]) -> 'Groups':
     """The same and texts behind them, groups of one; tokens have the label `is_text`, and texts 0 for all others."""

@@ -23,7 +23,8 @@ _AMONG = 5  # tokens that a rival is drawn from
 def hidden_states(params, batch: types.Batch, *, model: transformer.Transformer, key=None) -> types.Array:
   """What the model makes of a micro-batch, `[B, T, D]`; `key` is for its dropout."""
   rngs = {} if key is None else {'dropout': key}
-  return model.apply({'params': params}, batch.inputs_BT, batch.positions_BT, batch.segments_BT, rngs=rngs)
+  tokens = batch.inputs_BT, batch.positions_BT, batch.segments_BT
+  return model.apply({'params': params}, *tokens, branches_BT=batch.branches_BT, rngs=rngs)
 
 
 def target_stats(

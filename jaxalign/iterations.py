@@ -49,9 +49,11 @@ def check_fit(
         f' {context}'
     )
   lengths = np.full((groups, options.samples), longest - 1)
+  shared = np.full(groups, longest - options.longest - 1 if packing.share_prompts and options.samples > 1 else 0)
   if texts is not None:
     of_text = np.eye(1, options.samples, dtype=int) * int(texts.lengths_NK.max())
     lengths = np.concatenate([lengths, np.repeat(of_text, options.texts, axis=0)])
+    shared = np.concatenate([shared, np.zeros(options.texts, int)])
   try:
     steps = packing_lib.pack(
         lengths,
@@ -60,6 +62,7 @@ def check_fit(
         row_length=packing.row_length,
         max_responses=packing.max_responses or 1,
         micro_batches=packing.micro_batches,
+        shared_N=shared,
     ).num_steps
   except packing_lib.DoesNotFit:
     steps = 0

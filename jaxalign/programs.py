@@ -129,9 +129,8 @@ def _known(job, recipe: recipe_lib.Recipe, tokenizer, is_data_known: bool) -> tu
     most = recipe_lib.open_loader(job, recipe, sets, specs).shape.max_responses
   needs = streams_lib.needs_of(recipe, data)
   live = streams_lib.is_live(recipe, needs)
-  shape = rows_lib.Shape(packing.micro_batches, packing.rows, packing.row_length, most)
-  made = jax.eval_shape(lambda: rows_lib.empty(data, shape, packing.rows, needs.reference and not live))
-  return made, needs
+  shape = rows_lib.Shape(packing.micro_batches, packing.rows, packing.row_length, most, packing.share_prompts)
+  return jax.eval_shape(lambda: rows_lib.empty(data, shape, packing.rows, needs.reference and not live)), needs
 
 
 def _sampled_batch(recipe, options: rollouts.Options) -> tuple[types.Batch, tracing.Needs]:
@@ -150,6 +149,7 @@ def _sampled_batch(recipe, options: rollouts.Options) -> tuple[types.Batch, trac
       slot_BS=number(responses),
       labels_BS={name: number(responses, jnp.float32) for name in of_responses},
       labels_BT={name: number(tokens, jnp.float32) for name in names | ({'is_text'} if options.texts else set())},
+      branches_BT=number(tokens) if packing.share_prompts and options.samples > 1 else None,
       num_groups=max(1, packing.rows * (packing.max_responses or 1) // options.samples),
       group_size=options.samples,
   )

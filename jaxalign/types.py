@@ -37,13 +37,16 @@ class Batch:
     targets_BT: int32 token ids that it must predict: `inputs` shifted by one.
     mask_BT: float32, 1 where the target counts, 0 for prompts and padding.
     positions_BT: int32, restarts at 0 in each sequence.
-    segments_BT: int32, 1, 2, ... per sequence of a row, 0 is padding; attention never crosses a segment.
+    segments_BT: int32, 1, 2, ... per sequence of a row, or per prompt with the responses that share it; 0 is padding.
+      Attention never crosses a segment.
     responses_BT: int32, which of the row's S responses a target belongs to, -1 for prompt and padding.
     group_BS: int32, the group of each response of the row, -1 where unused.
     slot_BS: int32, its place in that group, -1 where unused.
     labels_BS: float32 arrays by name (`margin`, ...), one number per response.
     labels_BT: float32 arrays by name (`step`, ...), one number per target that counts, 0 elsewhere.
     ref_logps_BT: float32 log-probabilities of the targets under the reference, or None before they are attached.
+    branches_BT: int32, 0 for what the responses of a segment share, else 1, 2, ... per response of a row: a token sees
+      what is shared and its own branch. The last token of the prompt begins each branch. None where none is shared.
     num_groups: G, static.
     group_size: K, static.
   """
@@ -59,6 +62,7 @@ class Batch:
   labels_BS: Mapping[str, Array]
   labels_BT: Mapping[str, Array] = struct.field(default_factory=dict)
   ref_logps_BT: Array = None
+  branches_BT: Array = None
   num_groups: int = struct.field(pytree_node=False, default=1)
   group_size: int = struct.field(pytree_node=False, default=1)
 

@@ -48,7 +48,7 @@ def topology(name, **options):
     pytest.skip(f'libtpu is not installed: {err}')
 
 
-def compiled(mesh, length, config=CONFIG, lora=None):
+def compiled(mesh, length, config=CONFIG, lora=None, share=False):
   """The train step of `train`, from shapes alone."""
   model = transformer.build(config, mesh, dtype='bfloat16', remat='full', lora=lora, length=length)
   optimizer = optim.adamw(100, schedule=functools.partial(optim.linear, lr=1e-4))
@@ -68,6 +68,7 @@ def compiled(mesh, length, config=CONFIG, lora=None):
       slot_BS=slots,
       labels_BS={},
       ref_logps_BT=tokens(jnp.float32),
+      branches_BT=tokens(jnp.int32) if share else None,
       num_groups=ROWS,
       group_size=2,
   )
@@ -191,6 +192,14 @@ class TestStep:
     step, _, state = steps
     of_device = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert step.memory_analysis().alias_size_in_bytes >= 0.99 * of_device
+
+  @pytest.mark.usefixtures('in_haste')
+  def test_shares_prompts_without_a_mask_of_tokens_by_tokens(self):
+    step, _ = compiled(sharding.make_mesh('fsdp:4', devices=topology('v5e:2x2')), 1280, share=True)
+    text = step.as_text()
+    for part in ('fwd', 'dq', 'dkv'):
+      assert re.search(rf'splash\w*{part}', text)
+    assert not [size for line in text.splitlines() for size in shapes(line) if size.count(1280) > 1]
 
   @pytest.mark.usefixtures('in_haste')
   def test_compiles_for_several_slices(self):

@@ -3,7 +3,7 @@
 A cache is a folder `CACHE_DIR/KEY` with three files:
 
   groups.arrayrecord   one group per entry, in the order of the source
-  index.npz            lengths_NK, trained_NK, keys_NK, places_N
+  index.npz            lengths_NK, trained_NK, keys_NK, shared_N, places_N
   meta.json            counts, label names, sizes; written last
 
 `token_cache` makes it.
@@ -39,6 +39,7 @@ class Dataset:
     lengths_NK: int32, token slots of each sequence (its tokens less one), 0 where a group has fewer than K.
     trained_NK: int32, how many of them count.
     keys_NK: uint64, a hash of each sequence's ids and mask, the same wherever the sequence occurs.
+    shared_N: int32, leading token slots that all sequences of a group have in common, see `examples.shared_slots`.
     group_size: K, the most sequences of a group.
     label_names: names of the numbers that every group carries.
     token_label_names: names of those that every token carries that counts.
@@ -58,7 +59,7 @@ class Dataset:
         raise Damaged('a file has another size than was written')
       with np.load(os.path.join(directory, INDEX)) as index:
         self.lengths_NK, self.trained_NK, self.keys_NK = (index[f'{n}_NK'] for n in ('lengths', 'trained', 'keys'))
-        self._places = index['places_N']
+        self.shared_N, self._places = index['shared_N'], index['places_N']
       self._groups = array_record_data_source.ArrayRecordDataSource(os.path.join(directory, GROUPS))
       if len(self._groups) != len(self._places):
         raise Damaged('its files disagree')
@@ -107,7 +108,7 @@ class Joined:
 
   Attributes:
     sizes: records of each.
-    lengths_NK, keys_NK, group_size, label_names, token_label_names: as of a `Dataset`.
+    lengths_NK, keys_NK, shared_N, group_size, label_names, token_label_names: as of a `Dataset`.
   """
 
   def __init__(self, datasets: Sequence[Dataset]):
@@ -125,6 +126,7 @@ class Joined:
     wide = lambda table_NK: np.pad(table_NK, ((0, 0), (0, self.group_size - table_NK.shape[1])))
     self.lengths_NK = np.concatenate([wide(d.lengths_NK) for d in self._datasets])
     self.keys_NK = np.concatenate([wide(d.keys_NK) for d in self._datasets])
+    self.shared_N = np.concatenate([d.shared_N for d in self._datasets])
 
   def __len__(self) -> int:
     return sum(self.sizes)

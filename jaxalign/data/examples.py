@@ -52,6 +52,18 @@ class Group:
   prompt_tokens: int = 0
 
 
+def shared_slots(sequences: tuple[Sequence, ...]) -> int:
+  """How many leading token slots the sequences of a group have in common: the same inputs, and no target that counts.
+
+  The last token of a prompt is not among them: what it predicts differs. At least one slot is left to each sequence.
+  """
+  if len(sequences) == 1:
+    return 0
+  length = min(len(one.ids) for one in sequences) - 2
+  same = [(one.ids[:length] == sequences[0].ids[:length]) & ~one.mask[1 : length + 1] for one in sequences]
+  return int(np.argmin(np.append(np.all(same, axis=0), False)))
+
+
 class Dropped(Exception):
   """A record has nothing to learn from.
 

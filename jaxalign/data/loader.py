@@ -43,6 +43,8 @@ class Packing:
     micro_batches: micro-batches of a step.
     max_responses: the most responses in a row; None takes a bound from the data's lengths that hardly ever binds.
     groups_per_step: the most groups in a step; None fills the rows.
+    share_prompts: whether the responses of a row to the same prompt share its tokens, which are then read once. Their
+      numbers are the same but for rounding.
   """
 
   rows: int
@@ -50,10 +52,11 @@ class Packing:
   micro_batches: int = 1
   max_responses: int | None = None
   groups_per_step: int | None = None
+  share_prompts: bool = False
 
   def __post_init__(self):
     for name, value in dataclasses.asdict(self).items():
-      if value is not None and value < 1:
+      if name != 'share_prompts' and value is not None and value < 1:
         raise types.UsageError(f'loader.Packing.{name} = {value}: it must be at least 1')
 
 
@@ -102,8 +105,11 @@ class Loader:
     self.dataset = dataset_lib.Joined(datasets)
     self.packing = packing
     self.row_keys = self.dataset.keys_NK
-    max_responses = packing.max_responses or _bound_responses(self.dataset.lengths_NK, packing.row_length)
-    self.shape = rows_lib.Shape(packing.micro_batches, packing.rows, packing.row_length, max_responses)
+    share = packing.share_prompts
+    self._shared_N = self.dataset.shared_N if share else np.zeros_like(self.dataset.shared_N)
+    self._totals_N = packing_lib.slots_of(self.dataset.lengths_NK, self._shared_N)
+    max_responses = packing.max_responses or self._bound_responses()
+    self.shape = rows_lib.Shape(packing.micro_batches, packing.rows, packing.row_length, max_responses, share)
     self._weights, self._mesh, self._seed = list(weights), mesh, seed
     self._extra: rows_lib.ExtraFn | None = None
     self._plans: dict[int, packing_lib.Plan] = {}
@@ -134,7 +140,7 @@ class Loader:
         'packing/groups': len(records),
         'packing/steps': plan.num_steps,
         'packing/slots_per_group': slots / len(records),
-        'packing/used': float(self.dataset.lengths_NK[records].sum() / slots),
+        'packing/used': float(self._totals_N[records].sum() / slots),
     }
 
   def records_of(self, steps: int) -> np.ndarray:
@@ -181,14 +187,15 @@ class Loader:
 
   def places(self, placements: packing_lib.Placements) -> Iterator[Place]:
     """Where the responses of a step stand; `placements` come with the batch from `ordered`."""
-    for record, slot, micro, row, start in zip(
-        placements.records_P, placements.slots_P, placements.micro_P, placements.rows_P, placements.starts_P
+    begin_P = placements.starts_P - placements.skipped_P
+    for record, slot, micro, row, begin in zip(
+        placements.records_P, placements.slots_P, placements.micro_P, placements.rows_P, begin_P
     ):
       sequences = self.dataset[record].sequences
       if slot >= len(sequences):
         continue  # The list is shorter than K.
       mask = sequences[slot].mask
-      yield Place(int(record), int(slot), int(micro), int(row), int(start) + np.flatnonzero(mask[1:]))
+      yield Place(int(record), int(slot), int(micro), int(row), int(begin) + np.flatnonzero(mask[1:]))
 
   def pack(self, records: np.ndarray) -> packing_lib.Plan:
     """Packs records in this order."""
@@ -202,6 +209,7 @@ class Loader:
           max_responses=self.shape.max_responses,
           micro_batches=pack.micro_batches,
           groups_per_step=pack.groups_per_step,
+          shared_N=self._shared_N,
       )
     except packing_lib.DoesNotFit as err:
       raise types.UsageError(
@@ -218,6 +226,16 @@ class Loader:
         self._num_steps[epoch] = plan.num_steps
         self._plans = {**dict(list(self._plans.items())[1 - _KEPT_PLANS :]), epoch: plan}
       return plan
+
+  def _bound_responses(self) -> int:
+    """A static S that hardly ever closes a row: what one of short sequences (the tenth percentile) holds, up to 64.
+
+    Beyond 64 only where the average row needs it.
+    """
+    lengths_NK, row_length = self.dataset.lengths_NK, self.packing.row_length
+    short, mean = np.percentile(lengths_NK, 10), self._totals_N.mean() / lengths_NK.shape[1]
+    generous = min(64, row_length // max(1, int(short)))
+    return max(1, generous, lengths_NK.shape[1], math.ceil(1.25 * row_length / max(1.0, mean)))
 
   def _local_rows(self) -> np.ndarray:
     """The rows that this host's devices hold."""
@@ -303,13 +321,3 @@ def _check_mesh(packing: Packing, mesh: jax.sharding.Mesh) -> None:
       raise types.UsageError(
           f'loader.Packing.{name} = {size}: it is split {parts} ways (--mesh, {axes}); make it a multiple'
       )
-
-
-def _bound_responses(lengths_NK: np.ndarray, row_length: int) -> int:
-  """A static S that hardly ever closes a row: what one of short sequences (the tenth percentile) holds, up to 64.
-
-  Beyond 64 only where the average row needs it.
-  """
-  short, mean = np.percentile(lengths_NK, 10), lengths_NK.mean()
-  generous = min(64, row_length // max(1, int(short)))
-  return max(1, generous, lengths_NK.shape[1], math.ceil(1.25 * row_length / max(1.0, mean)))

@@ -25,6 +25,7 @@ class Placements:
     rows_P: int32, its row within the micro-batch.
     ranks_P: int32, how many sequences stand before it in the row.
     starts_P: int32, how many token slots they take.
+    skipped_P: int32, leading token slots that it has in common with the one before it, and leaves out.
   """
 
   records_P: np.ndarray
@@ -34,6 +35,7 @@ class Placements:
   rows_P: np.ndarray
   ranks_P: np.ndarray
   starts_P: np.ndarray
+  skipped_P: np.ndarray
 
   def __len__(self) -> int:
     return len(self.records_P)
@@ -131,11 +133,11 @@ class DoesNotFit(types.UsageError):
 class _Window:
   """The next groups of the order that are not placed yet, at most `size` of them.
 
-  Narrow groups (that fit in one row) can be taken by age or by length; wide ones only by age.
+  Narrow groups (that fit in one row) can be taken by age or by length; wide ones only by age. `totals` are their slots.
   """
 
   def __init__(self, totals: np.ndarray, wide: np.ndarray, size: int):
-    self._totals = totals.tolist()
+    self.totals = totals.tolist()
     self._wide = wide.tolist()
     self._size = size
     self._next = 0
@@ -148,11 +150,11 @@ class _Window:
     return len(self._ages) + len(self.wide_ages)
 
   def _key(self, position: int) -> int:
-    count = len(self._totals)
-    return self._totals[position] * count + count - 1 - position
+    count = len(self.totals)
+    return self.totals[position] * count + count - 1 - position
 
   def refill(self) -> None:
-    while self._next < len(self._totals) and len(self) < self._size:
+    while self._next < len(self.totals) and len(self) < self._size:
       if self._wide[self._next]:
         self.wide_ages.append(self._next)
       else:
@@ -166,7 +168,7 @@ class _Window:
 
   def longest(self, free: int) -> int | None:
     """The position of the longest narrow group of at most `free` tokens, the oldest among equals."""
-    count = len(self._totals)
+    count = len(self.totals)
     i = bisect.bisect_left(self._by_length, (free + 1) * count) - 1
     return None if i < 0 else count - 1 - self._by_length[i] % count
 
@@ -175,20 +177,29 @@ class _Window:
     del self._by_length[bisect.bisect_left(self._by_length, self._key(position))]
 
 
-def _spread(lengths: Sequence[int], bins: int, row_length: int, max_responses: int) -> list[int] | None:
-  """First-fit-decreasing of a wide group's sequences into `bins` empty rows; the row of each, or None if they lack."""
-  free, used, rows = [row_length] * bins, [0] * bins, [0] * len(lengths)
+def slots_of(lengths_NK: np.ndarray, shared_N: np.ndarray | int) -> np.ndarray:
+  """Token slots that groups take in a row each, where their sequences share the first `shared_N`."""
+  return shared_N + np.maximum(lengths_NK - np.expand_dims(shared_N, -1), 0).sum(axis=-1)
+
+
+def _spread(lengths: Sequence[int], shared: int, bins: int, row_length: int, most: int) -> dict[int, list[int]] | None:
+  """First-fit-decreasing of a wide group's sequences into `bins` empty rows: of each row which, or None if they lack.
+
+  The first of a row brings what they share.
+  """
+  free = [row_length - shared] * bins
+  found: dict[int, list[int]] = {row: [] for row in range(bins)}
   for slot in sorted(range(len(lengths)), key=lambda s: -lengths[s]):
-    row = next((b for b in range(bins) if free[b] >= lengths[slot] and used[b] < max_responses), None)
+    own = max(lengths[slot] - shared, 0)
+    row = next((b for b in range(bins) if free[b] >= own and len(found[b]) < most), None)
     if row is None:
       return None
-    free[row] -= lengths[slot]
-    used[row] += 1
-    rows[slot] = row
-  return rows
+    free[row] -= own
+    found[row].append(slot)
+  return {row: slots for row, slots in found.items() if slots}
 
 
-def _fill(window: _Window, lengths: np.ndarray, limit: int, rows: int, row_length: int, max_responses: int):
+def _fill(window: _Window, lengths: np.ndarray, shared: np.ndarray, limit: int, rows: int, row_length: int, most: int):
   """Takes groups from the window for one micro-batch: a list of (position, rows of its K sequences).
 
   A row is opened with the oldest group that is left, then topped up with the longest ones that fit.
@@ -202,19 +213,22 @@ def _fill(window: _Window, lengths: np.ndarray, limit: int, rows: int, row_lengt
       position = window.oldest() if not used[row] else window.longest(free[row])
       wide = window.wide_ages[0] if window.wide_ages and not used[row] else None
       if wide is not None and (position is None or wide < position):
-        spread = _spread(lengths[wide].tolist(), rows - row, row_length, max_responses)
+        spread = _spread(lengths[wide].tolist(), int(shared[wide]), rows - row, row_length, most)
         if spread is not None:
           window.wide_ages.pop(0)
-          placed.append((wide, [row + r for r in spread]))
-          for r, length in zip(spread, lengths[wide].tolist()):
-            free[row + r] -= length
-            used[row + r] += 1
+          of_slots = [0] * group_size
+          for r, slots in spread.items():
+            free[row + r] -= int(slots_of(lengths[wide, slots], shared[wide]))
+            used[row + r] += len(slots)
+            for slot in slots:
+              of_slots[slot] = row + r
+          placed.append((wide, of_slots))
           continue
-      if position is None or used[row] + group_size > max_responses:
+      if position is None or used[row] + group_size > most:
         break
       window.take(position)
       placed.append((position, [row] * group_size))
-      free[row] -= int(lengths[position].sum())
+      free[row] -= window.totals[position]
       used[row] += group_size
   return placed
 
@@ -229,6 +243,7 @@ def pack(
     micro_batches: int = 1,
     groups_per_step: int | None = None,
     window: int = 64,
+    shared_N: np.ndarray | None = None,
 ) -> Plan:
   """Packs groups into rows of micro-batches; every entry of `records` is placed exactly once.
 
@@ -245,39 +260,42 @@ def pack(
     micro_batches: micro-batches of a step.
     groups_per_step: closes a step once it holds so many groups; its remaining rows and micro-batches stay empty.
     window: how many groups are looked at, at least 1; more pack better and change the order more.
+    shared_N: leading token slots that the sequences of each record have in common, and that a row has once; None where
+      each has its own.
 
   Raises:
     DoesNotFit: a sequence is longer than a row, or a group than a micro-batch.
   """
   records = np.asarray(records, np.int64)
   lengths = np.asarray(lengths_NK)[records]
-  group_size = lengths.shape[1]
-  wide = (lengths.sum(axis=1) > row_length) | (group_size > max_responses)
-  _check_fit(lengths, records, wide, rows, row_length, max_responses)
-  waiting = _Window(lengths.sum(axis=1), wide, window)
+  shared = np.zeros(len(records), np.int64) if shared_N is None else np.asarray(shared_N, np.int64)[records]
+  totals, group_size = slots_of(lengths, shared), lengths.shape[1]
+  wide = (totals > row_length) | (group_size > max_responses)
+  _check_fit(lengths, shared, records, wide, rows, row_length, max_responses)
+  waiting = _Window(totals, wide, window)
   positions: list[int] = []
   placed_rows: list[int] = []
   counts: list[int] = []
   while len(waiting):
     left = groups_per_step or len(records)
     for _ in range(micro_batches):
-      placed = _fill(waiting, lengths, left, rows, row_length, max_responses)
+      placed = _fill(waiting, lengths, shared, left, rows, row_length, max_responses)
       for position, of_rows in placed:
         positions.append(position)
         placed_rows.extend(of_rows)
       counts.append(len(placed))
       left -= len(placed)
       waiting.refill()
-  return _as_plan(records[positions], placed_rows, counts, lengths[positions], micro_batches)
+  return _as_plan(records[positions], placed_rows, counts, lengths[positions], shared[positions], micro_batches)
 
 
-def _check_fit(lengths_NK, records, wide, rows, row_length, max_responses) -> None:
+def _check_fit(lengths_NK, shared_N, records, wide, rows, row_length, max_responses) -> None:
   for position in np.flatnonzero((lengths_NK > row_length).any(axis=1)):
     longest = lengths_NK[position].max()
     raise DoesNotFit(records[position], f'a sequence of {longest} tokens does not fit in rows of {row_length}')
   for position in np.flatnonzero(wide):
     lengths = lengths_NK[position].tolist()
-    if _spread(lengths, rows, row_length, max_responses) is None:
+    if _spread(lengths, int(shared_N[position]), rows, row_length, max_responses) is None:
       raise DoesNotFit(
           records[position],
           f'its {len(lengths)} responses, {sum(lengths)} tokens with their prompts, do not fit in a micro-batch of'
@@ -286,7 +304,12 @@ def _check_fit(lengths_NK, records, wide, rows, row_length, max_responses) -> No
 
 
 def _as_plan(
-    records: np.ndarray, rows: list[int], counts: list[int], lengths_NK: np.ndarray, micro_batches: int
+    records: np.ndarray,
+    rows: list[int],
+    counts: list[int],
+    lengths_NK: np.ndarray,
+    shared_N: np.ndarray,
+    micro_batches: int,
 ) -> Plan:
   """Expands placed groups to sequences in the order of `Placements`.
 
@@ -295,6 +318,7 @@ def _as_plan(
     rows: K rows per group.
     counts: groups per micro-batch.
     lengths_NK: of the groups.
+    shared_N: likewise.
     micro_batches: micro-batches of a step.
   """
   group_size = lengths_NK.shape[1]
@@ -304,18 +328,22 @@ def _as_plan(
   groups_P = np.repeat(np.arange(len(records)), group_size) - firsts[micro_P]
   slots_P = np.tile(np.arange(group_size), len(records))
   by_row = np.lexsort((rows_P, micro_P))
-  rows_P, micro_P, lengths_P = rows_P[by_row], micro_P[by_row], lengths_NK.reshape(-1)[by_row].astype(np.int64)
-  opens_P = np.ones(len(rows_P), bool)
+  rows_P, micro_P, groups_P = rows_P[by_row], micro_P[by_row], groups_P[by_row]
+  opens_P, follows_P = np.ones(len(rows_P), bool), np.zeros(len(rows_P), bool)
   opens_P[1:] = (np.diff(rows_P) != 0) | (np.diff(micro_P) != 0)
+  follows_P[1:] = ~opens_P[1:] & (np.diff(groups_P) == 0)
+  lengths_P = lengths_NK.reshape(-1)[by_row].astype(np.int64)
+  skipped_P = np.where(follows_P, np.minimum(np.repeat(shared_N, group_size)[by_row], lengths_P), 0)
   opener_P = np.flatnonzero(opens_P)[np.cumsum(opens_P) - 1]
-  before_P = np.cumsum(lengths_P) - lengths_P
+  before_P = np.cumsum(lengths_P - skipped_P) - (lengths_P - skipped_P)
   placements = Placements(
       np.repeat(records, group_size).astype(np.int64)[by_row],
       slots_P.astype(np.int32)[by_row],
       (micro_P % micro_batches).astype(np.int32),
-      groups_P.astype(np.int32)[by_row],
+      groups_P.astype(np.int32),
       rows_P,
       (np.arange(len(rows_P)) - opener_P).astype(np.int32),
       (before_P - before_P[opener_P]).astype(np.int32),
+      skipped_P.astype(np.int32),
   )
   return Plan(placements, firsts[::micro_batches] * group_size)

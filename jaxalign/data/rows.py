@@ -20,12 +20,16 @@ ExtraFn = Callable[[int, int], np.ndarray]
 
 
 class Shape(NamedTuple):
-  """Sizes of a step's batch: `[micro_batches, rows, row_length]`, with S = `max_responses`."""
+  """Sizes of a step's batch: `[micro_batches, rows, row_length]`, with S = `max_responses`.
+
+  `share_prompts` says whether a prompt stands once for all of its responses in a row.
+  """
 
   micro_batches: int
   rows: int
   row_length: int
   max_responses: int
+  share_prompts: bool = False
 
 
 def empty(dataset: dataset_lib.Joined, shape: Shape, num_rows: int, with_ref: bool) -> types.Batch:
@@ -44,6 +48,7 @@ def empty(dataset: dataset_lib.Joined, shape: Shape, num_rows: int, with_ref: bo
       labels_BS={name: np.zeros(responses, np.float32) for name in dataset.label_names},
       labels_BT={name: np.zeros(tokens, np.float32) for name in dataset.token_label_names},
       ref_logps_BT=np.zeros(tokens, np.float32) if with_ref else None,
+      branches_BT=np.zeros(tokens, np.int32) if shape.share_prompts and dataset.group_size > 1 else None,
       num_groups=max(1, shape.rows * shape.max_responses // dataset.group_size),
       group_size=dataset.group_size,
   )
@@ -76,6 +81,7 @@ def assemble(
   index_of = np.full(shape.rows, -1)
   index_of[rows] = np.arange(len(rows))
   group: tuple[int, examples.Group] | None = None
+  segment = 0
   for p in np.flatnonzero(index_of[placements.rows_P] >= 0):
     record, slot = int(placements.records_P[p]), int(placements.slots_P[p])
     if group is None or group[0] != record:
@@ -84,14 +90,18 @@ def assemble(
       continue  # The list is shorter than K.
     sequence, labels = group[1].sequences[slot], group[1].labels
     row = int(placements.micro_P[p]), int(index_of[placements.rows_P[p]])
-    start, rank = int(placements.starts_P[p]), int(placements.ranks_P[p])
-    _put(batch, row, start, rank, sequence)
+    start, rank, skipped = (int(x[p]) for x in (placements.starts_P, placements.ranks_P, placements.skipped_P))
+    segment = segment if skipped else rank + 1
+    _put(batch, (*row, slice(start, start + len(sequence.ids) - 1 - skipped)), segment, rank, sequence, skipped)
+    if batch.branches_BT is not None:
+      own = start + max(int(dataset.shared_N[record]) - skipped, 0)
+      batch.branches_BT[(*row, slice(own, start + len(sequence.ids) - 1 - skipped))] = rank + 1
     batch.group_BS[(*row, rank)] = placements.groups_P[p]
     batch.slot_BS[(*row, rank)] = slot
     for name in dataset.label_names:
       value = labels[name]
       batch.labels_BS[name][(*row, rank)] = value[slot] if isinstance(value, list) else value
-    targets = start + np.flatnonzero(sequence.mask[1:])
+    targets = start - skipped + np.flatnonzero(sequence.mask[1:])
     for name in dataset.token_label_names:
       batch.labels_BT[name][(*row, targets)] = sequence.labels[name]
     if extra is not None and batch.ref_logps_BT is not None:
@@ -99,15 +109,21 @@ def assemble(
   return batch
 
 
-def _put(batch: types.Batch, row: tuple[int, int], start: int, rank: int, sequence: examples.Sequence) -> None:
-  """Writes a sequence, shifted, into the token slots of a row from `start` on."""
-  mask, length = sequence.mask[1:], len(sequence.ids) - 1
-  slots = (*row, slice(start, start + length))
-  batch.inputs_BT[slots] = sequence.ids[:-1]
-  batch.targets_BT[slots] = sequence.ids[1:]
+def _put(
+    batch: types.Batch,
+    slots: tuple[int, int, slice],
+    segment: int,
+    rank: int,
+    sequence: examples.Sequence,
+    skipped: int,
+) -> None:
+  """Writes a sequence, shifted and without the first slots that it leaves out, into slots of a row."""
+  mask = sequence.mask[1 + skipped :]
+  batch.inputs_BT[slots] = sequence.ids[skipped:-1]
+  batch.targets_BT[slots] = sequence.ids[1 + skipped :]
   batch.mask_BT[slots] = mask
-  batch.positions_BT[slots] = np.arange(length)
-  batch.segments_BT[slots] = rank + 1
+  batch.positions_BT[slots] = skipped + np.arange(len(mask))
+  batch.segments_BT[slots] = segment
   batch.responses_BT[slots] = np.where(mask, rank, -1)
 
 
@@ -139,18 +155,29 @@ def describe(batch: types.Batch, tokenizer: tokenizers.Tokenizer) -> str:
     row = jax.tree.map(operator.itemgetter((a, b)), host)
     used = int(np.count_nonzero(row.segments_BT))
     lines.append(f'micro-batch {a}, row {b}: {used} of {row.segments_BT.size} slots used')
-    for rank in range(int(row.segments_BT.max())):
-      (slots,) = np.nonzero(row.segments_BT == rank + 1)
+    for rank in np.flatnonzero(row.group_BS >= 0):
+      slots = _slots_of(row, int(rank))
+      runs = np.split(slots, np.flatnonzero(np.diff(slots) > 1) + 1)
+      places = ' and '.join(f'{run[0]}-{run[-1]}' for run in runs)
       labels = ''.join(f', {name} {values[rank]:g}' for name, values in row.labels_BS.items())
       counts = slots[row.mask_BT[slots] > 0]
       labels += ''.join(f', {name} {" ".join(f"{x:g}" for x in v[counts])}' for name, v in row.labels_BT.items())
       lines.append(
-          f'  slots {slots[0]}-{slots[-1]}, {int(row.mask_BT[slots].sum())} predicted: response {row.slot_BS[rank]} of'
+          f'  slots {places}, {int(row.mask_BT[slots].sum())} predicted: response {row.slot_BS[rank]} of'
           f' group {row.group_BS[rank]}{labels}'
       )
       ids = [row.inputs_BT[slots[0]], *row.targets_BT[slots]]
       lines.append('    ' + _marked(ids, [False, *(row.mask_BT[slots] > 0)], tokenizer))
   return '\n'.join(lines)
+
+
+def _slots_of(row: types.Batch, rank: int) -> np.ndarray:
+  """The token slots of a sequence of a row, those first that it shares with others."""
+  if row.branches_BT is None:
+    return np.flatnonzero(row.segments_BT == rank + 1)
+  (own,) = np.nonzero(row.branches_BT == rank + 1)
+  shared = (row.segments_BT == row.segments_BT[own[0]]) & (row.branches_BT == 0)
+  return np.concatenate([np.flatnonzero(shared), own])
 
 
 def _marked(ids: Sequence[int], mask: Sequence[bool], tokenizer: tokenizers.Tokenizer) -> str:

@@ -31,7 +31,7 @@ from jaxalign.data import sources
 from jaxalign.data import tokenizers
 
 # Part of the key: raise it when what is written changes.
-_VERSION = '2'
+_VERSION = '3'
 _SHOWN_BAD = 5
 _TRIED = 64  # records, for one with another prompt
 
@@ -116,7 +116,7 @@ def _write(
   """Writes the three files of a cache into the folder `scratch`."""
   report: dict[str, Any] = {'records': len(source), 'kept': 0, 'truncated': 0, 'bad': 0, 'dropped': {}}
   # Flat arrays, since lists of a million groups would take a gigabyte.
-  lengths, trained, keys, places, sizes = (array.array(code) for code in 'iiQqi')
+  lengths, trained, keys, places, sizes, shared = (array.array(code) for code in 'iiQqii')
   every: set[str] = set()
   common: tuple[set[str], set[str]] = set(), set()
   path = os.path.join(scratch, dataset_lib.GROUPS)
@@ -133,6 +133,7 @@ def _write(
         trained.extend(int(np.count_nonzero(s.mask[1:])) for s in group.sequences)
         keys.extend(_key(s) for s in group.sequences)
         places.append(int(source.places[index]))
+        shared.append(examples.shared_slots(group.sequences))
   report['kept'] = len(places)
   if every - common[0] - common[1]:
     partly = ', '.join(sorted(every - common[0] - common[1]))
@@ -148,6 +149,7 @@ def _write(
       lengths_NK=_table(np.array(lengths, np.int32), sizes),
       trained_NK=_table(np.array(trained, np.int32), sizes),
       keys_NK=_table(np.array(keys, np.uint64), sizes),
+      shared_N=np.array(shared, np.int32),
       places_N=np.array(places, np.int64),
   )
   written = {name: os.path.getsize(os.path.join(scratch, name)) for name in (dataset_lib.GROUPS, dataset_lib.INDEX)}

@@ -26,6 +26,7 @@ _QUERIES, _BLOCKS = (
 )  # least queries of a block, most blocks: up to 7/16 of the products are masked and not computed
 _CUDNN_LENGTH = 4096  # beyond it the dense mask takes more memory than the kernel saves
 _SPLASH_BLOCKS = (512, 256, 128)
+_BRANCH_BITS, _APART = 10, -(2.0**15)  # of the number of a branch; what a bit that differs adds to a logit
 _OUT = -1e30  # finite, so that a row that may see nothing is not NaN
 
 
@@ -41,6 +42,32 @@ class How(NamedTuple):
   scale: float
   window: int = 0
   softcap: float = 0.0
+
+
+class Seen(NamedTuple):
+  """Which tokens of a row see which: those of a segment see those before them, but for other branches than their own.
+
+  Attributes:
+    segments_BT: int32; padding is a segment like any other.
+    branches_BT: int32 below 1024: 0 for what the branches of a segment share, which comes first, else 1, 2, ...; None
+      where a segment is one sequence.
+    positions_BT: int32, with `branches_BT`: from 0 in each segment, and on in each branch where what is shared ends.
+  """
+
+  segments_BT: types.Array
+  branches_BT: types.Array = None
+  positions_BT: types.Array = None
+
+  def mask(self, queries: slice, keys: slice, window: int = 0) -> types.Array:
+    """`[B, T, S]`: which keys are of the query's segment and branch, and with branches of its window, by positions."""
+    same_BTS = self.segments_BT[:, queries, None] == self.segments_BT[:, None, keys]
+    if self.branches_BT is None:
+      return same_BTS
+    of_keys_B1S = self.branches_BT[:, None, keys]
+    same_BTS &= (of_keys_B1S == 0) | (of_keys_B1S == self.branches_BT[:, queries, None])
+    if window:
+      same_BTS &= self.positions_BT[:, queries, None] - self.positions_BT[:, None, keys] < window
+    return same_BTS
 
 
 def pick(
@@ -86,28 +113,32 @@ def attend(
     q_BTNH: types.Array,
     k_BTKH: types.Array,
     v_BTKH: types.Array,
-    segments_BT: types.Array,
+    seen: Seen,
     how: How,
 ) -> types.Array:
   """Each query sees the keys of its own segment up to its own place, the last `window` of them where there is one.
 
     out_t = sum_s softmax_s(softcap(scale q_t . k_s)) v_s     over t - window < s <= t with segment_s = segment_t
 
+  Where branches share a prompt, s and t are positions, and the branch of s is that of t or the prompt.
+
   Args:
     name: one of KERNELS.
     q_BTNH: queries; query head n reads key head n // (N / K).
     k_BTKH: keys.
     v_BTKH: values.
-    segments_BT: int32; padding is a segment like any other.
+    seen: segments and branches.
     how: scale, window and soft cap.
 
   Returns:
     `[B, T, N, H]` in the dtype of the queries; the softmax is float32.
   """
-  return {'xla': xla, 'cudnn': cudnn, 'splash': splash}[name](q_BTNH, k_BTKH, v_BTKH, segments_BT, how)
+  if how.window >= q_BTNH.shape[1]:
+    how = how._replace(window=0)
+  return {'xla': xla, 'cudnn': cudnn, 'splash': splash}[name](q_BTNH, k_BTKH, v_BTKH, seen, how)
 
 
-def xla(q_BTNH, k_BTKH, v_BTKH, segments_BT, how: How):
+def xla(q_BTNH, k_BTKH, v_BTKH, seen: Seen, how: How):
   """Dense attention, a block of queries at a time; see `attend`."""
   length = q_BTNH.shape[1]
   mesh = jax.sharding.get_abstract_mesh()
@@ -116,12 +147,13 @@ def xla(q_BTNH, k_BTKH, v_BTKH, segments_BT, how: How):
   out = []
   for start in range(0, length, size):
     stop = min(start + size, length)
-    first = max(0, start + 1 - how.window) if how.window else 0
+    by_slots = how.window and seen.branches_BT is None
+    first = max(0, start + 1 - how.window) if by_slots else 0
     behind_TS = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
-    allowed_TS = (behind_TS >= 0) & (behind_TS < how.window) if how.window else behind_TS >= 0
-    same_BTS = segments_BT[:, start:stop, None] == segments_BT[:, None, first:stop]
-    keys = slice(first, stop)
-    out.append(dense(q_BTNH[:, start:stop], k_BTKH[:, keys], v_BTKH[:, keys], same_BTS & allowed_TS[None], how))
+    allowed_TS = (behind_TS >= 0) & (behind_TS < how.window) if by_slots else behind_TS >= 0
+    queries, keys = slice(start, stop), slice(first, stop)
+    allowed_BTS = seen.mask(queries, keys, how.window) & allowed_TS[None]
+    out.append(dense(q_BTNH[:, queries], k_BTKH[:, keys], v_BTKH[:, keys], allowed_BTS, how))
   return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
 
 
@@ -149,9 +181,10 @@ def heads_first(q_BTNH, k_BKHS, v_BKSH, allowed_BTS, how: How):
   return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
-def cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, how: How, *, implementation: Literal['cudnn', 'xla'] = 'cudnn'):
+def cudnn(q_BTNH, k_BTKH, v_BTKH, seen: Seen, how: How, *, implementation: Literal['cudnn', 'xla'] = 'cudnn'):
   """Fused attention of cuDNN with a dense mask; see `attend`. With `implementation` 'xla' it runs on any platform."""
-  same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+  same_BTS = seen.mask(slice(None), slice(None), how.window)
+  by_slots = how.window and seen.branches_BT is None
   return jax.nn.dot_product_attention(
       q_BTNH,
       k_BTKH,
@@ -159,21 +192,26 @@ def cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, how: How, *, implementation: Lite
       mask=same_BTS[:, None],
       scale=how.scale,
       is_causal=True,
-      local_window_size=(how.window - 1, 0) if how.window else None,
+      local_window_size=(how.window - 1, 0) if by_slots else None,
       implementation=implementation,
   )
 
 
-def splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, how: How, *, interpret: bool = False):
+def splash(q_BTNH, k_BTKH, v_BTKH, seen: Seen, how: How, *, interpret: bool = False):
   """Splash attention under `shard_map`: queries split over batch, heads and length, keys gathered over length.
+
+  The kernel compares segments alone. Branches are told by further places of the heads, see `_told_apart`.
 
   Args:
     q_BTNH: see `attend`; likewise the others.
     k_BTKH: where the tensor axis is larger than K, each device takes a copy of the one head that its queries read.
     v_BTKH: likewise.
-    segments_BT: see `attend`.
+    seen: see `attend`.
     how: likewise.
     interpret: runs the kernel's program with XLA, on any platform.
+
+  Raises:
+    UsageError: there are branches, and a window or a soft cap, which neither slots nor logits have a place for.
   """
   mesh = jax.sharding.get_abstract_mesh()
   parts = {name: 1 if mesh.empty else sharding.parts(mesh, name) for name in ('heads', 'length')}
@@ -186,10 +224,18 @@ def splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, how: How, *, interpret: bool = F
   def local(kernel, q, k, v, q_segments, kv_segments):
     ids = splash_attention_kernel.SegmentIds(q_segments, kv_segments)
     heads_first = lambda x: x.transpose(0, 2, 1, 3)
-    out = jax.vmap(kernel)(heads_first(q * how.scale), heads_first(k), heads_first(v), ids)
+    out = jax.vmap(kernel)(heads_first(q), heads_first(k), heads_first(v), ids)
     return heads_first(out)
 
-  args = q_BTNH, k_BTKH, v_BTKH, segments_BT, segments_BT
+  q_BTNH = q_BTNH * how.scale
+  if seen.branches_BT is not None:
+    if how.window or how.softcap:
+      raise types.UsageError(
+          f'loader.Packing.share_prompts = True: the TPU kernel has no way to tell branches from each other in layers'
+          f' with a window (here {how.window}) or a soft cap (here {how.softcap}); bind it to False'
+      )
+    q_BTNH, k_BTKH = _told_apart(q_BTNH, k_BTKH, seen.branches_BT)
+  args = q_BTNH, k_BTKH, v_BTKH, seen.segments_BT, seen.segments_BT
   if mesh.empty:
     return local(kernel, *args)
   queries, keys = sharding.spec('batch', 'length', 'heads', None), sharding.spec('batch', None, 'heads', None)
@@ -198,6 +244,23 @@ def splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, how: How, *, interpret: bool = F
   return jax.shard_map(
       local, mesh=mesh, in_specs=(kernel_spec, queries, keys, keys, *ids), out_specs=queries, check_vma=False
   )(kernel, *args)
+
+
+def _told_apart(q_BTNH, k_BTKH, branches_BT):
+  """Queries and keys with places for the bits of their branch, whose product adds -2^15 for each that differs.
+
+  A key has (bit, 1 - bit) for each bit of its branch, a query -2^15 (1 - bit, bit); keys of a shared prompt have zeros.
+  So where a query may see a key every term is 0, and nothing is rounded.
+  """
+  bits_BTE = (branches_BT[..., None] >> jnp.arange(_BRANCH_BITS)[None, None, :]) & 1
+  keys_BTE = jnp.concatenate([bits_BTE, 1 - bits_BTE], axis=-1) * (branches_BT > 0)[..., None]
+  queries_BTE = _APART * jnp.concatenate([1 - bits_BTE, bits_BTE], axis=-1)
+
+  def wider(x_BTNH, places_BTE):
+    shape = *x_BTNH.shape[:3], places_BTE.shape[-1]
+    return jnp.concatenate([x_BTNH, jnp.broadcast_to(places_BTE[:, :, None], shape).astype(x_BTNH.dtype)], axis=-1)
+
+  return wider(q_BTNH, queries_BTE), wider(k_BTKH, keys_BTE)
 
 
 def _splash_kernel(length: int, heads: int, shards: int, how: How, interpret: bool):

@@ -101,7 +101,7 @@ def _place(x: jax.Array) -> jax.Array:
   return sharding.constrain(x, 'layers', 'batch', heads, *[None] * (x.ndim - 3))
 
 
-def attend(name: str, q_BTNH, k_BTKH, v_BTKH, segments_BT, cache: KVCache, layer, how: attention_lib.How):
+def attend(name: str, q_BTNH, k_BTKH, v_BTKH, seen: attention_lib.Seen, cache: KVCache, layer, how: attention_lib.How):
   """Attention of new tokens to those in the cache and to each other, as its mode says, and the cache with them.
 
   Args:
@@ -109,13 +109,13 @@ def attend(name: str, q_BTNH, k_BTKH, v_BTKH, segments_BT, cache: KVCache, layer
     q_BTNH: queries of the new tokens; likewise the others.
     k_BTKH: keys, rotated.
     v_BTKH: values.
-    segments_BT: see `attention.attend`; read in mode 'first' alone.
+    seen: see `attention.attend`; read in mode 'first' alone.
     cache: of all layers.
     layer: which this is.
     how: see `attention.How`.
   """
   if cache.mode == 'first':
-    return attention_lib.attend(name, q_BTNH, k_BTKH, v_BTKH, segments_BT, how), _write(cache, layer, k_BTKH, v_BTKH)
+    return attention_lib.attend(name, q_BTNH, k_BTKH, v_BTKH, seen, how), _write(cache, layer, k_BTKH, v_BTKH)
   T = q_BTNH.shape[1]
   own_TT = jnp.eye(T, dtype=bool)
   if cache.mode == 'next':

@@ -57,17 +57,17 @@ class Block(nn.Module):
   lora: lora_lib.Lora | None = None
 
   @nn.compact
-  def __call__(self, carry, rotations, segments_BT):
+  def __call__(self, carry, rotations, seen: attention_lib.Seen):
     """Takes and returns (hidden states, cache or None, number of the layer); `rotations` are by kind of layer."""
     x_BTD, cache, layer = carry
-    a_BTD, cache = self._attend(self._norm_if('pre', 'attn_norm', x_BTD), cache, layer, rotations, segments_BT)
+    a_BTD, cache = self._attend(self._norm_if('pre', 'attn_norm', x_BTD), cache, layer, rotations, seen)
     a_BTD = self._norm_if('post', 'attn_post_norm', a_BTD)
     x_BTD = sharding.constrain(x_BTD + a_BTD, 'batch', 'length', 'hidden')
     f_BTD = self._feed_forward(self._norm_if('pre', 'mlp_norm', x_BTD))
     x_BTD = x_BTD + self._norm_if('post', 'mlp_post_norm', f_BTD)
     return sharding.constrain(x_BTD, 'batch', 'length', 'hidden'), cache, layer + 1
 
-  def _attend(self, x_BTD, cache, layer, rotations, segments_BT):
+  def _attend(self, x_BTD, cache, layer, rotations, seen: attention_lib.Seen):
     c = self.config
     D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_size
     q = self._project('q', 'BTD,DNH->BTNH', x_BTD, (D, N, H), ('embed', 'heads', 'head_size'), c.qkv_bias)
@@ -77,9 +77,9 @@ class Block(nn.Module):
     q, k = rotary.rotate(q, rotations[self.kind]), rotary.rotate(k, rotations[self.kind])
     how = attention_lib.How(c.attention_scale, c.window if self.kind == 'local' else 0, c.attn_softcap)
     if cache is None:
-      out = attention_lib.attend(self.attention, q, k, v, segments_BT, how)
+      out = attention_lib.attend(self.attention, q, k, v, seen, how)
     else:
-      out, cache = kv_cache.attend(self.attention, q, k, v, segments_BT, cache, layer, how)
+      out, cache = kv_cache.attend(self.attention, q, k, v, seen, cache, layer, how)
     axes = 'heads', 'head_size', 'embed'
     return self._project('o', 'BTNH,NHD->BTD', out, (N, H, D), axes, c.out_bias), cache
 

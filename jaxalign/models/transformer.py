@@ -64,9 +64,9 @@ class _Repeat(nn.Module):
   make: Callable[..., nn.Module]
 
   @nn.compact
-  def __call__(self, carry, rotations, segments_BT):
+  def __call__(self, carry, rotations, seen):
     for i, kind in enumerate(self.kinds):
-      carry = self.make(kind=kind, name=str(i))(carry, rotations, segments_BT)
+      carry = self.make(kind=kind, name=str(i))(carry, rotations, seen)
     return carry, None
 
 
@@ -98,7 +98,7 @@ class Transformer(nn.Module):
     return jnp.dtype(self.dtype if self.lora.base in ('', *quant.KINDS) else self.lora.base)
 
   @nn.compact
-  def __call__(self, inputs_BT, positions_BT, segments_BT, cache: kv_cache.Cache | None = None):
+  def __call__(self, inputs_BT, positions_BT, segments_BT, cache: kv_cache.Cache | None = None, *, branches_BT=None):
     """Reads tokens and returns what the head reads.
 
     Args:
@@ -107,6 +107,7 @@ class Transformer(nn.Module):
       segments_BT: int32; 0 is padding. With a cache a row is one segment, and tokens of segment 0 can only follow its
         last: they are not counted in its length.
       cache: None reads whole sequences; otherwise the tokens follow those in the cache, see `KVCache.mode`.
+      branches_BT: int32, of the parts of a segment that share its beginning, see `attention.Seen`; without a cache.
 
     Returns:
       Hidden states after the final norm, `[B, T, D]`; with a cache, these and the new cache.
@@ -123,19 +124,20 @@ class Transformer(nn.Module):
     x_BTD = sharding.constrain(_look_up(self.dtype, embed_VD, inputs_BT), 'batch', 'length', 'hidden')
     if c.scale_embeddings:
       x_BTD = x_BTD * jnp.asarray(c.embed_dim**0.5, self.dtype)
+    seen = attention_lib.Seen(segments_BT, branches_BT, None if branches_BT is None else positions_BT)
     rotations = {kind: rotary.rotations(c, kind, positions_BT) for kind in set(c.kinds)}
     if self.apart:
       caches: Any = cache or [None] * c.num_layers
       found = []
       for block, own in zip(self._layers(), caches, strict=True):
-        x_BTD, own, _ = block((x_BTD, own, 0), rotations, segments_BT)
+        x_BTD, own, _ = block((x_BTD, own, 0), rotations, seen)
         found.append(own)
       cache = cache and tuple(found)
     else:
       # The cache is carried, not scanned: as a scanned output it would exist twice.
       carry = x_BTD, cache, 0
       for part in self._parts():
-        carry, _ = part(carry, rotations, segments_BT)
+        carry, _ = part(carry, rotations, seen)
       x_BTD, cache, _ = carry
     x_BTD = layers.rms_norm(x_BTD, linear.param(self, 'final_norm', layers.norm_init(c), (c.embed_dim,), ('norm',)), c)
     if cache is None:

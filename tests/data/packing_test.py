@@ -140,6 +140,30 @@ class TestPack:
       assert found == set(range(len(found)))
       assert len(found) * lengths.shape[1] <= options['rows'] * options['max_responses']
 
+  @hypothesis.given(_cases(), st.data())
+  @hypothesis.settings(max_examples=150, deadline=None)
+  def test_a_row_has_what_sequences_of_a_group_share_once(self, case, data):
+    lengths, records, options = case
+    shared = np.array([data.draw(st.integers(0, int(min(of) - 1))) for of in lengths])
+    plan = packing.pack(lengths, records, shared_N=shared, **options)
+    rows, whole = collections.defaultdict(list), collections.defaultdict(set)
+    for step in range(plan.num_steps):
+      placed = plan.step(step)
+      for p in range(len(placed)):
+        rows[step, placed.micro_P[p], placed.rows_P[p]].append(placed[p : p + 1])
+    for (step, micro, row), entries in rows.items():
+      used, before = 0, None
+      for one in entries:
+        record, group, length = int(one.records_P[0]), int(one.groups_P[0]), int(lengths[one.records_P, one.slots_P][0])
+        assert one.starts_P[0] == used and one.skipped_P[0] == (shared[record] if group == before else 0)
+        used, before = used + length - int(one.skipped_P[0]), group
+        whole[step, micro, group, record].add(row)
+      assert used <= options['row_length'] and len(entries) <= options['max_responses']
+    assert sorted(record for *_, record in whole) == sorted(records)
+    for (*_, record), of in whole.items():
+      once = int(shared[record] + (lengths[record] - shared[record]).sum())
+      assert len(of) == 1 or once > options['row_length'] or lengths.shape[1] > options['max_responses']
+
   @hypothesis.given(_cases())
   @hypothesis.settings(max_examples=100, deadline=None)
   def test_a_step_holds_at_most_the_groups_asked_for(self, case):
@@ -173,7 +197,7 @@ class TestPack:
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 60, (200, 2))
     plans = [packing.pack(lengths, np.arange(200), rows=4, row_length=100, max_responses=9) for _ in range(2)]
-    for name in ('records_P', 'slots_P', 'micro_P', 'groups_P', 'rows_P', 'ranks_P', 'starts_P'):
+    for name in ('records_P', 'slots_P', 'micro_P', 'groups_P', 'rows_P', 'ranks_P', 'starts_P', 'skipped_P'):
       np.testing.assert_array_equal(*(getattr(plan.placements, name) for plan in plans))
 
   @pytest.mark.parametrize('rows', [8, 16, 32])

@@ -19,8 +19,8 @@ _SHAPE = rows.Shape(micro_batches=2, rows=2, row_length=8, max_responses=3)
 
 
 def _place(*entries):
-  """Placements of (record, slot, micro, group, row, rank, start)."""
-  return packing.Placements(*(np.array(column) for column in zip(*entries)))
+  """Placements of (record, slot, micro, group, row, rank, start, skipped); what is left out is 0."""
+  return packing.Placements(*(np.array(column) for column in zip(*((*one, 0)[:8] for one in entries))))
 
 
 # The first group in one row, the second over two rows of the other micro-batch.
@@ -46,6 +46,24 @@ class TestAssemble:
     np.testing.assert_array_equal(batch.group_BS[1], [[0, -1, -1], [0, -1, -1]])
     np.testing.assert_array_equal(batch.slot_BS[1], [[0, -1, -1], [1, -1, -1]])
     assert (batch.num_groups, batch.group_size, batch.ref_logps_BT) == (3, 2, None)
+
+  def test_writes_a_shared_prompt_once_and_its_last_token_in_each_branch(self, token_dataset):
+    records = [{'ids': [[1, 5, 3, 6, 2], [1, 5, 3, 7, 8, 2]], 'prompt': 3, 'margin': 0.5}, _RECORDS[1]]
+    joined = dataset.Joined([token_dataset(records)])
+    placed = _place((0, 0, 0, 0, 0, 0, 0), (0, 1, 0, 0, 0, 1, 4, 2), (1, 0, 0, 1, 0, 2, 7), (1, 1, 0, 1, 0, 3, 9))
+    extra = lambda record, slot: np.array([[[2, 3], [4, 5, 6]], [[7, 8], [9]]][record][slot], np.float32)
+    shape = rows.Shape(1, 1, 12, 4, share_prompts=True)
+    batch = rows.assemble(joined, placed, shape=shape, rows=np.arange(1), extra=extra)
+    np.testing.assert_array_equal(batch.inputs_BT[0, 0], [1, 5, 3, 6, 3, 7, 8, 1, 9, 1, 0, 0])
+    np.testing.assert_array_equal(batch.targets_BT[0, 0], [5, 3, 6, 2, 7, 8, 2, 9, 2, 2, 0, 0])
+    np.testing.assert_array_equal(batch.mask_BT[0, 0], [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(batch.positions_BT[0, 0], [0, 1, 2, 3, 2, 3, 4, 0, 1, 0, 0, 0])
+    np.testing.assert_array_equal(batch.segments_BT[0, 0], [1, 1, 1, 1, 1, 1, 1, 3, 3, 4, 0, 0])
+    np.testing.assert_array_equal(batch.branches_BT[0, 0], [0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 0, 0])
+    np.testing.assert_array_equal(batch.responses_BT[0, 0], [-1, -1, 0, 0, 1, 1, 1, 2, 2, 3, -1, -1])
+    np.testing.assert_array_equal(batch.ref_logps_BT[0, 0], [0, 0, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0])
+    np.testing.assert_array_equal(batch.group_BS[0, 0], [0, 0, 1, 1])
+    np.testing.assert_array_equal(batch.slot_BS[0, 0], [0, 1, 0, 1])
 
   def test_puts_a_label_of_tokens_at_each_target_that_counts(self, token_dataset):
     tokens = [{'step': [[0.1, 0.2], [0.3, 0.4, 0.5]]}, {'step': [[0.6, 0.7], [0.8]]}]
@@ -145,5 +163,18 @@ class TestDescribe:
         '  slots 0-2, 2 predicted: response 0 of group 0, margin 0.5',
         r'    bc\n[[de\n]]',
         '  slots 3-4, 1 predicted: response 1 of group 0, margin 0.5',
+        r'    bc\n[[f\n]]',
+    ]
+
+  def test_shows_a_shared_prompt_with_each_response(self, token_dataset):
+    joined = dataset.Joined([token_dataset([{'ids': [[1, 2, 3, 4], [1, 2, 5]], 'prompt': 2, 'margin': 0.5}])])
+    placed = _place((0, 0, 0, 0, 0, 0, 0), (0, 1, 0, 0, 0, 1, 3, 1))
+    batch = rows.assemble(joined, placed, shape=rows.Shape(1, 1, 8, 2, True), rows=np.arange(1))
+    decode = lambda ids, continuation=False, skip_special=True: ''.join(chr(ord('a') + i) for i in ids) + '\n'
+    assert rows.describe(batch, pytypes.SimpleNamespace(decode=decode)).splitlines() == [
+        'micro-batch 0, row 0: 4 of 8 slots used',
+        '  slots 0-2, 2 predicted: response 0 of group 0, margin 0.5',
+        r'    bc\n[[de\n]]',
+        '  slots 0-0 and 3-3, 1 predicted: response 1 of group 0, margin 0.5',
         r'    bc\n[[f\n]]',
     ]

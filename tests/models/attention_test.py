@@ -8,15 +8,31 @@ import numpy as np
 import pytest
 
 from jaxalign import sharding
+from jaxalign import types as errors
 from jaxalign.models import attention
 
 
 def arrays(rng, rows, length, heads, kv_heads, size):
-  """Queries, keys, values and segments: runs of equal ids, the last of them padding."""
+  """Queries, keys, values and who sees whom: segments are runs of equal ids, the last of them padding."""
   q, k, v = (rng.normal(size=(rows, length, n, size)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
   segments = np.sort(rng.integers(1, 4, (rows, length)), axis=1)
   segments[:, -length // 8 :] = 0
-  return q, k, v, segments.astype(np.int32)
+  return q, k, v, attention.Seen(segments.astype(np.int32))
+
+
+def branched(rng, rows, length, heads, kv_heads, size):
+  """The same where each segment is a prompt and branches that begin behind it."""
+  q, k, v, seen = arrays(rng, rows, length, heads, kv_heads, size)
+  branches, positions, number = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32), 0
+  for b in range(rows):
+    for segment in range(1, 4):
+      (slots,) = np.nonzero(seen.segments_BT[b] == segment)
+      prompt = len(slots) // 3
+      positions[b, slots[:prompt]] = np.arange(prompt)
+      for branch in np.array_split(slots[prompt:], 3):
+        number += 1
+        branches[b, branch], positions[b, branch] = number, prompt + np.arange(len(branch))
+  return q, k, v, seen._replace(branches_BT=branches, positions_BT=positions)
 
 
 def plain(size):
@@ -24,17 +40,21 @@ def plain(size):
   return attention.How(size**-0.5)
 
 
-def formula(q_BTNH, k_BTKH, v_BTKH, segments_BT, how):
+def formula(q_BTNH, k_BTKH, v_BTKH, seen, how):
   """Softmax attention, a query at a time, in float64."""
   out = np.zeros(q_BTNH.shape)
   ratio = q_BTNH.shape[2] // k_BTKH.shape[2]
+  segments_BT = seen.segments_BT
+  branches_BT = np.zeros_like(segments_BT) if seen.branches_BT is None else seen.branches_BT
+  places_BT = np.tile(np.arange(q_BTNH.shape[1]), (len(q_BTNH), 1)) if seen.branches_BT is None else seen.positions_BT
   for b, t, n in np.ndindex(q_BTNH.shape[:3]):
-    first = max(0, t - how.window + 1) if how.window else 0
-    seen = [s for s in range(first, t + 1) if segments_BT[b, s] == segments_BT[b, t]]
-    scores = k_BTKH[b, seen, n // ratio].astype(np.float64) @ q_BTNH[b, t, n] * how.scale
+    keys = [s for s in range(t + 1) if segments_BT[b, s] == segments_BT[b, t]]
+    keys = [s for s in keys if branches_BT[b, s] in (0, branches_BT[b, t])]
+    keys = [s for s in keys if not how.window or places_BT[b, t] - places_BT[b, s] < how.window]
+    scores = k_BTKH[b, keys, n // ratio].astype(np.float64) @ q_BTNH[b, t, n] * how.scale
     scores = how.softcap * np.tanh(scores / how.softcap) if how.softcap else scores
     weights = np.exp(scores - scores.max())
-    out[b, t, n] = weights / weights.sum() @ v_BTKH[b, seen, n // ratio]
+    out[b, t, n] = weights / weights.sum() @ v_BTKH[b, keys, n // ratio]
   return out
 
 
@@ -86,12 +106,22 @@ class TestAttend:
     how = attention.How(0.9, window, softcap)
     np.testing.assert_allclose(attention.attend('xla', *args, how), formula(*args, how), atol=2e-6)
 
+  @pytest.mark.parametrize('how', [plain(8), attention.How(0.9, 5), attention.How(0.9, 500, 0.7)])
+  def test_sees_of_a_segment_the_prompt_and_its_own_branch(self, how):
+    args = branched(np.random.default_rng(8), 2, 200, 2, 1, 8)
+    np.testing.assert_allclose(attention.attend('xla', *args, how), formula(*args, how), atol=2e-6)
+
 
 class TestCudnn:
 
   @pytest.mark.parametrize('how', [plain(8), attention.How(0.9, 5)])
   def test_gives_the_kernel_the_mask_of_segments_and_the_window(self, how):
     args = arrays(np.random.default_rng(4), 2, 24, 4, 2, 8)
+    np.testing.assert_allclose(fused(*args, how), formula(*args, how), atol=2e-6)
+
+  @pytest.mark.parametrize('how', [plain(8), attention.How(0.9, 5)])
+  def test_gives_it_the_mask_of_branches(self, how):
+    args = branched(np.random.default_rng(9), 2, 48, 4, 2, 8)
     np.testing.assert_allclose(fused(*args, how), formula(*args, how), atol=2e-6)
 
 
@@ -101,6 +131,23 @@ class TestSplash:
   def test_is_softmax_attention_within_segments(self, how):
     args = arrays(np.random.default_rng(5), 1, 128, 2, 1, 64)
     np.testing.assert_allclose(splash(*args, how), formula(*args, how), atol=2e-6)
+
+  @pytest.mark.parametrize('size', [64, 128])
+  def test_tells_branches_apart(self, size):
+    args = branched(np.random.default_rng(10), 1, 128, 2, 1, size)
+    np.testing.assert_allclose(splash(*args, plain(size)), formula(*args, plain(size)), atol=2e-6)
+
+  def test_on_a_mesh_tells_branches_apart_with_its_gradient(self):
+    q, k, v, seen = branched(np.random.default_rng(11), 8, 256, 4, 2, 64)
+    grads = lambda fn: jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(fn(*x, seen, plain(64)))), (0, 1, 2)))(q, k, v)
+    with jax.set_mesh(sharding.make_mesh('fsdp:2,tensor:2,context:2')):
+      for found, wanted in zip(grads(splash), grads(attention.xla)):
+        np.testing.assert_allclose(found, wanted, atol=3e-5)
+
+  @pytest.mark.parametrize('how', [attention.How(0.1, 5), attention.How(0.1, 0, 0.7)])
+  def test_refuses_branches_that_it_cannot_tell_apart(self, how):
+    with pytest.raises(errors.UsageError, match='share_prompts'):
+      splash(*branched(np.random.default_rng(12), 1, 128, 2, 1, 64), how)
 
   @pytest.mark.parametrize(
       'mesh,how',
