@@ -128,15 +128,23 @@ def _program(*static: int, donate: tuple[int, ...] = ()):
   return lambda fn: jax.jit(compilations.counted(fn), static_argnums=static, donate_argnums=donate)
 
 
-@_program(0)
-def prepare(model: transformer.Transformer, params: types.PyTree) -> types.PyTree:
-  """Parameters as they are read at each step: those that are not used in float32 in the precision of the model."""
+@_program(0, 2)
+def prepare(model: transformer.Transformer, params: types.PyTree, rules: sharding.Pairs | None = None) -> types.PyTree:
+  """Parameters as they are read at each step: those that are not used in float32 in the precision of the model.
+
+  `rules` of sharding say where they lie meanwhile, None where they lie anyway.
+  """
 
   def of(path, x):
     is_wide = any(word in jax.tree_util.keystr(path) for word in ('norm', 'score', 'lora'))
     return x if is_wide or quant.is_array_of(x) or x.dtype != jnp.float32 else x.astype(model.dtype)
 
   params = jax.tree_util.tree_map_with_path(of, params, is_leaf=quant.is_array_of)
+  if rules is not None:
+    whole = dataclasses.replace(model, apart=False)
+    mesh = jax.sharding.get_abstract_mesh()
+    placed = transformer.abstract_params(whole, mesh, dict(rules))  # type: ignore[arg-type]
+    params = jax.tree.map(lambda x, of: jax.lax.with_sharding_constraint(x, of.sharding.spec), params, placed)
   return transformer.apart(params, model.config) if model.apart else params
 
 

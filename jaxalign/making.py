@@ -283,6 +283,7 @@ class Maker:
           max_new_tokens=options.max_new_tokens,
           temperature=options.temperature if temperature is None else temperature,
           told_at=options.temperature,  # as in the training program, which they are compared with
+          rules=options.sampling_rules if model is self._models.policy else None,
           **options.ways(self._tokenizer),
           seed=_seed(self._seed, (*name, 'turn', turn) if turn else name),
           stop_ids=stop_ids,

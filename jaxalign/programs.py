@@ -286,7 +286,7 @@ def _rollout(job, recipe, tokenizer: tokenizers.Tokenizer, of: Abstract) -> Iter
       (model,), rule, (tokenizer.eos_id,), None, options.cache_dtype, told_at=options.temperature
   )
   policy = lora.join(forward.divided(of.trained)[0], of.frozen)
-  params = _as_prepared(model, policy)
+  params = _as_prepared(model, policy, sampling.as_pairs(options.sampling_rules))
   counts = np.zeros((sizes.together, sizes.longest[0]), np.int32), np.zeros(sizes.together, np.int32)
   ids, lengths = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in counts)
   of_token = lambda length: architecture.flops_per_token(model.config, length) / 3 / mesh.size
@@ -334,13 +334,13 @@ def _annotation(job, recipe, of: Abstract, policy: types.PyTree) -> Program:
   )
 
 
-def _as_prepared(model: transformer.Transformer, params: types.PyTree) -> types.PyTree:
-  """Parameters as `decoding.prepare` gives them: where they were, as it changes their precision alone."""
-  made = jax.eval_shape(lambda params: decoding.prepare(model, params), params)
+def _as_prepared(model: transformer.Transformer, params: types.PyTree, rules: sharding.Pairs | None) -> types.PyTree:
+  """Parameters as `decoding.prepare` gives them."""
+  made, mesh = jax.eval_shape(lambda x: decoding.prepare(model, x, rules), params), jax.sharding.get_mesh()
   if model.apart:
-    whole = sharding.named(jax.sharding.get_mesh())
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), made)
-  return jax.tree.map(lambda x, of: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of.sharding), made, params)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh)), made)
+  placed = params if rules is None else transformer.abstract_params(model, mesh, dict(rules))
+  return jax.tree.map(lambda x, of: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of.sharding), made, placed)
 
 
 def _placed(lower: Callable[[], Any], sizes: buckets.Sizes, program: decoding.Program) -> decoding.Rows:

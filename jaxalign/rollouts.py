@@ -11,6 +11,7 @@ from jaxalign import choosing
 from jaxalign import credit as credit_lib
 from jaxalign import environments
 from jaxalign import sampling
+from jaxalign import sharding
 from jaxalign import types
 from jaxalign.data import tokenizers
 from jaxalign.models import transformer
@@ -37,6 +38,9 @@ class Options:
     min_p: see `sampling.sample`.
     stop: texts that end a response, which holds them.
     cache_dtype: of keys and values, see `sampling.sample`.
+    sampling_rules: of sharding for the policy's weights while it writes, in place of some of `sharding.RULES`. With
+      {'embed': ()} each device of `fsdp` keeps them whole, in the precision of the model: they are gathered once a
+      rollout and not for every token. None leaves them where they are trained.
     epochs: passes over a rollout.
     minibatches: optimizer steps of a pass.
     ref_samples: responses of the reference to each prompt, for an `advantage_fn` that reads `ref_rewards_GN`.
@@ -71,6 +75,7 @@ class Options:
   min_p: float = 0.0
   stop: tuple[str, ...] = ()
   cache_dtype: str | None = None
+  sampling_rules: Mapping[str, tuple[str, ...]] | None = None
   epochs: int = 1
   minibatches: int = 1
   ref_samples: int = 0
@@ -104,6 +109,7 @@ class Options:
       )
     choosing.Rule(self.temperature, self.top_k, self.top_p, self.min_p).check()
     sampling.check_cache_dtype(self.cache_dtype)
+    sharding.check_rules(self.sampling_rules or {}, 'rollouts.Options.sampling_rules')
     if self.max_kl is not None and (self.max_kl <= 0 or self.updates == 1):
       problem = (
           'it must be above 0' if self.updates > 1 else 'a rollout has a single update, before which nothing moved'

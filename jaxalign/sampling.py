@@ -5,6 +5,7 @@ What runs on the device is in `decoding`, how a token is chosen in `choosing`.
 
 import collections
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 from typing import Any
@@ -111,6 +112,7 @@ def sample(
     told_at: float = 1.0,
     rows: int = ROWS,
     watch: Callable[[int, list[int]], None] | None = None,
+    rules: Mapping[str, Sequence[str]] | None = None,
     **rule: Any,
 ) -> list[Sampled]:
   """Samples responses to each prompt.
@@ -132,6 +134,7 @@ def sample(
     told_at: the temperature of the log-probabilities that are told beside those of the draw.
     rows: responses that are written at once; more where the mesh does not divide them.
     watch: called with the number of a response (i * n + k) and its tokens so far, every few tokens.
+    rules: of sharding for the policy's parameters while it writes, see `sharding.RULES`; None leaves them in place.
     **rule: temperature, top_k, top_p, min_p and repetition_penalty, see `choosing.Rule`.
 
   Returns:
@@ -140,7 +143,7 @@ def sample(
   Raises:
     UsageError: a number has no meaning, or a guide has another vocabulary.
   """
-  program, models_params, guides_prompts = _opened(model, params, stop_ids, guidance, cache_dtype, told_at, rule)
+  program, models_params, guides_prompts = _opened(model, params, stop_ids, guidance, cache_dtype, told_at, rules, rule)
   if not prompts:
     return []
   return _Run(
@@ -166,7 +169,7 @@ def _limits(max_new_tokens: int | Sequence[int], prompts: int, n: int, rows: int
   return found
 
 
-def _opened(model, params, stop_ids, guidance: Guidance | None, cache_dtype, told_at, rule) -> tuple:
+def _opened(model, params, stop_ids, guidance: Guidance | None, cache_dtype, told_at, rules, rule) -> tuple:
   """The program, parameters of each model, and the prompts of the guides; see `sample`."""
   rule = choosing.Rule(**rule)
   rule.check()
@@ -178,12 +181,17 @@ def _opened(model, params, stop_ids, guidance: Guidance | None, cache_dtype, tol
     raise types.UsageError(f'models that guide each other have one vocabulary; these have {sorted(sizes)} tokens')
   models = tuple(map(prepared, models))
   program = decoding.Program(models, rule, tuple(stop_ids), guidance.process, cache_dtype, told_at)
-  params_of: list[types.PyTree] = [decoding.prepare(models[0], params)]
+  params_of: list[types.PyTree] = [decoding.prepare(models[0], params, as_pairs(rules))]
   for its_model, guide in zip(models[1:], guidance.guides, strict=True):
     # The policy may guide itself, behind another prompt.
     is_policy = guide.params is params and its_model == models[0]
     params_of.append(params_of[0] if is_policy else decoding.prepare(its_model, guide.params))
   return program, params_of, [guide.prompts for guide in guidance.guides]
+
+
+def as_pairs(rules: Mapping[str, Sequence[str]] | None) -> sharding.Pairs | None:
+  """Rules of sharding as a key of a program."""
+  return None if rules is None else tuple((logical, tuple(axes)) for logical, axes in sorted(rules.items()))
 
 
 def check_cache_dtype(cache_dtype: str | None) -> None:

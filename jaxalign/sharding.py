@@ -44,6 +44,10 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
+# The same as a key: pairs of a logical axis and mesh axes.
+Pairs = tuple[tuple[str, tuple[str, ...]], ...]
+
+
 def parse_mesh(text: str, flag: str = '--mesh') -> dict[str, int]:
   """Reads 'fsdp:4,tensor:2' into {axis: size}; -1 stands for the devices that the other axes leave.
 

@@ -89,6 +89,19 @@ class TestPlan:
     assert of['step']['hbm_by_class']['critic'] > 0.9 * of['step']['hbm_by_class']['parameters']
     assert found['hbm_bytes'] == max(one['hbm_bytes'] for one in of.values())
 
+  def test_of_rollouts_gathers_weights_once_where_rules_say_so(self, capsys):
+    few = 'rollouts.Options.prompts = 4', 'rollouts.Options.samples = 4', 'rollouts.Options.max_new_tokens = 96'
+    bytes_of = lambda one: one['collectives'].get('all-gather', {'bytes': 0})['bytes']
+    decodes = []
+    for rules in ('None', "{'embed': ()}"):
+      bound = *few, 'prompts.alone.longest = 32', f'rollouts.Options.sampling_rules = {rules}'
+      found = planned(capsys, flags('v5e:2x2', 'grpo', *bound))
+      decodes.append(next(one for one in found['programs'] if one['name'] == 'decode'))
+    spread, whole = decodes
+    assert bytes_of(spread) > 2 * MATRICES > 50 * bytes_of(whole)
+    weights = [one['hbm_by_class']['weights for sampling'] for one in decodes]
+    assert weights[1] == pytest.approx(4 * weights[0], rel=0.01)
+
 
 class TestEstimate:
 

@@ -164,6 +164,27 @@ class TestSample:
     single = transformer.init_params(MODEL, jax.random.key(0), MESH)
     assert [x.ids for x in found] == [x.ids for x in draw(params=single, cache_dtype=cache_dtype, rows=8, n=2)]
 
+  @pytest.mark.parametrize('apart', [False, True])
+  def test_keeps_weights_by_other_rules_while_it_writes(self, apart, monkeypatch):
+    mesh, given, read = sharding.make_mesh('fsdp:4,tensor:2'), [], decoding.read
+    params = transformer.init_params(MODEL, jax.random.key(0), mesh)
+    assert params['head'].sharding.shard_shape((16, 128)) == (4, 64)
+
+    def looked_at(program, params, *args):
+      given.append(params[0])
+      return read(program, params, *args)
+
+    monkeypatch.setattr(decoding, 'read', looked_at)
+    monkeypatch.setattr(sampling, 'prepared', lambda model: dataclasses.replace(model, apart=apart))
+    with jax.set_mesh(mesh):
+      model = transformer.build(CONFIG, mesh, length=64)
+      found = draw(params=params, model=model, rows=8, n=2, rules={'embed': ()})
+    monkeypatch.undo()
+    head = given[0]['head']
+    assert head.sharding.shard_shape(head.shape) == (16, 64)
+    single = transformer.init_params(MODEL, jax.random.key(0), MESH)
+    assert [x.ids for x in found] == [x.ids for x in draw(params=single, rows=8, n=2)]
+
   def test_depends_on_the_seed_alone(self):
     assert [x.ids for x in draw(seed=1)] == [x.ids for x in draw(seed=1)]
     assert [x.ids for x in draw(seed=1)] != [x.ids for x in draw(seed=2)]

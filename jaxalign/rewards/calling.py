@@ -146,7 +146,8 @@ def told(err: Exception, fn: Callable) -> str:
 
 def serve(connection: connection_lib.Connection) -> None:
   """Loads the function that the other side names, then answers calls until it closes the connection."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # The other side hears of it, and ends this one.
+  for number in (signal.SIGINT, signal.SIGTERM):  # The other side hears of it, finishes its step, and ends this one.
+    signal.signal(number, signal.SIG_IGN)
   sys.path[:], path, name, options = connection.recv()
   fn = functools.partial(load(path, name), **options)
   connection.send(None)

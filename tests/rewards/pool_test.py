@@ -26,6 +26,10 @@ def pid(responses, *, add):
   time.sleep(0.05)
   return [os.getpid() + add]
 
+def told(responses):
+  os.kill(os.getpid(), signal.SIGTERM)
+  return [7.0]
+
 def die(responses):
   if responses[0] == 'kill':
     os.kill(os.getpid(), signal.SIGKILL)
@@ -79,6 +83,9 @@ class TestPool:
       run(pool, '0 1', '60 1', '0 1')
     pool.close()
     assert time.monotonic() - start < 20
+
+  def test_answers_though_a_scheduler_tells_all_processes_of_a_job_to_end(self, opened):
+    assert run(opened('told', 1), 'a', 'b') == [7.0, 7.0]
 
   @pytest.mark.parametrize(('how', 'said'), [('kill', 'SIGKILL'), ('exit', 'exit code 3')])
   def test_names_what_died(self, opened, how, said):
