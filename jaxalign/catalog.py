@@ -70,8 +70,8 @@ def table() -> str:
   """The algorithms as a Markdown table with paper, place in the surveys, loss and test."""
   rows = ['| algorithm | what it is | paper | surveys | loss | test |', '|---|---|---|---|---|---|']
   for name, text in algorithms().items():
-    link = re.search(r'https?://\S+', text)
-    what = re.sub(r'[\s,]*https?://\S+', '', text)
+    link = re.search(r'https?://[^\s,]+', text)
+    what = re.sub(r'[\s,]*https?://[^\s,]+', '', text)
     content = _text(name)
     module, function = re.findall(r'loss_fn = @(\w+)\.(\w+)', content)[0]
     surveys = re.search(r'^#   Surveys: (.*)$', content, re.MULTILINE)

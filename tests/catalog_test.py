@@ -56,7 +56,7 @@ class TestTable:
     assert [row[0].strip('`') for row in rows] == list(catalog.algorithms())
     for name, what, paper, _, loss, test in rows:
       assert what and 'http' not in what
-      assert '](https://' in paper
+      assert re.fullmatch(r'\[[^,\]]+\]\(https://[^,)]+\)', paper)
       assert (ROOT / 'gin_configs' / f'{name.strip("`")}.gin').is_file()
       module, function = loss.strip('`').split('.')
       assert f'\ndef {function}(' in (ROOT / 'jaxalign' / 'losses' / f'{module}.py').read_text()
