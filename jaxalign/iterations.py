@@ -54,24 +54,31 @@ def check_fit(
     of_text = np.eye(1, options.samples, dtype=int) * int(texts.lengths_NK.max())
     lengths = np.concatenate([lengths, np.repeat(of_text, options.texts, axis=0)])
     shared = np.concatenate([shared, np.zeros(options.texts, int)])
+  wanted = _wanted(lengths, shared, packing)
+  if wanted:
+    raise types.UsageError(
+        f'{groups} prompts with {options.samples} responses of up to {longest} tokens do not fit a step of'
+        f' {packing.micro_batches} x {packing.rows} rows of {packing.row_length} tokens: {wanted}, or lower'
+        ' rollouts.Options.prompts, samples or max_new_tokens'
+    )
+
+
+def _wanted(lengths_NK: np.ndarray, shared_N: np.ndarray, packing: loader_lib.Packing) -> str:
+  """What would make these groups fit one step; '' where they do."""
   try:
-    steps = packing_lib.pack(
-        lengths,
-        np.arange(len(lengths)),
+    count = packing_lib.pack(
+        lengths_NK,
+        np.arange(len(lengths_NK)),
         rows=packing.rows,
         row_length=packing.row_length,
         max_responses=packing.max_responses or 1,
-        micro_batches=packing.micro_batches,
-        shared_N=shared,
+        shared_N=shared_N,
     ).num_steps
   except packing_lib.DoesNotFit:
-    steps = 0
-  if steps != 1:
-    raise types.UsageError(
-        f'{groups} prompts with {options.samples} responses of up to {longest} tokens do not fit a step of'
-        f' {packing.micro_batches} x {packing.rows} rows of {packing.row_length} tokens: raise'
-        ' loader.Packing.micro_batches or rows, or lower rollouts.Options.prompts'
-    )
+    if lengths_NK.max() > packing.row_length:
+      return f'raise loader.Packing.row_length to {lengths_NK.max()}'
+    return 'raise loader.Packing.rows, as all responses to a prompt lie in one micro-batch'
+  return f'raise loader.Packing.micro_batches to {count}' if count > packing.micro_batches else ''
 
 
 def _limits(options: rollouts.Options) -> str:

@@ -147,7 +147,14 @@ class TestIterations:
   @pytest.mark.parametrize(
       'options,packing,said',
       [
-          ({}, {'rows': 1}, '2 prompts with 3 responses of up to .* do not fit a step of 1 x 1 rows of 64 tokens'),
+          (
+              {},
+              {'rows': 1},
+              '2 prompts with 3 responses of up to 20 tokens do not fit a step of 1 x 1 rows of 64 tokens: raise'
+              ' loader.Packing.micro_batches to 2, or',
+          ),
+          ({}, {'rows': 1, 'row_length': 40}, 'tokens: raise loader.Packing.rows, as all responses to a prompt'),
+          ({'max_new_tokens': 64}, {}, 'of up to 72 tokens .*: raise loader.Packing.row_length to 71, or'),
           ({'max_new_tokens': 510}, {'row_length': 1024}, 'exceed the context of the model, 512'),
       ],
   )
