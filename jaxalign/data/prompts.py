@@ -48,7 +48,7 @@ def alone(
   if not ids:
     raise examples.Dropped('an empty prompt')
   if len(ids) > longest:
-    raise examples.Dropped(f'a prompt of more than {longest} tokens')
+    raise examples.Dropped(f'a prompt of more than prompts.alone.longest = {longest} tokens')
   stand_in = np.array([*ids, ids[-1]], np.int32)
   return examples.Group(
       (examples.Sequence(stand_in, np.arange(len(stand_in)) == len(ids)),), {}, prompt_tokens=len(ids)

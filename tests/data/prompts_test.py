@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from jaxalign import recipe as recipe_lib
+from jaxalign.data import examples
 from jaxalign.data import prompts
 from jaxalign.data import templates
 from jaxalign.data import tokenizers
@@ -15,6 +16,15 @@ from jaxalign.data import tokenizers
 @pytest.fixture(scope='module')
 def tokenizer():
   return tokenizers.load(recipe_lib.asset('stories260K'))
+
+
+class TestAlone:
+
+  def test_drops_a_prompt_that_is_too_long_and_says_what_to_raise(self, tokenizer):
+    record, ids = {'prompt': 'Once upon a time'}, examples.prompt_ids(tokenizer, 'Once upon a time')
+    assert prompts.alone(record, tokenizer, row_length=64, longest=len(ids)).prompt_tokens == len(ids)
+    with pytest.raises(examples.Dropped, match=f'prompts.alone.longest = {len(ids) - 1}'):
+      prompts.alone(record, tokenizer, row_length=64, longest=len(ids) - 1)
 
 
 class TestStopIds:
