@@ -263,6 +263,11 @@ def query(name: str) -> Any:
     return gin.query_parameter(f'jaxalign.{name}')
 
 
+def is_users(name: str) -> bool:
+  """Whether the user bound a parameter of the package's ('rollouts.Options.rewards')."""
+  return any(bound.named(key) == name for key in _users)
+
+
 def bindings() -> str:
   """Everything that was bound, as text."""
   return bound.text(gin.config_str)

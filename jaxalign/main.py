@@ -200,6 +200,8 @@ def _start(args: flags.FlagValues) -> None:
 def _train(args: flags.FlagValues) -> None:
   recipe = _configure(args)
   config.check_reachable('train.train', 'recipe.Recipe')
+  if recipe.rollouts is not None:
+    _check_judged(args, args.data or recipe.data)
   _start(args)
   job = _job(args, _of(recipe))
   bindings = config.bindings()
@@ -210,6 +212,16 @@ def _train(args: flags.FlagValues) -> None:
     summary = config.get('train.train')(job, recipe=recipe, config=configured)
   if jax.process_index() == 0:
     sys.stdout.write(json.dumps(summary, indent=1) + '\n')
+
+
+def _check_judged(args: flags.FlagValues, data: str) -> None:
+  """Raises UsageError where responses to the user's own prompts would be judged as those to the package's are."""
+  theirs = [spec for spec, _ in sources.parse_mixture(data) if not spec.startswith('builtin:')]
+  if theirs and not (args.reward or args.environment or config.is_users('rollouts.Options.rewards')):
+    raise types.UsageError(
+        f'--data={theirs[0]}: nothing says what judges responses to it; give --reward=MODULE:FUNCTION or DIR, or'
+        ' --environment (the built-in prompts of stories are judged by jaxalign.rewards.rules:vader)'
+    )
 
 
 def _restored(args: flags.FlagValues) -> tuple[pathlib.Path, dict]:

@@ -422,6 +422,11 @@ REFUSED = {
     ),
     'not a tokenizer': (('--algo=dpo', '--tokenizer={files}/pairs.jsonl'), 1, ['pairs.jsonl', 'SentencePiece']),
     'no data': (('--algo=dpo', '--data=jsonl:nowhere.jsonl'), 2, ['there is no file nowhere.jsonl']),
+    'nobody to judge': (
+        ('--algo=grpo', '--data=jsonl:{files}/pairs.jsonl'),
+        2,
+        ['--data=jsonl:', 'nothing says what judges', '--reward='],
+    ),
     'no held-out data': (
         ('--algo=dpo', '--data=jsonl:{files}/pairs.jsonl', '--eval_data=jsonl:nowhere.jsonl'),
         2,
