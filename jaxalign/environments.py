@@ -201,8 +201,8 @@ def _checked(found: Any) -> tuple[str, float, bool]:
   observation, reward, done = found
   if not isinstance(observation, str):
     raise calling.Unusable(f'its observation is {observation!r:.80} {wanted}, the first a text')
-  if not isinstance(reward, int | float) or not math.isfinite(reward):
+  if not isinstance(reward, int | float | np.integer | np.floating) or not math.isfinite(reward):
     raise calling.Unusable(f'its reward is {reward!r:.80} {wanted}, the second a finite number')
-  if not isinstance(done, bool):
+  if not isinstance(done, bool | np.bool_):
     raise calling.Unusable(f'its done is {done!r:.80} {wanted}, the third True or False')
-  return observation, float(reward), done
+  return observation, float(reward), bool(done)

@@ -37,7 +37,8 @@ def failing(state, text):
 
 def returned(state, text):
   del text
-  return {'tuple': 3, 'text': (1, 0.0, True), 'number': ('', float('nan'), True), 'truth': ('', 0.0, 1)}[state['what']]
+  table = {'tuple': 3, 'text': (1, 0.0, True), 'number': ('', float('nan'), True), 'truth': ('', 0.0, 1)}
+  return (table | {'arrays': ('', np.float32(2), np.bool_(True))})[state['what']]
 
 
 def lonely(state):
@@ -109,6 +110,11 @@ class TestPlay:
         'episodes/observed_tokens': 2.0,
         'episodes/cut_observations': 2.0,
     }
+
+  def test_takes_numbers_and_truths_of_numpy(self, tokenizer):
+    prompts = [verdicts.Prompt([1], {'what': 'arrays'}, 'here')]
+    (one,) = environment(f'{HERE}:returned').play(prompts, 1, tokenizer, lambda behind, n, turn: [said_once(400)])
+    assert (one.reward, one.finished) == (2.0, True)
 
   @pytest.mark.parametrize(
       'name,record,said',
