@@ -7,6 +7,7 @@ from concurrent import futures
 import dataclasses
 import functools
 import pathlib
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -157,7 +158,7 @@ class Iterations:
     """What is sampled for a rollout, and who judges it meanwhile; without `params` what was kept of that."""
     path = self._folder / f'{iteration:06d}.drawn.json'
     if params is None:
-      drawn = making.Drawn.of_text(_text(path))
+      drawn = _parsed(path, making.Drawn.of_text)
     else:
       drawn = self._maker.draw(iteration, params)
       self._write(path, drawn.to_text())
@@ -216,7 +217,15 @@ class Iterations:
     return self._folder / f'{iteration:06d}.jsonl'
 
   def _read(self, iteration: int) -> episodes.Rollout:
-    return episodes.of_text(_text(self._path(iteration)), self._options.samples)
+    count = self._options.prompts * self._options.samples
+
+    def whole(text: str) -> episodes.Rollout:
+      rollout = episodes.of_text(text, self._options.samples)
+      if len(rollout.responses) != count:
+        raise ValueError(f'it has {len(rollout.responses)} of {count} responses')
+      return rollout
+
+    return _parsed(self._path(iteration), whole)
 
 
 class _Ahead(NamedTuple):
@@ -226,8 +235,10 @@ class _Ahead(NamedTuple):
   judged: futures.Future
 
 
-def _text(path: pathlib.Path) -> str:
+def _parsed(path: pathlib.Path, parse: Callable[[str], Any]) -> Any:
+  """What a file holds that a run left there; RunError where it is gone or torn."""
   try:
-    return path.read_text(encoding='utf-8')
-  except OSError as err:
-    raise types.RunError(f'{path}: the rollout that the run was at cannot be read ({err.strerror})') from err
+    return parse(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError, LookupError, TypeError) as err:
+    reason = err.strerror if isinstance(err, OSError) else f'{type(err).__name__}: {err}'
+    raise types.RunError(f'{path}: the rollout that the run was at cannot be read ({reason})') from err

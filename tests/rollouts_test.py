@@ -144,6 +144,23 @@ class TestIterations:
     for (_, one), (_, other) in zip(straight[1:], resumed, strict=True):
       runs.assert_same(jax.device_get(one), jax.device_get(other))
 
+  def test_tells_of_a_rollout_that_is_torn_or_gone(self, make, loaded, tmp_path):
+    options, path = dataclasses.replace(OPTIONS, minibatches=2), tmp_path / 'rollouts' / '000000.jsonl'
+    taken(make(options), loaded, 1)
+    whole = path.read_text()
+    for text, said in (
+        (whole[:-20], 'JSONDecodeError'),
+        (''.join(whole.splitlines(True)[:3]), 'it has 3 of 6 responses'),
+        (whole.replace('"ids"', '"id"'), "KeyError: 'ids'"),
+        ('', 'IndexError'),
+    ):
+      path.write_text(text)
+      with pytest.raises(types.RunError, match=f'000000.jsonl: the rollout .* cannot be read .*{said}'):
+        taken(make(options), loaded, 1, place=(0, 1))
+    path.unlink()
+    with pytest.raises(types.RunError, match='000000.jsonl: the rollout .* cannot be read .No such file'):
+      taken(make(options), loaded, 1, place=(0, 1))
+
   @pytest.mark.parametrize(
       'options,packing,said',
       [
