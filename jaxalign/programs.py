@@ -280,7 +280,7 @@ def _rollout(job, recipe, tokenizer: tokenizers.Tokenizer, of: Abstract) -> Iter
         f' {options.longest} tokens'
     )
   model = sampling.prepared(of.model)
-  sizes = buckets.Sizes.of([prompt], [options.max_new_tokens] * options.prompts, options.samples, sampling.ROWS)
+  sizes = buckets.Sizes.of([prompt], [options.max_new_tokens] * options.prompts, options.samples, options.rows)
   rule = choosing.Rule(options.temperature, options.top_k, options.top_p, options.min_p)
   program = decoding.Program(
       (model,), rule, (tokenizer.eos_id,), None, options.cache_dtype, told_at=options.temperature

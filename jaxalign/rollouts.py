@@ -41,6 +41,7 @@ class Options:
     sampling_rules: of sharding for the policy's weights while it writes, in place of some of `sharding.RULES`. With
       {'embed': ()} each device of `fsdp` keeps them whole, in the precision of the model: they are gathered once a
       rollout and not for every token. None leaves them where they are trained.
+    rows: responses that are written at once, see `sampling.sample`: no id depends on it, but speed and memory do.
     epochs: passes over a rollout.
     minibatches: optimizer steps of a pass.
     ref_samples: responses of the reference to each prompt, for an `advantage_fn` that reads `ref_rewards_GN`.
@@ -76,6 +77,7 @@ class Options:
   stop: tuple[str, ...] = ()
   cache_dtype: str | None = None
   sampling_rules: Mapping[str, tuple[str, ...]] | None = None
+  rows: int = sampling.ROWS
   epochs: int = 1
   minibatches: int = 1
   ref_samples: int = 0
@@ -97,7 +99,8 @@ class Options:
           'rollouts.Options.rewards: nothing scores the responses; give --reward=MODULE:FUNCTION or DIR'
       )
     functions.check_how(self.combine)
-    for name in ('prompts', 'samples', 'max_new_tokens', 'epochs', 'minibatches', 'turns', 'observation_tokens'):
+    counts = 'prompts', 'samples', 'max_new_tokens', 'rows', 'epochs', 'minibatches', 'turns', 'observation_tokens'
+    for name in counts:
       if getattr(self, name) < 1:
         raise types.UsageError(f'rollouts.Options.{name} = {getattr(self, name)}: it must be at least 1')
     for name in ('ref_samples', 'refill', 'texts'):
@@ -165,7 +168,7 @@ class Options:
   def ways(self, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
     """How tokens are drawn, temperature and length aside: arguments of `sampling.sample`."""
     stop = sampling.Stop(self.stop, functools.partial(tokenizer.decode, continuation=True))
-    named = {name: getattr(self, name) for name in ('top_k', 'top_p', 'min_p', 'cache_dtype')}
+    named = {name: getattr(self, name) for name in ('top_k', 'top_p', 'min_p', 'cache_dtype', 'rows')}
     return named | {'stop': stop}
 
   @property

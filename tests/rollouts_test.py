@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxalign import advantages
+from jaxalign import decoding
 from jaxalign import episodes
 from jaxalign import iterations
 from jaxalign import main
@@ -117,6 +118,16 @@ class TestIterations:
       advantage, logps = found[tuple(line['ids'])]
       np.testing.assert_allclose(advantage, line['advantage'], rtol=1e-6)
       np.testing.assert_array_equal(logps, np.float32(line['sampler_logps']))
+
+  def test_writes_as_many_responses_at_once_as_it_is_told_and_the_same(self, make, loaded, tmp_path, monkeypatch):
+    started, start = [], decoding.start
+    monkeypatch.setattr(decoding, 'start', lambda *args: started.append(args[1]) or start(*args))
+    found = {}
+    for rows in (2, 4):
+      taken(make(dataclasses.replace(OPTIONS, rows=rows)), loaded, 1)
+      found[rows] = [line['ids'] for line in kept(tmp_path, 0)]
+    assert started == [2, 4]
+    assert found[2] == found[4]
 
   def test_takes_every_prompt_once_an_epoch(self, make, loaded, tmp_path):
     taken(make(), loaded, 5)
@@ -369,6 +380,7 @@ class TestOptions:
           ({'stop': '###'}, "stop = '###': a tuple of texts that are not empty"),
           ({'stop': ('',)}, r"stop = \('',\): a tuple of texts"),
           ({'turns': 0}, 'rollouts.Options.turns = 0: it must be at least 1'),
+          ({'rows': 0}, 'rollouts.Options.rows = 0: it must be at least 1'),
           ({'temperature': 0.0}, 'rollouts.Options.temperature = 0.0: it must be above 0, or nothing varies'),
       ],
   )
