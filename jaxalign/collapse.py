@@ -30,9 +30,10 @@ def _is(name: str, value: float, line: _Line) -> bool:
 
 
 def _per_token(line: _Line) -> float:
-  """Nats a token from the reference, of the loss or of the reward."""
-  found, whole, length = (line.get(name) for name in ('kl', 'objective/kl', 'completions/mean_length'))
-  return found or (whole / length if whole and length else 0.0)
+  """Nats a token from the reference, of the loss, of the reward, or of held-out prompts (then from the beginning)."""
+  of_responses = ('objective/kl', 'completions/mean_length'), ('eval/kl', 'eval/mean_length')
+  shares = [line[whole] / line[length] for whole, length in of_responses if line.get(whole) and line.get(length)]
+  return max([line.get('kl') or 0.0, *shares])
 
 
 # What is told of a sign, and whether the first and the newest metrics show it.
@@ -71,7 +72,7 @@ def signs(history: Sequence[_Line]) -> tuple[str, ...]:
     reward_std      it is 0
     distinct_2      below half of the first
     entropy         below a tenth of the first
-    kl              more than 2 nats a token
+    kl              more than 2 nats a token, where nothing reads a reference by `eval/kl`
     clipped_ratio   1, and less at first
     length          the mean is more than three times the first
 

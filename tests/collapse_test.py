@@ -45,6 +45,11 @@ class TestSigns:
     assert collapse.signs([FIRST, far]) == ()
     assert collapse.signs([FIRST, far | {'objective/kl': 41.0}]) == ('kl',)
 
+  def test_are_those_of_held_out_prompts_where_nothing_reads_a_reference(self):
+    far = {name: value for name, value in FIRST.items() if name != 'kl'} | {'eval/mean_length': 64.0, 'eval/kl': 127.0}
+    assert collapse.signs([FIRST, far]) == ()
+    assert collapse.signs([FIRST, far | {'eval/kl': 129.0}]) == ('kl',)
+
   def test_do_not_show_at_first(self):
     assert collapse.signs([]) == collapse.signs([FIRST]) == ()
     always = FIRST | {'completions/clipped_ratio': 1.0}
