@@ -181,6 +181,8 @@ def loaded(path: str, name: str, fail: Callable[[str], Exception]) -> Callable:
   try:
     fn = calling.load(path, name)
   except ModuleNotFoundError as err:
+    if os.path.isdir(path):
+      raise fail(f'{path} is a directory, behind which a weight may stand, and {name} is no finite number') from err
     looked = 'the current folder and PYTHONPATH are searched; path/to/file.py:FUNCTION names a file'
     raise fail(f'{err}; {looked}') from err
   except calling.Unusable as err:

@@ -125,13 +125,14 @@ class TestParse:
           ('{mine}:scaled(timeout=0)', 'timeout=0: it is a number of seconds above 0'),
           ('nowhere/mine.py:length', 'there is no file nowhere/mine.py'),
           ('no_such_module:length', "No module named 'no_such_module'; the current folder and PYTHONPATH are searched"),
+          ('{folder}:nan', 'is a directory, behind which a weight may stand, and nan is no finite number'),
           ('{broken}:length', 'ZeroDivisionError: division by zero'),
       ],
   )
   def test_says_what_is_wrong(self, mine, tmp_path, spec, said):
     broken = tmp_path / 'broken.py'
     broken.write_text('x = 1 / 0\n')
-    spec = spec.format(mine=mine, broken=broken)
+    spec = spec.format(mine=mine, broken=broken, folder=tmp_path)
     with pytest.raises(types.UsageError) as caught:
       functions.parse(spec)
     assert str(caught.value).startswith(f'--reward={spec}: ')
