@@ -164,7 +164,7 @@ def open_prompts(
     scored: whether rewards are asked, so that models among them are wanted.
 
   Raises:
-    UsageError: loss or advantages read what a rollout does not give, or it does not fit a step, or no model judges it.
+    UsageError: loss or advantages read what a rollout does not give, or it fits no step of the mesh, or none judges it.
   """
   options = recipe.rollouts
   assert options is not None
@@ -176,6 +176,7 @@ def open_prompts(
   logging.info('advantages read %s', ', '.join(sorted(options.credit.reads)))
   packing = iterations.packing_of(options, recipe.packing)
   texts = _texts(job, options, tokenizer, packing.row_length)
+  loader_lib.check_mesh(packing, job.mesh)
   iterations.check_fit(options, prompts, packing, model.config.max_length, texts)
   ref = options.credit.reads & credit.OF_REFERENCE
   shared: dict[str, Any] = {'tokenizer': tokenizer, 'mesh': job.mesh, 'seed': job.seed, 'packing': packing}
@@ -195,8 +196,7 @@ def open_prompts(
   # Loaded once, for rollouts and for who judges held-out prompts.
   read = [prompts, *filter(None, [asked])]
   models = functools.cache(_scorers(options, tokenizer, read, packing, job.mesh) if scored else dict)
-  folder = job.workdir / 'rollouts'
-  made = iterations.Iterations(options, maker, folder=folder, scorers=models, texts=texts, **shared)
+  made = iterations.Iterations(options, maker, folder=job.workdir / 'rollouts', scorers=models, texts=texts, **shared)
   has_reference = needs.reference or bool(ref)
   if recipe.keeps_reference and not has_reference:
     raise types.UsageError(

@@ -422,6 +422,11 @@ REFUSED = {
     ),
     'not a tokenizer': (('--algo=dpo', '--tokenizer={files}/pairs.jsonl'), 1, ['pairs.jsonl', 'SentencePiece']),
     'no data': (('--algo=dpo', '--data=jsonl:nowhere.jsonl'), 2, ['there is no file nowhere.jsonl']),
+    'rows that a mesh does not split': (
+        ('--algo=grpo', '--mesh=data:8', '--gin=loader.Packing.rows = 12'),
+        2,
+        ['loader.Packing.rows = 12', 'data:8'],
+    ),
     'nobody to judge': (
         ('--algo=grpo', '--data=jsonl:{files}/pairs.jsonl'),
         2,

@@ -101,7 +101,7 @@ class Loader:
     Raises:
       UsageError: they do not agree.
     """
-    _check_mesh(packing, mesh)
+    check_mesh(packing, mesh)
     self.dataset = dataset_lib.Joined(datasets)
     self.packing = packing
     self.row_keys = self.dataset.keys_NK
@@ -312,7 +312,7 @@ class _Pass:
       yield placements, batch
 
 
-def _check_mesh(packing: Packing, mesh: jax.sharding.Mesh) -> None:
+def check_mesh(packing: Packing, mesh: jax.sharding.Mesh) -> None:
   """Raises where rows or tokens cannot be split over the mesh."""
   for name, size, logical in ('rows', packing.rows, 'batch'), ('row_length', packing.row_length, 'length'):
     parts = math.prod(mesh.shape[axis] for axis in sharding.axes_of(logical))
