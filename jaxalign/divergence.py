@@ -21,6 +21,7 @@ def kl(
     vocab_size: int,
     chunk: int = 512,
     softcap: float = 0.0,
+    temperature: float = 1.0,
 ) -> jax.Array:
   """The exact divergence of the policy's next-token distribution p from the reference's q, at each target.
 
@@ -35,11 +36,12 @@ def kl(
     vocab_size: number of real columns.
     chunk: targets per chunk and device.
     softcap: of both.
+    temperature: of both.
 
   Returns:
     Float32 `[B, T]`, in nats.
   """
-  output = vocab.Output(vocab_size, chunk, softcap)
+  output = vocab.Output(vocab_size, chunk, softcap, temperature)
   heads = (head_DV.astype(hidden_BTD.dtype), ref_head_DV.astype(ref_hidden_BTD.dtype))
   return _kl(output, hidden_BTD, heads[0], *jax.lax.stop_gradient((ref_hidden_BTD, heads[1])), mask_BT)
 
@@ -109,7 +111,7 @@ def _slope_local(output, axes, hidden, head, ref_hidden, ref_head, d_kl, mask):
     rows = jax.lax.dynamic_slice(index, (i * chunk,), (chunk,))
     logits, log_p, log_q = _both(axes, output, rows, *models)
     d_logits = vocab.take(d_kl.reshape(-1), rows)[:, None] * (jnp.exp(log_p) - jnp.exp(log_q))
-    d_h, d_w = vocab.pull_back(logits, d_logits, vocab.take(models[0], rows), models[1], output.softcap)
+    d_h, d_w = vocab.pull_back(output, logits, d_logits, vocab.take(models[0], rows), models[1])
     return d_hidden.at[rows].set(d_h, mode='drop'), d_head + d_w
 
   zeros = jnp.zeros(models[0].shape, jnp.float32), jnp.zeros(models[1].shape, jnp.float32)

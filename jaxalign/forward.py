@@ -1,7 +1,6 @@
 """What models make of a batch's tokens: log-probabilities of targets, scores, and what only a live reference gives."""
 
 from collections.abc import Callable
-import functools
 import math
 
 import jax
@@ -38,15 +37,15 @@ def target_stats(
 def _of_targets(
     hidden_BTD, params, batch: types.Batch, targets_BT, model: transformer.Transformer, dense=(), temperature=1.0
 ):
-  # c tanh(h W / c) / t = c/t tanh((h/t) W / (c/t)), with or without a soft cap c.
   return logps.token_stats(
-      hidden_BTD if temperature == 1 else hidden_BTD / temperature,
+      hidden_BTD,
       transformer.output_matrix(params),
       targets_BT,
       batch.mask_BT,
       vocab_size=model.config.vocab_size,
       dense=tuple(dense),
-      softcap=model.config.final_softcap / temperature,
+      softcap=model.config.final_softcap,
+      temperature=temperature,
   )
 
 
@@ -202,9 +201,15 @@ def _of_reference(
   if 'ref_entropy' in found:
     found['ref_entropy'] /= math.log(model.config.vocab_size)
   if reads('ref.kl_BT'):
-    softcap = model.config.final_softcap / temperature
-    exact = functools.partial(divergence.kl, vocab_size=model.config.vocab_size, softcap=softcap)
     heads = transformer.output_matrix(policy), transformer.output_matrix(params)
-    mine, its = (h if temperature == 1 else h / temperature for h in (hidden_BTD, ref_hidden_BTD))
-    found['ref_kl'] = exact(mine, heads[0], its, heads[1], batch.mask_BT)
+    found['ref_kl'] = divergence.kl(
+        hidden_BTD,
+        heads[0],
+        ref_hidden_BTD,
+        heads[1],
+        batch.mask_BT,
+        vocab_size=model.config.vocab_size,
+        softcap=model.config.final_softcap,
+        temperature=temperature,
+    )
   return found

@@ -33,10 +33,13 @@ def token_stats(
     chunk: int = 512,
     dense: tuple[str, ...] = (),
     softcap: float = 0.0,
+    temperature: float = 1.0,
 ) -> dict[str, jax.Array]:
   """Log-probability of each target, and dense statistics of its distribution.
 
-    logit = softcap(hidden . head)     logps = logit[target] - logsumexp(logit)     in float32, whatever `hidden` is
+    logit = softcap(hidden . head) / temperature     logps = logit[target] - logsumexp(logit)
+
+  in float32, whatever `hidden` is.
 
   Args:
     hidden_BTD: hidden states after the final norm; their dtype is that of the matrix product's operands.
@@ -48,6 +51,7 @@ def token_stats(
     dense: any of 'entropy' (nats), 'correct' (1 where the target has the highest logit), 'mean_logit' (over the
       vocabulary) and 'sharpness' (log sum_v p_v^2). Entropy is differentiable, the others are not.
     softcap: c of c tanh(logit / c); 0 for none.
+    temperature: of the distributions.
 
   Returns:
     `logps` and each of `dense`, float32 `[B, T]`.
@@ -55,7 +59,8 @@ def token_stats(
   unknown = set(dense) - set(DENSE)
   if unknown:
     raise ValueError(f'unknown dense statistics {sorted(unknown)}; there are {DENSE}')
-  static = _Static(vocab.Output(vocab_size, chunk, softcap), tuple(name for name in DENSE if name in dense))
+  output = vocab.Output(vocab_size, chunk, softcap, temperature)
+  static = _Static(output, tuple(name for name in DENSE if name in dense))
   return _token_stats(static, hidden_BTD, head_DV.astype(hidden_BTD.dtype), targets_BT, mask_BT)
 
 
@@ -148,7 +153,7 @@ def _backward_local(static, axes, hidden, head, targets, normaliser, entropy, d_
     d_logits = d_lp[:, None] * (is_target - p)
     if 'entropy' in static.dense:
       d_logits -= d_ent[:, None] * p * (logp + ent[:, None])
-    d_h, d_w = vocab.pull_back(logits, d_logits, h, head, static.output.softcap)
+    d_h, d_w = vocab.pull_back(static.output, logits, d_logits, h, head)
     return d_hidden.at[rows].set(d_h, mode='drop'), d_head + d_w
 
   zeros = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32)

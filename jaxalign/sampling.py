@@ -115,9 +115,7 @@ def sample(
     rules: Mapping[str, Sequence[str]] | None = None,
     **rule: Any,
 ) -> list[Sampled]:
-  """Samples responses to each prompt.
-
-  A uniform number depends on (seed, requests[i] * n + k, position) alone: order, rows and calls change no id.
+  """Samples responses to each prompt; a uniform number depends on (seed, requests[i] * n + k, position) alone.
 
   Args:
     model: any model with a language-model head.
@@ -134,7 +132,7 @@ def sample(
     told_at: the temperature of the log-probabilities that are told beside those of the draw.
     rows: responses that are written at once; more where the mesh does not divide them.
     watch: called with the number of a response (i * n + k) and its tokens so far, every few tokens.
-    rules: of sharding for the policy's parameters while it writes, see `sharding.RULES`; None leaves them in place.
+    rules: of sharding for the policy's parameters meanwhile, see `sharding.RULES`; None leaves them in place.
     **rule: temperature, top_k, top_p, min_p and repetition_penalty, see `choosing.Rule`.
 
   Returns:

@@ -32,11 +32,13 @@ class Output(NamedTuple):
     vocab_size: real columns of the head; those beyond are padding and have probability 0.
     chunk: targets per chunk and device.
     softcap: c of c tanh(logit / c); 0 for none.
+    temperature: divides the logits after that.
   """
 
   vocab_size: int
   chunk: int = 512
   softcap: float = 0.0
+  temperature: float = 1.0
 
 
 def sharded(local: Callable, ins: str, outs: tuple[str, ...]) -> Callable:
@@ -94,6 +96,7 @@ def columns(axes: Axes, width: int):
 def logits(axes: Axes, output: Output, hidden, head):
   """Float32 logits `[c, v]` of a chunk on this device's part of the vocabulary, very low where it is padding."""
   raw = soften(_product(hidden, head, (1, 0)), output.softcap)
+  raw = raw if output.temperature == 1 else raw / output.temperature
   return jnp.where(columns(axes, head.shape[1]) < output.vocab_size, raw, MASKED_LOGIT)
 
 
@@ -124,10 +127,12 @@ def gradients(axes: Axes, d_hidden, d_head):
   return d_hidden, jax.lax.psum(d_head, replicas) if replicas else d_head
 
 
-def pull_back(logits, d_logits, hidden, head, softcap: float):
-  """Gradients of hidden states and head from that of a chunk's logits, which have been softened."""
-  if softcap:  # (c tanh(x / c))' = 1 - tanh^2, which is 0 for padding
-    d_logits *= 1.0 - jnp.square(jnp.maximum(logits / softcap, -1.0))
+def pull_back(output: Output, logits, d_logits, hidden, head):
+  """Gradients of hidden states and head from that of a chunk's logits, which have been softened and divided."""
+  if output.softcap:  # (c tanh(x / c))' = 1 - tanh^2, which is 0 for padding
+    d_logits *= 1.0 - jnp.square(jnp.maximum(logits * (output.temperature / output.softcap), -1.0))
+  if output.temperature != 1:
+    d_logits /= output.temperature
   d_logits = d_logits.astype(hidden.dtype)
   return _product(d_logits, head, (1, 1)), _product(hidden, d_logits, (0, 0))
 

@@ -348,16 +348,28 @@ class TestTokenStats:
       logps.token_stats(*_data(), vocab_size=VOCAB, dense=('perplexity',))
 
 
+class TestTemperature:
+
+  def test_divides_float32_logits_of_16_bit_operands(self):
+    hidden_BTD, head_DV, targets_BT, mask_BT = _data()
+    operands = [jnp.asarray(x, jnp.bfloat16) for x in (4 * hidden_BTD, head_DV)]
+    found = _jitted(vocab_size=VOCAB, temperature=0.7)(*operands, targets_BT, mask_BT)['logps']
+    exact = [np.asarray(x, np.float64) for x in operands]
+    wanted = _gold(exact[0] / 0.7, exact[1], targets_BT, mask_BT)['logps']
+    np.testing.assert_allclose(found, wanted, atol=1e-4)  # rounding hidden states that are divided errs by 0.1
+
+
 class TestSoften:
 
+  @pytest.mark.parametrize('temperature', [1.0, 0.6])
   @pytest.mark.parametrize('mesh', ['', 'fsdp:2,tensor:2,context:2'])
-  def test_caps_logits_and_their_gradient(self, mesh):
+  def test_caps_logits_and_their_gradient_and_divides_them(self, mesh, temperature):
     *data, mask_BT = _data()
     weight_BT, entropy_weight_BT = _weights()
-    options = {'vocab_size': VOCAB, 'chunk': 16, 'dense': ('entropy',), 'softcap': 3.0}
+    options = {'vocab_size': VOCAB, 'chunk': 16, 'dense': ('entropy',), 'softcap': 3.0, 'temperature': temperature}
 
     def dense(hidden_BTD, head_DV):
-      logits = 3.0 * jnp.tanh((hidden_BTD @ head_DV)[..., :VOCAB] / 3.0)
+      logits = 3.0 * jnp.tanh((hidden_BTD @ head_DV)[..., :VOCAB] / 3.0) / temperature
       logp = jax.nn.log_softmax(logits)
       chosen = jnp.take_along_axis(logp, data[2][..., None], -1)[..., 0]
       entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
