@@ -33,6 +33,7 @@ class Compiled:
     name: of the program.
     hbm_bytes: at the peak of a run of it: all that it reads, makes and keeps, and what of the run lies beside it.
     hbm_by_class: the same in parts.
+    host_bytes: what of the run is kept in the host's memory, for this device; a step brings it here and back.
     fits: whether that is no more than there is.
     flops: of its products, Pallas kernels included.
     bytes: between the chip and its HBM.
@@ -47,6 +48,7 @@ class Compiled:
   name: str
   hbm_bytes: float
   hbm_by_class: dict[str, float]
+  host_bytes: float
   fits: bool
   flops: float
   bytes: float
@@ -106,6 +108,7 @@ class Plan:
         'hbm_bytes': largest.hbm_bytes,
         'hbm_limit_bytes': self.chip.hbm_bytes,
         'hbm_by_class': largest.hbm_by_class,
+        'host_bytes': step.host_bytes,
         'flops_per_device': step.flops,
         'model_flops_per_device': step.model_flops,
         'bytes_per_device': step.bytes,
@@ -166,6 +169,7 @@ def _compiled(program: programs_lib.Program, resident, chip: topology_lib.Chip) 
   start = time.monotonic()
   of = {name: _device_bytes(tree) for name, tree in program.roles.items()}
   beside = {name: _device_bytes(tree) for name, tree in resident.items() if name not in program.roles}
+  on_host = sum(_device_bytes(tree, on_host=True) for tree in {**resident, **program.roles}.values())
   lowered = program.lower()
   with _Refused() as failed:
     compiled = lowered.compile()
@@ -175,13 +179,13 @@ def _compiled(program: programs_lib.Program, resident, chip: topology_lib.Chip) 
     whole = failed.needed + sum(beside.values())
     parts = of | beside | {'temporaries': max(0.0, failed.needed - sum(of.values()))}
     empty: dict[str, dict[str, float]] = {}
-    return Compiled(
-        program.name, whole, parts, False, 0.0, 0.0, program.model_flops, 0.0, empty, 0.0, program.tokens, seconds
-    )
+    nothing = 0.0, 0.0, program.model_flops, 0.0, empty, 0.0
+    return Compiled(program.name, whole, parts, on_host, False, *nothing, program.tokens, seconds)
   memory = compiled.memory_analysis()
   made = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
   # `temp_size_in_bytes` counts places twice that several buffers take in turn.
-  peak = max(memory.peak_memory_in_bytes, memory.argument_size_in_bytes + made)
+  peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes  # which it counts too
+  peak = max(peak, memory.argument_size_in_bytes + made)
   parts = of | beside | _temporaries(program, peak - memory.argument_size_in_bytes - made)
   parts |= {'results': made, 'program': memory.generated_code_size_in_bytes}
   parts['padding'] = max(0.0, memory.argument_size_in_bytes - sum(of.values()))
@@ -194,6 +198,7 @@ def _compiled(program: programs_lib.Program, resident, chip: topology_lib.Chip) 
       program.name,
       whole,
       {name: size for name, size in parts.items() if size},
+      on_host,
       whole <= chip.hbm_bytes,
       flops,
       costs.bytes,
@@ -219,10 +224,11 @@ def _temporaries(program: programs_lib.Program, temp: float) -> dict[str, float]
   return {'gradients': min(temp, trained), 'activations': max(0.0, temp - trained)}
 
 
-def _device_bytes(tree: types.PyTree) -> float:
-  """Bytes of arrays on one device."""
+def _device_bytes(tree: types.PyTree, *, on_host: bool = False) -> float:
+  """Bytes of arrays on one device, or of those that are kept for it in the memory of the host."""
   size = lambda x: math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
-  return float(sum(map(size, jax.tree.leaves(tree))))
+  is_away = lambda x: x.sharding is not None and x.sharding.memory_kind == 'pinned_host'
+  return float(sum(size(x) for x in jax.tree.leaves(tree) if is_away(x) == on_host))
 
 
 class _Refused(contextlib.AbstractContextManager):
@@ -252,6 +258,9 @@ def _table(plan: Plan) -> str:
     verdict = f'fits, {gib(room)} to spare' if one.fits else f'does not fit, by {gib(-room)}'
     lines += ['', f'{one.name}: {gib(one.hbm_bytes)} of {gib(chip.hbm_bytes)} of HBM on each device: {verdict}']
     lines += [f'    {name:22}{gib(size):>12}' for name, size in one.hbm_by_class.items() if size >= 2**20]
+    if one.host_bytes:
+      moved = ', which the step reads and writes: no time is counted for it' if one is step else ''
+      lines.append(f'    in the memory of the host{gib(one.host_bytes):>11}{moved}')
     if one.seconds:
       lines += _work(one, chip)
   return '\n'.join(lines) + '\n'

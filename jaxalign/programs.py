@@ -165,15 +165,15 @@ def _abstract(job, recipe, tokenizer, optimizer: optim.Optimizer, batch, needs: 
   if critic_model is not None:
     critic = transformer.abstract_params(critic_model, mesh, recipe.critic_rules)
     trained = trained | {forward.CRITIC: lora.split(critic)[0] if critic_model.lora is not None else critic}
-  own, ref = None, {}
-  options = recipe.rollouts
+  own, ref, options = None, {}, recipe.rollouts
   compared = needs.reference or (options is not None and bool(options.credit.reads & credit_lib.OF_REFERENCE))
   if compared and (options is not None or streams_lib.is_live(recipe, needs)):
     own = recipe_lib.reference_of(recipe, mesh, model)
     if model.lora is None and recipe.sync is None:
       ref = transformer.abstract_params(own.model, mesh, recipe.reference_rules)
       ref = jax.tree.map(lambda x: x.update(dtype=own.dtype or x.dtype), ref)
-  state = step_lib.abstract_state(mesh, trained, optimizer.tx, job.seed, needs.state, recipe.sync is not None)
+  of_run = needs.state, recipe.sync is not None, optimizer.memory
+  state = step_lib.abstract_state(mesh, trained, optimizer.tx, job.seed, *of_run)
   place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
   batch = jax.tree.map(place, batch, sharding.batch_shardings(mesh, batch, stacked=True))
   return Abstract(model, critic_model, own, needs, trained, frozen, state, ref, batch)

@@ -129,6 +129,17 @@ def platform_of(mesh: jax.sharding.Mesh) -> str:
   return mesh.devices.flat[0].platform
 
 
+def check_memory(mesh: jax.sharding.Mesh, kind: str, name: str) -> None:
+  """Raises UsageError, by the name of the binding, where the devices of `mesh` have no memory of this kind."""
+  device = next((one for one in mesh.devices.flat if one.process_index == jax.process_index()), mesh.devices.flat[0])
+  if kind != 'device' and kind not in (kinds := _memories(device)):
+    raise types.UsageError(f'{name} = {kind!r}: {device.platform} devices have {", ".join(kinds)} memory')
+
+
+def _memories(device: jax.Device) -> list[str]:
+  return [memory.kind for memory in device.addressable_memories()]
+
+
 def axes_of(logical: str) -> tuple[str, ...]:
   """The mesh axes of one logical axis, for collectives inside `shard_map`."""
   return _rule(logical)

@@ -13,6 +13,7 @@ import optax
 
 from jaxalign import forward
 from jaxalign import masked
+from jaxalign import moments
 from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import reference as reference_lib
@@ -80,6 +81,7 @@ def abstract_state(
     seed: int,
     loss_state: types.PyTree = (),
     follows: bool = False,
+    memory: str = 'device',
 ) -> TrainState:
   """Shapes and shardings of a state: optimizer moments lie like their parameters, everything else is replicated.
 
@@ -90,16 +92,31 @@ def abstract_state(
     seed: of the run.
     loss_state: of the loss, arrays.
     follows: see `init_state`.
+    memory: where moments are kept, see `optim.Optimizer`.
+
+  Raises:
+    UsageError: devices have no such memory.
   """
+  sharding.check_memory(mesh, memory, 'optim.adamw.memory')
   shapes = jax.eval_shape(lambda p: init_state(p, tx, seed, loss_state, follows), params)
   placed = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
   replicated = lambda x: placed(x, sharding.named(mesh))
-  moments = optax.tree_map_params(
-      tx, lambda x, like: placed(x, like.sharding), shapes.opt_state, params, transform_non_params=replicated
+
+  def beside(x, like):
+    where = like.sharding if x.shape == like.shape else sharding.resized(like, x.shape)
+    return placed(x, where if memory == 'device' else where.with_memory_kind(memory))
+
+  opt_state = optax.tree_map_params(
+      tx,
+      lambda moment, like: jax.tree.map(lambda x: beside(x, like), moment),
+      shapes.opt_state,
+      params,
+      transform_non_params=replicated,
+      is_leaf=moments.is_blocks,
   )
   trained = jax.tree.map(lambda x: placed(x, x.sharding), params)
   return jax.tree.map(replicated, shapes).replace(
-      params=trained, opt_state=moments, reference=forward.divided(trained)[0] if follows else ()
+      params=trained, opt_state=opt_state, reference=forward.divided(trained)[0] if follows else ()
   )
 
 
@@ -131,11 +148,12 @@ def make_step(
     grads = jax.tree.map(lambda g: g / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny), grads)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics['loss'].sum)
-    updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+    near = jnp.ones((), bool) if max_kl is None else _mean_of(metrics, 'policy/approxkl_avg') <= max_kl
+    tx = optax.with_extra_args_support(optimizer.tx)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, good=finite & near)
     new = optax.apply_updates(state.params, updates), opt_state, loss_state
     old = state.params, state.opt_state, state.loss_state
-    near = jnp.ones((), bool) if max_kl is None else _mean_of(metrics, 'policy/approxkl_avg') <= max_kl
-    params, opt_state, loss_state = jax.tree.map(lambda n, o: jnp.where(finite & near, n, o), new, old)
+    params, opt_state, loss_state = jax.tree.map(functools.partial(_chosen, finite & near), new, old)
     skipped = jnp.where(finite & near, 0, 1).astype(jnp.int32)
     in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
     followed = () if sync is None else ref
@@ -166,6 +184,11 @@ def jitted(step: Callable, mesh: jax.sharding.Mesh, state: TrainState, *, donate
   """
   where = jax.tree.map(lambda x: x.sharding, state)
   return jax.jit(step, donate_argnums=(0,) if donate else (), out_shardings=(where, sharding.named(mesh)))
+
+
+def _chosen(good, new, old):
+  # Moments that are on the host again were chosen where they were made.
+  return new if jax.typeof(new).memory_space == jax.memory.Space.Host else jnp.where(good, new, old)
 
 
 def _mean_of(metrics, name: str) -> jax.Array:

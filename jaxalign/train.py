@@ -219,7 +219,7 @@ def _start(
     job, store: checkpoint.Store, params, opt: optim.Optimizer, loss_state: types.PyTree, follows: bool
 ) -> tuple[step_lib.TrainState, dict[str, int]]:
   """The newest checkpoint's state, or a fresh one; and the place in the data. Neither leaves anything of `params`."""
-  abstract = step_lib.abstract_state(job.mesh, params, opt.tx, job.seed, loss_state, follows)
+  abstract = step_lib.abstract_state(job.mesh, params, opt.tx, job.seed, loss_state, follows, opt.memory)
   step = store.latest()
   if step is not None:
     logging.info('resuming at step %d from %s', step, job.workdir)
@@ -235,7 +235,9 @@ def _memory(state: step_lib.TrainState, frozen: types.PyTree, live: reference.Re
   """What each model of a run takes of a device, and what goes along with training."""
   size = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree)) / 1e6
   policy, critic = forward.divided(state.params)
-  parts = {'policy': policy, 'critic': critic, 'frozen base': frozen, 'optimizer': state.opt_state}
+  is_away = any(x.sharding.memory_kind == 'pinned_host' for x in jax.tree.leaves(state.opt_state))
+  optimizer = 'optimizer (in the memory of the host)' if is_away else 'optimizer'
+  parts = {'policy': policy, 'critic': critic, 'frozen base': frozen, optimizer: state.opt_state}
   parts['reference'] = state.reference if jax.tree.leaves(state.reference) else live and live.moving
   return ', '.join(f'{name} {size(tree):.1f} MB' for name, tree in parts.items() if jax.tree.leaves(tree))
 

@@ -1,6 +1,7 @@
 """What `--mode=plan` says of runs, against counts by hand."""
 
 import dataclasses
+import functools
 import json
 import math
 import types as pytypes
@@ -9,9 +10,12 @@ import jax
 import pytest
 
 from jaxalign import main
+from jaxalign import optim
 from jaxalign import plan as plan_lib
+from jaxalign import programs
 from jaxalign import searching
 from jaxalign import sharding
+from jaxalign import step as step_lib
 from jaxalign import topology
 from jaxalign import types
 
@@ -116,6 +120,30 @@ class TestEstimate:
     assert 'fits, ' in out and 'tokens/s' in out
 
 
+class TestHost:
+
+  def test_holds_what_is_kept_there_and_the_device_the_rest(self):
+    mesh = sharding.make_mesh('fsdp:8')
+    params = {'w': jax.ShapeDtypeStruct((64, 64), 'float32', sharding=sharding.named(mesh, 'embed', None))}
+    opt = optim.adamw(10, schedule=functools.partial(optim.constant, lr=0.1), moments='bfloat16', memory='pinned_host')
+    moments = step_lib.abstract_state(mesh, params, opt.tx, 0, memory=opt.memory).opt_state
+    where = jax.tree.map(lambda x: x.sharding, (params, moments))
+    run = jax.jit(opt.tx.update, out_shardings=where)
+    roles = {'parameters': params, 'optimizer': moments}
+    step = plan_lib._compiled(
+        programs.Program('step', lambda: run.lower(params, moments, params), roles, 1, 1.0),
+        roles,
+        topology.CHIPS['v5e'],
+    )
+    assert step.host_bytes == 4 * 64 * 64 / 8
+    assert step.hbm_by_class['parameters'] == 4 * 64 * 64 / 8
+    assert step.hbm_by_class['optimizer'] == 8  # two counts
+    made = plan_lib.Plan(
+        {'algo': 'a', 'model': 'b'}, topology.CHIPS['v5e'], 8, True, [dataclasses.replace(step, host_bytes=2**30)]
+    )
+    assert 'in the memory of the host   1.00 GiB, which the step reads and writes' in made.table()
+
+
 class TestTopology:
 
   @pytest.mark.parametrize(
@@ -159,7 +187,7 @@ class TestRefused:
 
 
 def made(size, seconds, fits=True):
-  step = plan_lib.Compiled('step', size, {}, fits, 1.0, 1.0, 1.0, seconds, {}, 0.0, 8, 0.0)
+  step = plan_lib.Compiled('step', size, {}, 0.0, fits, 1.0, 1.0, 1.0, seconds, {}, 0.0, 8, 0.0)
   return plan_lib.Plan({'algo': 'a'}, topology.CHIPS['v5e'], 4, False, [step])
 
 
