@@ -3,8 +3,8 @@
 A moment moves by a share 1 - b of what is new. Where that is less than half the distance between the numbers that can
 be kept, rounding to the nearest never moves it: of bfloat16 numbers, 2^-8 apart or more, a second moment with b2 of
 0.999 falls no more at all, and rises only by squares several times as large. So moments are rounded up or down by
-chance, up with the probability that makes the mean right. The chances follow from the count of updates alone: a resumed run, or
-one on another mesh, draws the same.
+chance, up with the probability that makes the mean right. The chances follow from the count of updates alone: a resumed
+run, or one on another mesh, draws the same.
 
 8 bits are codes of small floats with 3 bits behind the point, over 15 (first moment, and a sign) or 31 (second) powers
 of 2, relative to the largest of a block, which has float32:

@@ -63,9 +63,9 @@ class Recipe:
     critic_dtype: of the computation of a critic with parameters of its own; '' for that of the policy.
     critic_rules: logical axes to mesh axes of its parameters and their moments, likewise.
     sync: how a reference follows the policy; None for one that stays as the policy was at first.
-    dtype: of the computation; what is trained and optimizer state are float32.
-    remat: which activations the backward pass computes again, see `models.transformer`; 'dots' (all but products with
-      weights) is the fastest on CPUs too, where memory is slow.
+    dtype: of the computation; what is trained is float32, and the optimizer's state as `optim.adamw.moments` says.
+    remat: which activations the backward pass computes again, a key of `models.transformer.REMAT`; 'dots' (all but
+      products with weights) is the fastest on CPUs too, where memory is slow.
     attention: one of `models.attention.KERNELS`; None takes what the platform does best.
     lora: adapters to train in place of the model's parameters; None trains those.
     rollouts: what is sampled from the policy and trained on; None trains on the data themselves.

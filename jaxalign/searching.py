@@ -32,7 +32,7 @@ def points(recipe: recipe_lib.Recipe, texts: Sequence[str], parts_of) -> Iterato
     parts_of: how many ways a mesh splits rows.
   """
   total = recipe.packing.rows * recipe.packing.micro_batches
-  for text, remat, each in itertools.product(texts, ('full', 'dots'), (1, 2, 4, 8, 16)):
+  for text, remat, each in itertools.product(texts, ('full', 'attention', 'dots'), (1, 2, 4, 8, 16)):
     rows = each * parts_of(text)
     if total % rows == 0:
       yield {'mesh': text, 'remat': remat, 'rows': rows, 'micro_batches': total // rows}

@@ -227,3 +227,33 @@ class TestStep:
     mesh = sharding.make_mesh('fsdp:4,tensor:4', devices=topology('v5e:4x4'))
     step, _ = compiled(mesh, 1024, OTHER)
     assert step.as_text().count('custom_call_target="tpu_custom_call"') >= 3
+
+
+@pytest.mark.usefixtures('in_haste')
+class TestMoments:
+
+  @pytest.mark.parametrize('kept', [{'moments': 'int8'}, {'memory': 'pinned_host'}], ids=['int8', 'host'])
+  def test_are_updated_where_they_are(self, kept):
+    """On the host but for those of a layer, which would else be on the device all at once, old and new."""
+    mesh = sharding.make_mesh('fsdp:4', devices=topology('v5e:2x2'))
+    shape = lambda *sizes, names: jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=sharding.named(mesh, *names))
+    params = {'layers': {'up': shape(32, 1024, 4096, names=('layers', 'embed', 'mlp'))}}
+    params['embed'] = shape(4096, 1024, names=('vocab', 'embed'))
+    opt = optim.adamw(10, schedule=functools.partial(optim.linear, lr=1e-4), **kept)
+    state = step_lib.abstract_state(mesh, params, opt.tx, 0, memory=opt.memory).opt_state
+    where = jax.tree.map(lambda x: x.sharding, (params, state))
+    update = jax.jit(opt.tx.update, out_shardings=where, donate_argnums=(0, 1))
+    with jax.set_mesh(mesh):
+      memory = update.lower(params, state, params).compile().memory_analysis()
+    of_device = lambda tree: sum(
+        np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+    size, layer = of_device(params), 4 * 1024 * 4096 / 4
+    if 'memory' in kept:
+      assert memory.host_argument_size_in_bytes == memory.host_alias_size_in_bytes == pytest.approx(2 * size, rel=1e-3)
+      # Gradients and weights; weights are not read without decay, and steps take the place of gradients.
+      assert memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes < 2 * size + 8 * layer
+    else:
+      assert of_device(state) == pytest.approx(size / 2, rel=0.02)
+      assert memory.alias_size_in_bytes >= 0.99 * (size + of_device(state))
+    assert memory.argument_size_in_bytes < 2.01 * size + (0 if 'memory' in kept else of_device(state))

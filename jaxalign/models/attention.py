@@ -20,6 +20,7 @@ from jaxalign import sharding
 from jaxalign import types
 
 KERNELS = ('xla', 'cudnn', 'splash')
+RESULT = 'attention'  # name of what attention gives, and of what the splash kernel's backward pass reads beside it
 _QUERIES, _BLOCKS = (
     64,
     8,
@@ -135,7 +136,10 @@ def attend(
   """
   if how.window >= q_BTNH.shape[1]:
     how = how._replace(window=0)
-  return {'xla': xla, 'cudnn': cudnn, 'splash': splash}[name](q_BTNH, k_BTKH, v_BTKH, seen, how)
+  if name == 'splash':
+    return splash(q_BTNH, k_BTKH, v_BTKH, seen, how)
+  out_BTNH = {'xla': xla, 'cudnn': cudnn}[name](q_BTNH, k_BTKH, v_BTKH, seen, how)
+  return jax.ad_checkpoint.checkpoint_name(out_BTNH, RESULT)
 
 
 def xla(q_BTNH, k_BTKH, v_BTKH, seen: Seen, how: How):
@@ -284,5 +288,6 @@ def _splash_kernel(length: int, heads: int, shards: int, how: How, interpret: bo
       head_shards=1,
       q_seq_shards=shards,
       attn_logits_soft_cap=how.softcap or None,
+      residual_checkpoint_name=RESULT,
       interpret=interpret,
   )

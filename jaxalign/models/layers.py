@@ -24,6 +24,9 @@ _ACTIVATIONS: dict[str, Callable] = {
 }
 
 
+READ = 'read'  # name of what a layer reads
+
+
 def rms_norm(x, scale, config: architecture.Config):
   """Computes x / sqrt(mean(x^2) + eps) * (offset + scale) over the last axis, in float32.
 
@@ -60,6 +63,7 @@ class Block(nn.Module):
   def __call__(self, carry, rotations, seen: attention_lib.Seen):
     """Takes and returns (hidden states, cache or None, number of the layer); `rotations` are by kind of layer."""
     x_BTD, cache, layer = carry
+    x_BTD = jax.ad_checkpoint.checkpoint_name(x_BTD, READ)
     a_BTD, cache = self._attend(self._norm_if('pre', 'attn_norm', x_BTD), cache, layer, rotations, seen)
     a_BTD = self._norm_if('post', 'attn_post_norm', a_BTD)
     x_BTD = sharding.constrain(x_BTD + a_BTD, 'batch', 'length', 'hidden')

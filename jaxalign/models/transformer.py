@@ -29,11 +29,24 @@ from jaxalign.models import rotary
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 
-# What the backward pass finds saved: everything, products with weights, or nothing but what each layer reads.
+# What the backward pass finds kept of each layer, from most memory to least; numbers are of a token, N H = D. The rest
+# is computed again.
+#   none       everything: nothing is computed again
+#   dots       products with weights, 3 D + 2 K H + 2 F: again attention, norms and activations
+#   attention  what a layer reads and what attention gives, 2 D: again products with weights, but not the splash kernel
+#   full       what a layer reads, D: again everything, a third more products
+#   offload    nothing, as what a layer reads goes to the memory of the host and comes back; again as full
 REMAT: dict[str, Callable | None] = {
     'none': None,
     'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    'attention': jax.checkpoint_policies.save_only_these_names(attention_lib.RESULT),
     'full': jax.checkpoint_policies.nothing_saveable,
+    'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[layers.READ],
+        offload_src='device',
+        offload_dst='pinned_host',
+    ),
 }
 
 
@@ -220,6 +233,8 @@ def build(
   """
   if remat not in REMAT:
     raise types.UsageError(f'recipe.Recipe.remat = {remat!r}: it is one of {", ".join(REMAT)}')
+  if remat == 'offload':
+    sharding.check_memory(mesh, 'pinned_host', 'recipe.Recipe.remat')
   if dtype not in DTYPES:
     raise types.UsageError(f'recipe.Recipe.dtype = {dtype!r}: it is one of {", ".join(DTYPES)}')
   if attention is not None and attention not in attention_lib.KERNELS:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -123,11 +124,30 @@ class TestTransformer:
     for row, length in enumerate(lengths):
       np.testing.assert_allclose(out[row, 0], expected[row, length + 1], atol=3e-6)
 
-  @pytest.mark.parametrize('remat', ['dots', 'full'])
+  @pytest.mark.parametrize('remat', ['dots', 'attention', 'full', 'offload'])
   def test_has_the_same_gradient_under_rematerialisation(self, remat):
     total = lambda model: jax.grad(lambda params: jnp.sum(read(ids(2, 8), model=model, params=params) ** 2))
     other = dataclasses.replace(MODEL, remat=remat)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), total(MODEL)(PARAMS), total(other)(PARAMS))
+
+  @pytest.mark.parametrize(
+      'remat,kept',
+      [
+          ('dots', ['16,16', '16,2,4', '16,2,4', '16,24', '16,24', '16,4,4', '2,8,16']),  # o, k, v, gate, up, q, read
+          ('attention', ['2,8,16', '2,8,4,4']),
+          ('full', ['2,8,16']),
+          ('offload', ['<host>2,8,16']),
+      ],
+  )
+  def test_keeps_of_each_layer_what_is_said(self, remat, kept, capsys):
+    model = dataclasses.replace(MODEL, config=dataclasses.replace(TINY, num_layers=3), remat=remat)
+    params = transformer.init_params(model, jax.random.key(0), MESH)
+    jax.ad_checkpoint.print_saved_residuals(
+        lambda params: jnp.sum(read(ids(2, 8), model=model, params=params) ** 2), params
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if 'from the argument' not in line]
+    found = re.findall(r'^f32(<host>)?\[3,([\d,]+)\]', '\n'.join(lines), re.MULTILINE)
+    assert sorted(map(''.join, found)) == kept
 
   def test_saves_less_under_rematerialisation(self):
     def temp(remat):
@@ -165,7 +185,7 @@ class TestBuild:
   @pytest.mark.parametrize(
       'changes,words',
       [
-          ({'remat': 'some'}, "remat = 'some': it is one of none, dots, full"),
+          ({'remat': 'some'}, "remat = 'some': it is one of none, dots, attention, full, offload"),
           ({'dtype': 'float8'}, "dtype = 'float8'"),
           ({'attention': 'flash'}, "attention = 'flash': it is one of xla, cudnn, splash"),
           ({'length': 65}, 'row_length = 65: the context of the model is 64 tokens'),
