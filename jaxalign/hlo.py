@@ -58,7 +58,7 @@ class Costs:
 
   Attributes:
     flops: of matrix products, two for each product and sum; those of Pallas kernels are in `kernel_flops`.
-    kernel_flops: of splash attention, by formula: its blocks that the causal mask leaves.
+    kernel_flops: of Pallas kernels, by formula: see `kernel_flops`.
     cycles: the compiler's own estimate of all that is not a collective or a Pallas kernel.
     bytes: read from and written to HBM.
     collectives: by kind, how often one runs and how many bytes the whole arrays have.
@@ -184,16 +184,17 @@ def costs(text: str, trips: float = 1.0) -> Costs:
   for number, (one, times, fused) in enumerate(module.runs(trips)):
     found.flops += times * _flops(module, one)
     kind = one.op.removesuffix('-start')
-    if kind in COLLECTIVES:
+    # Groups of one device exchange nothing.
+    if kind in COLLECTIVES and not re.search(r'replica_groups=\{\{\d+\}', one.rest):
       size, kind = _whole_bytes(module, one, kind), 'reduce-scatter' if one.name in scattered else kind
-      # The parts of one that runs beside other work have its channel.
+      # The parts of one that runs beside other work have its channel; those of `shard_map` that do not all have 1.
       channel = one.number('channel_id')
-      place = kind, str(number if channel is None else channel)
+      place = kind, f'at {number}' if channel in (None, 1) else str(channel)
       channels[place] = max(channels.get(place, (0.0, 0.0)), (times, size))
     if fused:
       continue
     if one.op == 'custom-call' and 'tpu_custom_call' in one.rest:
-      found.kernel_flops += times * kernel_flops(one.name, module.shapes(one))
+      found.kernel_flops += times * kernel_flops(one.name, module.shapes(one), one.rest)
     if kind not in COLLECTIVES:
       found.cycles += times * (one.number('estimated_cycles') or 0)
     if one.op not in _FREE:
@@ -206,17 +207,28 @@ def costs(text: str, trips: float = 1.0) -> Costs:
   return found
 
 
-def kernel_flops(name: str, operands: list[str]) -> float:
-  """FLOPs of a Pallas kernel of splash attention on these operands, 0 of another.
+def kernel_flops(name: str, operands: list[str], rest: str = '') -> float:
+  """FLOPs of a Pallas kernel on these operands: of splash attention and of grouped products, 0 of another.
 
-  Queries `[..., N, T, H]` and keys `[..., K, S, H]` are the first two arrays of 16 bits. Of T S places half are seen. A
-  pass forward multiplies twice by each, those for the gradients of queries and of keys and values 3 and 4 times.
+  Attention: queries `[..., N, T, H]` and keys `[..., K, S, H]` are the first two arrays of 16 bits. Of T S places half
+  are seen. A pass forward multiplies twice by each, those for the gradients of queries and of keys and values 3 and 4
+  times.
+
+  Grouped products: rows `[R, D]` and matrices `[E, D, F]`, or for the gradient of those `[R, F]`. The rows that usually
+  are of a group (`models.grouped`) meet one matrix each; tiles that are computed for two groups are left out.
   """
+  parsed = [_parsed(operand) for operand in operands]
+  if 'gmm' in name or 'ragged-dot' in name:
+    arrays = [dims for _, dims, _ in parsed if len(dims) > 1]
+    if len(arrays) < 2:
+      return 0.0
+    rows, others = arrays[:2]
+    usual = re.search(r'usual_(\d+)_rows', rest)
+    out = others[1] if len(others) == 2 else others[1] * others[2] // rows[1]
+    return 2.0 * (int(usual[1]) if usual else rows[0]) * rows[1] * out
   passes = next((n for part, n in (('_fwd', 2), ('dkv', 4), ('dq', 3)) if part in name), 0)
-  if 'splash' not in name or not passes:
-    return 0.0
-  arrays = [dims for dtype, dims, _ in map(_parsed, operands) if dtype in ('bf16', 'f16') and len(dims) > 2]
-  if len(arrays) < 2:
+  arrays = [dims for dtype, dims, _ in parsed if dtype in ('bf16', 'f16') and len(dims) > 2]
+  if 'splash' not in name or not passes or len(arrays) < 2:
     return 0.0
   queries, keys = arrays[:2]
   return 2 * passes * math.prod(queries) * keys[-2] / 2

@@ -51,6 +51,7 @@ def open_model(
       dtype=recipe.dtype,
       remat=recipe.remat,
       attention=recipe.attention,
+      experts=recipe.experts,
       lora=adapter.lora if adapter is not None else recipe.lora,
       length=recipe.packing.row_length,
   )

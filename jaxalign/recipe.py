@@ -67,6 +67,7 @@ class Recipe:
     remat: which activations the backward pass computes again, a key of `models.transformer.REMAT`; 'dots' (all but
       products with weights) is the fastest on CPUs too, where memory is slow.
     attention: one of `models.attention.KERNELS`; None takes what the platform does best.
+    experts: one of `models.grouped.KERNELS`, likewise.
     lora: adapters to train in place of the model's parameters; None trains those.
     rollouts: what is sampled from the policy and trained on; None trains on the data themselves.
   """
@@ -94,6 +95,7 @@ class Recipe:
   dtype: str = 'float32'
   remat: str = 'dots'
   attention: str | None = None
+  experts: str | None = None
   lora: lora_lib.Lora | None = None
   rollouts: rollouts_lib.Options | None = None
 
@@ -285,8 +287,14 @@ def reference_of(recipe: Recipe, mesh: jax.sharding.Mesh, model: transformer.Tra
   """How the live reference of a run of `model` is computed and kept."""
   found = reference_lib.model_of(model, follows=recipe.sync is not None)
   if recipe.reference_dtype:
-    config, length = found.config, recipe.packing.row_length
-    found = transformer.build(config, mesh, dtype=recipe.reference_dtype, attention=recipe.attention, length=length)
+    found = transformer.build(
+        found.config,
+        mesh,
+        dtype=recipe.reference_dtype,
+        attention=recipe.attention,
+        experts=recipe.experts,
+        length=recipe.packing.row_length,
+    )
   shapes = transformer.abstract_params(found, mesh, recipe.reference_rules) if recipe.reference_rules else None
   where = None if shapes is None else jax.tree.map(lambda x: x.sharding, shapes)
   return reference_lib.Own(found, where, recipe.reference_dtype or None)

@@ -293,9 +293,9 @@ def with_reference(
     steps: of training, by which the plan is followed; records that they do not reach need no reference.
     counter: counts compilations.
   """
-  name = reference.digest(
-      reference.checksum(ref.params), recipe.dtype, repr(ref.model.config), repr(ref.model.lora), ref.model.attention
-  )
+  model = ref.model
+  kernels = model.attention, *((model.experts,) if model.config.num_experts else ())
+  name = reference.digest(reference.checksum(ref.params), recipe.dtype, repr(model.config), repr(model.lora), *kernels)
   cache = reference.Cache(job.cache_dir, name)
   ref_fn = counter.counted(functools.partial(forward.ref_logps, model=ref.model))
   compute = jax.jit(ref_fn, out_shardings=sharding.named(job.mesh))

@@ -50,6 +50,7 @@ class Block(nn.Module):
     kind: one of `architecture.LAYER_KINDS`.
     dtype: of the computation.
     attention: one of `attention.KERNELS`.
+    experts: one of `grouped.KERNELS`.
     lora: what is adapted, None for nothing.
   """
 
@@ -57,6 +58,7 @@ class Block(nn.Module):
   kind: str
   dtype: Any
   attention: str
+  experts: str
   lora: lora_lib.Lora | None = None
 
   @nn.compact
@@ -96,7 +98,7 @@ class Block(nn.Module):
       gate = self._weight('gate', (E, D, F), ('experts', 'embed', 'mlp'), D)
       up = self._weight('up', (E, D, F), ('experts', 'embed', 'mlp'), D)
       down = self._weight('down', (E, F, D), ('experts', 'mlp', 'embed'), F)
-      return experts.feed_forward(x_BTD, router, gate, up, down, config=c, act=act)
+      return experts.feed_forward(x_BTD, router, gate, up, down, config=c, act=act, kernel=self.experts)
     gate = self._project('gate', 'BTD,DF->BTF', x_BTD, (D, F), ('embed', 'mlp'), c.mlp_bias)
     up = self._project('up', 'BTD,DF->BTF', x_BTD, (D, F), ('embed', 'mlp'), c.mlp_bias)
     return self._project('down', 'BTF,FD->BTD', act(gate) * up, (F, D), ('mlp', 'embed'), c.mlp_bias)

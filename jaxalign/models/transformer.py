@@ -20,6 +20,7 @@ from jaxalign import sharding
 from jaxalign import types
 from jaxalign.models import architecture
 from jaxalign.models import attention as attention_lib
+from jaxalign.models import grouped
 from jaxalign.models import kv_cache
 from jaxalign.models import layers
 from jaxalign.models import linear
@@ -91,6 +92,7 @@ class Transformer(nn.Module):
     dtype: of the computation; parameters are float32, but for a frozen base (`lora.Lora.base`).
     remat: a key of REMAT.
     attention: one of `attention.KERNELS`, for whole sequences; behind what is in a cache attention is dense.
+    experts: one of `grouped.KERNELS`.
     lora: what is adapted, None for nothing; with dropout `apply` takes `rngs={'dropout': key}`.
     apart: layers have parameters and caches of their own, see `apart`: nothing is copied out of stacks, as scanning
       does on CPUs, but a program grows with the number of layers.
@@ -100,6 +102,7 @@ class Transformer(nn.Module):
   dtype: Any = jnp.float32
   remat: str = 'none'
   attention: str = 'xla'
+  experts: str = 'ragged_dot'
   lora: lora_lib.Lora | None = None
   apart: bool = False
 
@@ -160,7 +163,8 @@ class Transformer(nn.Module):
   def _block(self) -> Callable[..., nn.Module]:
     policy = REMAT[self.remat]
     block = layers.Block if policy is None else nn.remat(layers.Block, policy=policy, prevent_cse=False)
-    return functools.partial(block, config=self.config, dtype=self.dtype, attention=self.attention, lora=self.lora)
+    own = {'dtype': self.dtype, 'attention': self.attention, 'experts': self.experts, 'lora': self.lora}
+    return functools.partial(block, config=self.config, **own)
 
   def _layers(self) -> list[nn.Module]:
     """Each layer."""
@@ -214,6 +218,7 @@ def build(
     dtype: jax.typing.DTypeLike = 'float32',
     remat: str = 'none',
     attention: str | None = None,
+    experts: str | None = None,
     lora: lora_lib.Lora | None = None,
     length: int,
 ) -> Transformer:
@@ -225,6 +230,7 @@ def build(
     dtype: of the computation.
     remat: a key of REMAT.
     attention: one of `attention.KERNELS`; None picks it.
+    experts: one of `grouped.KERNELS`; None picks it.
     lora: what is adapted, None for nothing.
     length: tokens of a row.
 
@@ -237,8 +243,12 @@ def build(
     sharding.check_memory(mesh, 'pinned_host', 'recipe.Recipe.remat')
   if dtype not in DTYPES:
     raise types.UsageError(f'recipe.Recipe.dtype = {dtype!r}: it is one of {", ".join(DTYPES)}')
-  if attention is not None and attention not in attention_lib.KERNELS:
-    raise types.UsageError(f'recipe.Recipe.attention = {attention!r}: it is one of {", ".join(attention_lib.KERNELS)}')
+  for what, kernel, known in (
+      ('attention', attention, attention_lib.KERNELS),
+      ('experts', experts, grouped.KERNELS),
+  ):
+    if kernel is not None and kernel not in known:
+      raise types.UsageError(f'recipe.Recipe.{what} = {kernel!r}: it is one of {", ".join(known)}')
   if length > config.max_length:
     raise types.UsageError(
         f'loader.Packing.row_length = {length}: the context of the model is {config.max_length} tokens; bind no more'
@@ -247,7 +257,10 @@ def build(
   name = attention or attention_lib.pick(
       mesh, dtype, head_size=config.head_size, length=length, softcap=config.attn_softcap
   )
-  return Transformer(config, jnp.dtype(dtype), remat, name, lora.of(config) if lora is not None else None)
+  if config.num_experts:
+    experts = experts or grouped.pick(mesh, dtype, inner=config.embed_dim, outer=config.mlp_dim)
+  adapted = lora.of(config) if lora is not None else None
+  return Transformer(config, jnp.dtype(dtype), remat, name, experts or 'ragged_dot', adapted)
 
 
 def without_dropout(model: Transformer) -> Transformer:
@@ -261,11 +274,12 @@ def without_adapters(model: Transformer) -> Transformer:
 
 
 _ONE = np.zeros((1, 1), np.int32)  # a single token, which no kernel but XLA takes
+_PLAIN: dict[str, Any] = {'attention': 'xla', 'experts': 'ragged_dot'}
 
 
 def _init_fn(model: Transformer) -> Callable[[jax.Array], types.PyTree]:
   """Makes the parameters, boxed with the logical names of their axes, from a key."""
-  plain = without_dropout(dataclasses.replace(model, attention='xla'))
+  plain = without_dropout(dataclasses.replace(model, **_PLAIN))
   return lambda key: plain.init(key, _ONE, _ONE, _ONE)['params']
 
 
@@ -306,7 +320,7 @@ def init_params(model: Transformer, key: jax.Array, mesh: jax.sharding.Mesh) -> 
 def init_adapters(model: Transformer, key: jax.Array, frozen: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
   """The first adapters of a frozen base, which change nothing, and a zero head that scores where the model has one."""
   where = jax.tree.map(lambda x: x.sharding, lora_lib.split(abstract_params(model, mesh))[0])
-  plain = without_dropout(dataclasses.replace(model, attention='xla'))
+  plain = without_dropout(dataclasses.replace(model, **_PLAIN))
 
   def make(key, frozen):
     _, variables = plain.apply({'params': frozen}, _ONE, _ONE, _ONE, rngs={'params': key}, mutable=['params'])
