@@ -210,9 +210,9 @@ def costs(text: str, trips: float = 1.0) -> Costs:
 def kernel_flops(name: str, operands: list[str], rest: str = '') -> float:
   """FLOPs of a Pallas kernel on these operands: of splash attention and of grouped products, 0 of another.
 
-  Attention: queries `[..., N, T, H]` and keys `[..., K, S, H]` are the first two arrays of 16 bits. Of T S places half
-  are seen. A pass forward multiplies twice by each, those for the gradients of queries and of keys and values 3 and 4
-  times.
+  Attention: queries `[..., N, T, H]`, keys `[..., K, S, H]` and values `[..., K, S, H']` are the first three arrays of
+  16 bits. Of T S places half are seen. A pass forward multiplies by H and by H', that for the gradient of queries by H
+  once more, and that for those of keys and values by both once more.
 
   Grouped products: rows `[R, D]` and matrices `[E, D, F]`, or for the gradient of those `[R, F]`. The rows that usually
   are of a group (`models.grouped`) meet one matrix each; tiles that are computed for two groups are left out.
@@ -226,12 +226,13 @@ def kernel_flops(name: str, operands: list[str], rest: str = '') -> float:
     usual = re.search(r'usual_(\d+)_rows', rest)
     out = others[1] if len(others) == 2 else others[1] * others[2] // rows[1]
     return 2.0 * (int(usual[1]) if usual else rows[0]) * rows[1] * out
-  passes = next((n for part, n in (('_fwd', 2), ('dkv', 4), ('dq', 3)) if part in name), 0)
+  passes = next((n for part, n in (('_fwd', (1, 1)), ('dkv', (2, 2)), ('dq', (2, 1))) if part in name), None)
   arrays = [dims for dtype, dims, _ in parsed if dtype in ('bf16', 'f16') and len(dims) > 2]
-  if 'splash' not in name or not passes or len(arrays) < 2:
+  if 'splash' not in name or passes is None or len(arrays) < 3:
     return 0.0
-  queries, keys = arrays[:2]
-  return 2 * passes * math.prod(queries) * keys[-2] / 2
+  queries, keys, values = arrays[:3]
+  width = passes[0] * queries[-1] + passes[1] * values[-1]
+  return 2 * width * math.prod(queries[:-1]) * keys[-2] / 2
 
 
 def _scattering(module: Module) -> set[str]:

@@ -95,6 +95,11 @@ class TestCosts:
   def test_counts_half_the_places_of_a_causal_kernel(self, found):
     assert found.kernel_flops == 4 * 2 * 2 * 256 * 64 * 256 / 2
 
+  @pytest.mark.parametrize('kernel,width', [('fwd', 148 + 128), ('dq', 2 * 148 + 128), ('dkv', 2 * (148 + 128))])
+  def test_counts_keys_that_are_wider_than_values(self, kernel, width):
+    operands = ['s32[4]', 'bf16[4,256,148]', 'bf16[2,256,148]', 'bf16[2,256,128]', 'f32[4,256]']
+    assert hlo.kernel_flops(f'splash_mha_{kernel}', operands) == width * 4 * 256 * 256
+
   @pytest.mark.parametrize('name,scope,rows', [('gmm', 'usual_300_rows/', 300), ('ragged-dot-none', '', 512)])
   def test_counts_a_matrix_for_each_row_of_a_group(self, name, scope, rows):
     rest = f', custom_call_target="tpu_custom_call", metadata={{op_name="jit(step)/{scope}jit(gmm)/pallas_call"}}'
