@@ -16,7 +16,7 @@ checkpoints/STEP/reference    what a reference that follows the policy has in pl
 from collections.abc import Mapping
 import dataclasses
 import json
-import pathlib
+import os
 from typing import Any
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from jaxalign import forward
 from jaxalign import reference
 from jaxalign import sharding
 from jaxalign import step as step_lib
+from jaxalign import storage
 from jaxalign import types
 from jaxalign.data import tokenizers
 from jaxalign.models import architecture
@@ -66,7 +67,7 @@ class Loaded(NamedTuple):
 class Store:
   """The checkpoints of one run: saved in the background, each whole or absent."""
 
-  def __init__(self, directory: pathlib.Path, options: Options):
+  def __init__(self, directory: storage.Path, options: Options):
     metric = options.best_metric
     sign = {'min': -1.0, 'max': 1.0}[options.best_mode]
     policies = [
@@ -148,7 +149,7 @@ def _items(state: step_lib.TrainState) -> dict[str, types.PyTree]:
   return {'params': params, 'train': rest} | ({} if critic is None else {'critic': critic}) | loss | followed
 
 
-def check_shapes(path: pathlib.Path, abstract: types.PyTree) -> None:
+def check_shapes(path: storage.Path, abstract: types.PyTree) -> None:
   """Raises RunError where the parameters at `path` are not those of `abstract`, naming the first that differs."""
   flat = lambda tree: {
       jax.tree_util.keystr(p, simple=True, separator='/'): tuple(x.shape)
@@ -165,7 +166,7 @@ def check_shapes(path: pathlib.Path, abstract: types.PyTree) -> None:
       )
 
 
-def save_run(directory: pathlib.Path, run: Mapping[str, Any], config: str, tokenizer: tokenizers.Tokenizer) -> None:
+def save_run(directory: storage.Path, run: Mapping[str, Any], config: str, tokenizer: tokenizers.Tokenizer) -> None:
   """Writes run.json, config.gin and the tokenizer, by process 0."""
   if jax.process_index():
     return
@@ -176,21 +177,24 @@ def save_run(directory: pathlib.Path, run: Mapping[str, Any], config: str, token
 
 
 def save_imported(
-    directory: pathlib.Path,
+    directory: storage.Path,
     params: types.PyTree,
     model: transformer.Transformer,
     origin: Mapping[str, Any] | None,
     tokenizer: tokenizers.Tokenizer,
 ) -> None:
   """Writes weights that no run has trained as a checkpoint of step 0; `origin` is the config.json they came with."""
+  step = storage.absolute(directory) / '0'
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(epath.Path(directory.absolute() / '0' / 'params'), params)
+    checkpointer.save(epath.Path(step / 'params'), params)
+  if jax.process_index() == 0:
+    storage.write_text(step / 'commit_success.txt', '')  # By which Orbax knows what is whole in a bucket.
   run: dict[str, Any] = {'model': model.config.to_json(), 'lora': None, 'hf_config': origin, 'bindings': None}
   run |= {'dtype': str(model.dtype), 'row_length': model.config.max_length, 'model_spec': ''}
   save_run(directory, run, '', tokenizer)
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: storage.Path) -> dict[str, Any]:
   """The content of a JSON file in a workdir; RunError where it is broken."""
   try:
     return json.loads(path.read_text(encoding='utf-8'))
@@ -198,7 +202,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     raise types.RunError(f'{path}: not valid JSON ({err}); restore it, or choose another --workdir') from err
 
 
-def save_base(directory: pathlib.Path, ref: reference.Reference) -> None:
+def save_base(directory: storage.Path, ref: reference.Reference) -> None:
   """Saves what a run begins with in place of what a run left that never got to a step."""
   parts = {'base': ref.fixed or ref.moving} | ({'start': ref.moving} if ref.fixed and ref.moving else {})
   with ocp.StandardCheckpointer() as checkpointer:
@@ -206,32 +210,34 @@ def save_base(directory: pathlib.Path, ref: reference.Reference) -> None:
       checkpointer.save(epath.Path(directory / name), quant.to_disk(params), force=True)
 
 
-def is_checkpoint(path: pathlib.Path) -> bool:
+def is_checkpoint(path: storage.Path) -> bool:
   """Whether a path is a workdir, its folder of checkpoints or one checkpoint."""
   return any((folder / 'run.json').exists() for folder in (path, path / 'checkpoints', path.parent))
 
 
-def find(directory: str | pathlib.Path) -> tuple[pathlib.Path, int]:
+def find(directory: str | os.PathLike) -> tuple[storage.Path, int]:
   """Finds the `checkpoints` folder and the step that a user means by a workdir, that folder or one step's folder.
 
   Raises:
     UsageError: there is no checkpoint.
   """
-  given = pathlib.Path(directory).absolute()
-  for folder in (given, given / 'checkpoints'):
-    if (folder / 'run.json').exists():
-      steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()]
-      if not steps:
-        raise types.UsageError(f'--checkpoint={directory}: {folder} holds no finished checkpoint')
-      return folder, max(steps)
-  if given.name.isdigit() and (given.parent / 'run.json').exists() and given.exists():
-    return given.parent, int(given.name)
+  given = storage.absolute(directory)
+  with storage.naming(f'--checkpoint={directory}'):
+    for folder in (given, given / 'checkpoints'):
+      if (folder / 'run.json').exists():
+        # In a bucket nothing is renamed when it is whole.
+        steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and ocp.utils.is_checkpoint_finalized(p)]
+        if not steps:
+          raise types.UsageError(f'--checkpoint={directory}: {folder} holds no finished checkpoint')
+        return folder, max(steps)
+    if given.name.isdigit() and (given.parent / 'run.json').exists() and given.exists():
+      return given.parent, int(given.name)
   raise types.UsageError(
       f'--checkpoint={directory}: no checkpoint there (looked for run.json and checkpoints/run.json)'
   )
 
 
-def load(directory: str | pathlib.Path, mesh: jax.sharding.Mesh, dtype: str | None = None) -> Loaded:
+def load(directory: str | os.PathLike, mesh: jax.sharding.Mesh, dtype: str | None = None) -> Loaded:
   """Restores model, parameters and tokenizer from a checkpoint alone, onto `mesh`.
 
       mesh = sharding.make_mesh()
@@ -279,7 +285,7 @@ def merged(loaded: Loaded) -> types.PyTree:
   return lora_lib.merge(loaded.params, loaded.model.lora) if loaded.model.lora is not None else loaded.params
 
 
-def load_reference(directory: str | pathlib.Path, loaded: Loaded, mesh: jax.sharding.Mesh) -> reference.Reference:
+def load_reference(directory: str | os.PathLike, loaded: Loaded, mesh: jax.sharding.Mesh) -> reference.Reference:
   """Restores what the run of a checkpoint is compared with; where only adapters were trained, `loaded` has their base.
 
   It is what the run began with, or what a reference that follows the policy had become.
@@ -301,13 +307,13 @@ def load_reference(directory: str | pathlib.Path, loaded: Loaded, mesh: jax.shar
   return reference.Reference.of(loaded.model, trained, lora_lib.split(loaded.params)[1])
 
 
-def load_base(folder: pathlib.Path, model: transformer.Transformer, mesh: jax.sharding.Mesh) -> reference.Reference:
+def load_base(folder: storage.Path, model: transformer.Transformer, mesh: jax.sharding.Mesh) -> reference.Reference:
   """Restores what a run without adapters began with from its folder of checkpoints."""
   abstract = transformer.abstract_params(model, mesh)
   return reference.Reference.of(model, _restored(folder / 'base', abstract), {})
 
 
-def load_loss_state(directory: str | pathlib.Path, first: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
+def load_loss_state(directory: str | os.PathLike, first: types.PyTree, mesh: jax.sharding.Mesh) -> types.PyTree:
   """Restores the state of the loss, `first` being what it began with: `()` for most losses.
 
   Raises:
@@ -320,7 +326,7 @@ def load_loss_state(directory: str | pathlib.Path, first: types.PyTree, mesh: ja
   return _restored(folder / str(step) / 'loss', {'state': abstract})['state']
 
 
-def _restored(path: pathlib.Path, abstract: types.PyTree) -> types.PyTree:
+def _restored(path: storage.Path, abstract: types.PyTree) -> types.PyTree:
   if not path.exists():
     raise types.RunError(f'{path} is missing; the checkpoint is not whole')
   check_shapes(path, abstract)

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import json
-import pathlib
 from typing import Any
 
 from absl import logging
 
 from jaxalign import metrics
+from jaxalign import storage
 
 _Line = Mapping[str, Any]
 
@@ -91,7 +91,7 @@ class Writer(metrics.Writer):
     seen: names of the signs that were seen in the whole run.
   """
 
-  def __init__(self, workdir: pathlib.Path, step: int):
+  def __init__(self, workdir: storage.Path, step: int):
     super().__init__(workdir, step)
     path = workdir / 'metrics.jsonl'
     lines = path.read_text(encoding='utf-8').splitlines() if path.exists() and step else []

@@ -8,7 +8,9 @@ from absl import flags
 
 from jaxalign import recipe as recipe_lib
 
-_DATA = 'jsonl:PATH (also .gz), parquet:PATH, tfds:NAME[/CONFIG][:SPLIT], builtin:NAME[:SPLIT]'
+_DATA = (
+    'jsonl:PATH (also .gz), parquet:PATH (both also gs://BUCKET/NAME), tfds:NAME[/CONFIG][:SPLIT], builtin:NAME[:SPLIT]'
+)
 
 _POSITIVE = functools.partial(flags.DEFINE_integer, lower_bound=1)
 _COUNT = functools.partial(flags.DEFINE_integer, lower_bound=0)
@@ -24,14 +26,16 @@ FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         flags.DEFINE_string,
         'model',
         None,
-        'A Hugging Face directory, a checkpoint of jaxalign, or a name in gin_configs/models (random initialisation).'
+        'A Hugging Face directory, a checkpoint of jaxalign (either may be gs://BUCKET/NAME), or a name in'
+        ' gin_configs/models (random initialisation).'
         f' Default: {recipe_lib.DEFAULT_MODEL}, which the package holds.',
     ),
     (
         flags.DEFINE_string,
         'tokenizer',
         None,
-        'A SentencePiece .model, a tokenizer.json, or a directory with one. Default: the one beside the model.',
+        'A SentencePiece .model, a tokenizer.json, or a directory with one (also gs://BUCKET/NAME). Default: the one'
+        ' beside the model.',
     ),
     (
         flags.DEFINE_string,
@@ -46,8 +50,8 @@ FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         flags.DEFINE_string,
         'cache_dir',
         None,
-        'Where tokenised data, reference log-probabilities and compiled programs are kept. Default: jaxalign in'
-        ' $XDG_CACHE_HOME or ~/.cache.',
+        'Where tokenised data, reference log-probabilities, compiled programs and copies from buckets are kept, on a'
+        ' disk. Default: jaxalign in $XDG_CACHE_HOME or ~/.cache.',
     ),
     (
         flags.DEFINE_bool,
@@ -86,7 +90,12 @@ FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         'base:bfloat16 or adapter:DIR (a PEFT directory to start from); what is left out has its default, see'
         ' models/lora.py.',
     ),
-    (flags.DEFINE_string, 'workdir', None, 'Where the run is kept; the same command resumes it. Default: runs/ALGO.'),
+    (
+        flags.DEFINE_string,
+        'workdir',
+        None,
+        'Where the run is kept, a folder or gs://BUCKET/NAME; the same command resumes it. Default: runs/ALGO.',
+    ),
     (_POSITIVE, 'steps', None, 'Optimizer steps of the whole run.'),
     (
         flags.DEFINE_integer,
@@ -105,7 +114,12 @@ FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         ' a recipe.Recipe.scored_fn of your own.',
     ),
     (flags.DEFINE_multi_string, 'gin', [], "A gin binding, applied last, as 'preference.dpo.beta=0.2'."),
-    (flags.DEFINE_string, 'checkpoint', None, 'For --mode=eval, sample and score: a workdir, or one checkpoint in it.'),
+    (
+        flags.DEFINE_string,
+        'checkpoint',
+        None,
+        'For --mode=eval, sample and score: a workdir, or one checkpoint in it, also gs://BUCKET/NAME.',
+    ),
     (flags.DEFINE_multi_string, 'prompt', [], 'For --mode=sample: what to continue, instead of --data.'),
     (
         flags.DEFINE_bool,

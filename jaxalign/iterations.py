@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from concurrent import futures
 import dataclasses
 import functools
-import pathlib
 from typing import Any
 from typing import NamedTuple
 
@@ -15,8 +14,8 @@ import numpy as np
 
 from jaxalign import episodes
 from jaxalign import making
-from jaxalign import metrics
 from jaxalign import rollouts
+from jaxalign import storage
 from jaxalign import types
 from jaxalign.data import dataset as dataset_lib
 from jaxalign.data import loader as loader_lib
@@ -102,7 +101,7 @@ class Iterations:
       tokenizer: tokenizers.Tokenizer,
       mesh: jax.sharding.Mesh,
       seed: int,
-      folder: pathlib.Path,
+      folder: storage.Path,
       scorers: Callable[[], Mapping[str, functions.Scorer]] = dict,
       texts: dataset_lib.Joined | None = None,
   ):
@@ -208,12 +207,12 @@ class Iterations:
     self._write(self._path(iteration), rollout.to_text(self._tokenizer))
     return rollout
 
-  def _write(self, path: pathlib.Path, text: str) -> None:
+  def _write(self, path: storage.Path, text: str) -> None:
     if jax.process_index() == 0:
-      self._folder.mkdir(parents=True, exist_ok=True)
-      metrics.write_text(path, text)
+      with storage.naming(f'{path}: the rollout cannot be written'):
+        storage.write_text(path, text)
 
-  def _path(self, iteration: int) -> pathlib.Path:
+  def _path(self, iteration: int) -> storage.Path:
     return self._folder / f'{iteration:06d}.jsonl'
 
   def _read(self, iteration: int) -> episodes.Rollout:
@@ -235,10 +234,10 @@ class _Ahead(NamedTuple):
   judged: futures.Future
 
 
-def _parsed(path: pathlib.Path, parse: Callable[[str], Any]) -> Any:
+def _parsed(path: storage.Path, parse: Callable[[str], Any]) -> Any:
   """What a file holds that a run left there; RunError where it is gone or torn."""
   try:
     return parse(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError, LookupError, TypeError) as err:
-    reason = err.strerror if isinstance(err, OSError) else f'{type(err).__name__}: {err}'
+  except storage.errors() + (ValueError, LookupError, TypeError) as err:
+    reason = storage.reason(err) if isinstance(err, storage.errors()) else f'{type(err).__name__}: {err}'
     raise types.RunError(f'{path}: the rollout that the run was at cannot be read ({reason})') from err

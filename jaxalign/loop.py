@@ -150,6 +150,7 @@ def run(
           values |= evaluated
         _write(step, values, options, tools, progress)
         if saving:
+          tools.writer.flush()
           place = {'epoch': data_state[0], 'step': data_state[1], 'num_tokens': tools.clock.seen}
           tools.store.save(state, step, place, evaluated)
         tools.clock.start()

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import re
 import sys
@@ -43,6 +42,7 @@ from jaxalign import score
 from jaxalign import searching
 from jaxalign import sharding
 from jaxalign import steering
+from jaxalign import storage
 from jaxalign import streams
 from jaxalign import terminal
 from jaxalign import topology as topology_lib
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _fail(problem, 2)
   except FloatingPointError as err:
     return _fail(terminal.located(err), 1)
-  except OSError as err:
+  except storage.errors() as err:
     return _fail(re.sub(r'\[Errno \d+\] ', '', str(err)), 1)
   except KeyboardInterrupt:
     return _fail('interrupted; the same command resumes from the last checkpoint', 1)
@@ -99,6 +99,7 @@ def _dispatch(args: flags.FlagValues) -> None:
     if args.mode not in modes:
       raise types.UsageError(f'--mode={args.mode}: it is one of {", ".join(modes)}')
     command.check_mode(args)
+    storage.keep_copies(_cache_dir(args) / 'copies')
     modes[args.mode](args)
 
 
@@ -164,7 +165,7 @@ def _job(
   logging.info('%d %s devices, mesh %s', mesh.size, sharding.platform_of(mesh), dict(mesh.shape))
   return recipe_lib.Job(
       algo=algo,
-      workdir=pathlib.Path(args.workdir or f'runs/{algo}').absolute(),
+      workdir=storage.absolute(args.workdir or f'runs/{algo}'),
       mesh=mesh,
       seed=defaults.get('seed', 0) if args.seed is None else args.seed,
       model=args.model or defaults.get('model_spec', recipe_lib.DEFAULT_MODEL),
@@ -183,8 +184,9 @@ def _of(recipe: recipe_lib.Recipe) -> dict[str, Any]:
 
 
 def _cache_dir(args: flags.FlagValues) -> pathlib.Path:
-  home = pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache'))
-  return pathlib.Path(args.cache_dir or home / 'jaxalign').absolute()
+  if storage.is_remote(args.cache_dir or ''):
+    raise types.UsageError(f'--cache_dir={args.cache_dir}: it is on a disk of this machine')
+  return pathlib.Path(args.cache_dir or storage.cache_dir()).absolute()
 
 
 def _start(args: flags.FlagValues) -> None:
@@ -224,7 +226,7 @@ def _check_judged(args: flags.FlagValues, data: str) -> None:
     )
 
 
-def _restored(args: flags.FlagValues) -> tuple[pathlib.Path, dict]:
+def _restored(args: flags.FlagValues) -> tuple[storage.Path, dict]:
   """The checkpoint folder of --checkpoint and its run.json."""
   if args.checkpoint is None:
     raise types.UsageError(f'--mode={args.mode} needs --checkpoint=DIR (a workdir, or one checkpoint in it)')

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import functools
 import json
 import math
-import os
 import pathlib
 import re
 import resource
@@ -18,6 +17,10 @@ from absl import logging
 import jax
 import tensorboardX
 import tqdm
+
+from jaxalign import storage
+
+_SECONDS = 60.0  # between two times that what has grown is sent to a bucket
 
 # Peak bf16 FLOP/s of one chip, by the `device_kind` that JAX reports; vendors' data sheets.
 PEAK_FLOPS = {
@@ -38,17 +41,19 @@ PEAK_FLOPS = {
 class Writer:
   """Appends one JSON object per logged step to `metrics.jsonl` and mirrors it to TensorBoard, on process 0 alone.
 
-  On resume, lines beyond the resumed step are cut off first: they come again.
+  On resume, lines beyond the resumed step are cut off first: they come again. To a workdir in a bucket both are sent
+  once a minute, before a checkpoint is saved, and at the end.
   """
 
-  def __init__(self, workdir: pathlib.Path, step: int):
+  def __init__(self, workdir: storage.Path, step: int):
     self._main = jax.process_index() == 0
     if not self._main:
       return
-    path = workdir / 'metrics.jsonl'
-    _cut_after(path, step)
-    self._file = path.open('a', encoding='utf-8')
-    self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1 if step else None)
+    self._grown = storage.Growing(workdir, 'metrics.jsonl')
+    folder = self._grown.folder
+    _cut_after(folder / 'metrics.jsonl', step)
+    self._file = (folder / 'metrics.jsonl').open('a', encoding='utf-8')
+    self._board = tensorboardX.SummaryWriter(str(folder / 'tensorboard'), purge_step=step + 1 if step else None)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Writes one line; a number that is not finite becomes null, since JSON has none."""
@@ -59,12 +64,26 @@ class Writer:
     self._file.flush()
     for name, value in values.items():  # TensorBoard would tell of every name that it has to change.
       self._board.add_scalar(re.sub(r'[^-/\w.]', '_', name), value, step)
+    if self._grown.is_due(_SECONDS):
+      try:
+        self._grown.send()
+      except storage.errors() as err:
+        logging.warning('metrics could not be sent, which is tried again: %s', storage.reason(err))
+
+  def flush(self) -> None:
+    """Sends what was written; raises RunError where a bucket does not take it."""
+    if self._main:
+      self._board.flush()
+      with storage.naming('metrics could not be written'):
+        self._grown.send()
 
   def close(self) -> None:
     """Closes the files."""
     if self._main:
       self._file.close()
       self._board.close()
+      with storage.naming('metrics could not be written'):
+        self._grown.close()
 
 
 def _cut_after(path: pathlib.Path, step: int) -> None:
@@ -74,14 +93,7 @@ def _cut_after(path: pathlib.Path, step: int) -> None:
   # A kill may leave a last line without its newline.
   kept = [line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step]
   if kept != lines:
-    write_text(path, ''.join(kept))
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a whole file or none: to a neighbour first, then renamed."""
-  part = path.with_name(f'{path.name}.part')
-  part.write_text(text, encoding='utf-8')
-  os.replace(part, path)
+    storage.write_text(path, ''.join(kept))
 
 
 class Progress:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import dataclasses
 import functools
-import pathlib
 from typing import NamedTuple
 
 from absl import logging
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxalign import checkpoint
 from jaxalign import recipe as recipe_lib
+from jaxalign import storage
 from jaxalign import types
 from jaxalign.data import tokenizers
 from jaxalign.models import architecture
@@ -136,7 +136,7 @@ def _open_adapter(job: recipe_lib.Job, recipe: recipe_lib.Recipe, config: archit
   if recipe.lora is None or not recipe.lora.adapter:
     return None
   family = (recipe_lib.origin(job, recipe) or {}).get('model_type', 'llama')
-  return peft.read(pathlib.Path(recipe.lora.adapter), config, family, recipe.lora)
+  return peft.read(storage.path(recipe.lora.adapter), config, family, recipe.lora)
 
 
 def _divide(model: transformer.Transformer, params: types.PyTree, key: jax.Array, mesh: jax.sharding.Mesh) -> Params:

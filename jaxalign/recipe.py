@@ -15,6 +15,7 @@ from jaxalign import checkpoint
 from jaxalign import reference as reference_lib
 from jaxalign import rollouts as rollouts_lib
 from jaxalign import sharding
+from jaxalign import storage
 from jaxalign import types
 from jaxalign.data import dataset
 from jaxalign.data import loader
@@ -137,7 +138,7 @@ class Job:
   """What the flags say: where things are and where they go. Nothing in it changes a formula."""
 
   algo: str
-  workdir: pathlib.Path
+  workdir: storage.Path
   mesh: jax.sharding.Mesh
   seed: int
   model: str
@@ -170,14 +171,16 @@ def asset(name: str) -> pathlib.Path:
   return pathlib.Path(str(importlib.resources.files('jaxalign').joinpath('assets', name)))
 
 
-def model_directory(spec: str) -> pathlib.Path:
+def model_directory(spec: str) -> storage.Path:
   """The directory that a `--model` or `--tokenizer` names: `builtin:NAME` is an asset of the package.
 
   Raises:
     UsageError: there is no such directory or file.
   """
-  path = asset(spec.removeprefix('builtin:')) if spec.startswith('builtin:') else pathlib.Path(spec)
-  if not path.exists():
+  path = asset(spec.removeprefix('builtin:')) if spec.startswith('builtin:') else storage.path(spec)
+  with storage.naming(spec):
+    is_there = path.exists()
+  if not is_there:
     wanted = '--model is a Hugging Face directory, a checkpoint of jaxalign, or a name in gin_configs/models'
     raise types.UsageError(f'{spec}: no such file or directory ({wanted})')
   return path

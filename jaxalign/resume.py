@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 import os
-import pathlib
 import re
 from typing import Any
 
 from absl import logging
+import jax
 
 from jaxalign import checkpoint
 from jaxalign import recipe
+from jaxalign import storage
 from jaxalign import types
 
 # Bindings that may differ between a run and its resumption: they change how long and how often, not what.
@@ -22,8 +23,14 @@ _RESUMABLE = (
 )
 
 
-def check_writable(workdir: pathlib.Path) -> None:
-  """Raises UsageError where `--workdir` cannot be made or written; makes nothing."""
+def check_writable(workdir: storage.Path) -> None:
+  """Raises UsageError or RunError where `--workdir` cannot be made or written; leaves nothing."""
+  if storage.is_remote(workdir):
+    with storage.naming(f'--workdir={workdir}'):
+      probe = workdir / f'.writable-{jax.process_index()}'
+      probe.write_bytes(b'may be deleted')
+      probe.unlink()
+    return
   there = next(path for path in (workdir, *workdir.parents) if path.exists())
   if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
     problem = 'may not be written' if there.is_dir() else 'is a file'
@@ -42,8 +49,9 @@ def finished(job: recipe.Job, bindings: str, steps: int) -> dict[str, Any] | Non
     UsageError: the workdir holds a run of other flags or bindings.
   """
   path = job.workdir / 'checkpoints' / 'run.json'
-  if not path.exists():
-    return None
+  with storage.naming(f'--workdir={job.workdir}'):
+    if not path.exists():
+      return None
   run = checkpoint.read_json(path)
   if run['bindings'] is None:
     raise types.UsageError(f'{job.workdir} holds an imported model, start from it by --model; choose another --workdir')

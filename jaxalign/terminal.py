@@ -15,7 +15,7 @@ import jax
 
 
 def set_up_logging() -> None:
-  """The time and one message a line; nothing of Orbax, which tells of every file and raises what matters."""
+  """The time and one message a line; nothing of Orbax and gcsfs, which tell of every file and raise what matters."""
   if not flags.FLAGS.is_parsed():
     flags.FLAGS(['jaxalign'])
   logging.use_absl_handler()
@@ -40,7 +40,9 @@ def quiet_failed_saves() -> None:
 
 
 def _is_told(record: python_logging.LogRecord) -> bool:
-  return not any(library in record.pathname for library in ('/orbax/', '/asyncio/'))
+  return not any(
+      library in record.pathname for library in ('/orbax/', '/asyncio/', '/gcsfs/', '/fsspec/', '/google/auth/')
+  )
 
 
 def located(err: FloatingPointError) -> str:

@@ -1,10 +1,10 @@
 """The loop of every algorithm, on data or on what the policy samples, by one step."""
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
 import json
-import pathlib
 from typing import Any
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from jaxalign import recipe as recipe_lib
 from jaxalign import reference
 from jaxalign import rollouts
 from jaxalign import step as step_lib
+from jaxalign import storage
 from jaxalign import streams as streams_lib
 from jaxalign import types
 from jaxalign.data import tokenizers
@@ -107,10 +108,10 @@ def train(
     place = data_state['epoch'], data_state['step']
     newest = _Newest(tools.step_fn, state, frozen, live, recipe.sync)
     batches = streams.training_batches(place, newest.params)
-    state = loop.run(state, batches, options, dataclasses.replace(tools, step_fn=newest))
-    after = whole(state)
-    store.close()
-    tools.writer.close()
+    with contextlib.closing(tools.writer):
+      state = loop.run(state, batches, options, dataclasses.replace(tools, step_fn=newest))
+      after = whole(state)
+      store.close()
     return _finish(job, state, before, after, tools, streams, counter)
 
 
@@ -256,7 +257,7 @@ def _before(job, evaluator: evaluate.Evaluator, state: step_lib.TrainState) -> e
     return evaluate.Whole.from_json(json.loads(path.read_text(encoding='utf-8')))
   found = evaluator.whole(*_evaluated(state), compared=False)
   if jax.process_index() == 0:
-    metrics.write_text(path, json.dumps(found.to_json()))
+    storage.write_text(path, json.dumps(found.to_json()))
   return found
 
 
@@ -277,7 +278,7 @@ def _save_run(job, recipe, model, tokenizer, base, needs, config) -> None:
   }
   checkpoint.save_run(job.workdir / 'checkpoints', run, operative, tokenizer)
   if jax.process_index() == 0:
-    metrics.write_text(job.workdir / 'config.gin', operative)
+    storage.write_text(job.workdir / 'config.gin', operative)
 
 
 def _show_shapes(state: step_lib.TrainState) -> None:
@@ -285,12 +286,12 @@ def _show_shapes(state: step_lib.TrainState) -> None:
     logging.info('%s %s %s %s', jax.tree_util.keystr(path), x.dtype, x.shape, x.sharding.spec)
 
 
-def write_samples(path: pathlib.Path, before: evaluate.Sampled, after: evaluate.Sampled) -> None:
+def write_samples(path: storage.Path, before: evaluate.Sampled, after: evaluate.Sampled) -> None:
   """Writes samples.md: the same prompts before and after training."""
   lines = ['# Samples before and after training', '']
   for (prompt, old), (_, new) in zip(before.shown, after.shown):
     lines += [f'## {" ".join(prompt.split())}', '', '**before:** ' + old.strip(), '', '**after:** ' + new.strip(), '']
-  metrics.write_text(path, '\n'.join(lines))
+  storage.write_text(path, '\n'.join(lines))
 
 
 def _finish(job, state, before: evaluate.Whole, after: evaluate.Whole, tools, streams, counter) -> dict[str, Any]:
@@ -318,5 +319,5 @@ def _finish(job, state, before: evaluate.Whole, after: evaluate.Whole, tools, st
   if jax.process_index() == 0:
     if after.sampled.shown:
       write_samples(job.workdir / 'samples.md', before.sampled, after.sampled)
-    metrics.write_text(job.workdir / 'summary.json', json.dumps(summary, indent=1))
+    storage.write_text(job.workdir / 'summary.json', json.dumps(summary, indent=1))
   return summary

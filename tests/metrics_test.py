@@ -9,6 +9,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from jaxalign import metrics
+from jaxalign import storage
 
 
 def lines(path):
@@ -54,7 +55,7 @@ class TestWriter:
 class TestWriteText:
 
   def test_leaves_nothing_beside_the_file(self, tmp_path):
-    metrics.write_text(tmp_path / 'a', 'x')
+    storage.write_text(tmp_path / 'a', 'x')
     assert [path.name for path in tmp_path.iterdir()] == ['a']
 
 

@@ -21,6 +21,7 @@ import zlib
 
 import numpy as np
 
+from jaxalign import storage
 from jaxalign import types
 from jaxalign.data import generated
 
@@ -158,12 +159,12 @@ def _digest(data) -> str:
 def _map_file(spec: str, path: str):
   """The file's bytes, mapped rather than read, so that large files cost no memory."""
   try:
-    with open(path, 'rb') as f:
+    with open(storage.local(path), 'rb') as f:
       return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(f.fileno()).st_size else b''
   except FileNotFoundError:
     raise types.UsageError(f'data {spec!r}: there is no file {path}') from None
-  except OSError as err:
-    raise types.RunError(f'data {spec!r}: cannot read {path}: {err.strerror}') from err
+  except storage.errors() as err:
+    raise types.RunError(f'data {spec!r}: cannot read {path}: {storage.reason(err)}') from err
 
 
 def _gunzip(name: str, data) -> bytes:
@@ -254,6 +255,8 @@ def _open_tfds(spec: str, rest: str, data_dir: str | None) -> Source:
   if not match:
     raise types.UsageError(f'data {spec!r}: write tfds:NAME[/CONFIG][:VERSION][:SPLIT]')
   name, version, split = match[1], match[2], match[3] or 'train'
+  if storage.is_remote(data_dir or ''):
+    raise types.UsageError(f'data {spec!r}: --data_dir={data_dir}: TFDS sets are read from a disk; copy it there')
   directory = _tfds_directory(spec, name, version, pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser())
   try:
     builder = tfds.builder_from_directory(directory)

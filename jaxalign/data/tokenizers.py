@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import os
-import pathlib
 import re
 from typing import Any
 
@@ -21,6 +20,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 import tokenizers as hf_tokenizers
 
+from jaxalign import storage
 from jaxalign import types
 
 # A noncharacter, for internal use as Unicode says; it stands inside the name of a special token that is plain text.
@@ -144,11 +144,11 @@ class Tokenizer(abc.ABC):
       RunError: a file cannot be written.
     """
     try:
-      os.makedirs(directory, exist_ok=True)
+      storage.path(directory).mkdir(parents=True, exist_ok=True)
       for name, content in self._files.items():
-        pathlib.Path(directory, name).write_bytes(content)
-    except OSError as err:
-      raise types.RunError(f'{directory}: cannot save the tokenizer ({err.strerror})') from err
+        (storage.path(directory) / name).write_bytes(content)
+    except storage.errors() as err:
+      raise types.RunError(f'{directory}: cannot save the tokenizer ({storage.reason(err)})') from err
 
   @abc.abstractmethod
   def _to_ids(self, text: str, continuation: bool) -> list[int]:
@@ -255,7 +255,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
   Raises:
     RunError: a file is missing or corrupt, or names no EOS token.
   """
-  path = pathlib.Path(path)
+  path = storage.path(path)
   file = _find(path) if path.is_dir() else path
   name = _JSON if file.suffix == '.json' else _MODEL
   files = {name: _read(file)}
@@ -270,7 +270,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
   return (_Json if name == _JSON else _SentencePiece)(files, settings, str(file))
 
 
-def _find(directory: pathlib.Path) -> pathlib.Path:
+def _find(directory: storage.Path) -> storage.Path:
   models = sorted(directory.glob('*.model'))
   for file in (directory / _JSON, directory / _MODEL, *(models if len(models) == 1 else ())):
     if file.is_file():
@@ -279,7 +279,7 @@ def _find(directory: pathlib.Path) -> pathlib.Path:
   raise types.RunError(f'{directory}: a tokenizer is {_JSON}, {_MODEL} or one *.model file; there is {found}')
 
 
-def _settings(files: Mapping[str, bytes], directory: pathlib.Path) -> dict[str, Any]:
+def _settings(files: Mapping[str, bytes], directory: storage.Path) -> dict[str, Any]:
   """Special tokens by role, chat template and options that the files state."""
   config, special_map = (
       _json(files[name], str(directory / name)) if name in files else {} for name in (_CONFIG, _SPECIAL_MAP)
@@ -300,11 +300,11 @@ def _settings(files: Mapping[str, bytes], directory: pathlib.Path) -> dict[str, 
   return settings | ({'chat_template': template} if template else {})
 
 
-def _read(file: pathlib.Path) -> bytes:
+def _read(file: storage.Path) -> bytes:
   try:
     return file.read_bytes()
-  except OSError as err:
-    raise types.RunError(f'{file}: cannot read the tokenizer ({err.strerror})') from err
+  except storage.errors() as err:
+    raise types.RunError(f'{file}: cannot read the tokenizer ({storage.reason(err)})') from err
 
 
 def _text(content: bytes, where: str) -> str:

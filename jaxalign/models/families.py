@@ -6,9 +6,9 @@ Every key is read, known not to change the numbers, or refused by name: none is 
 from collections.abc import Callable
 from collections.abc import Mapping
 import json
-import pathlib
 from typing import Any
 
+from jaxalign import storage
 from jaxalign import types
 from jaxalign.models import architecture
 
@@ -31,7 +31,7 @@ OF_SEQUENCES, OF_TOKENS = 'ForSequenceClassification', 'ForTokenClassification'
 class _Keys:
   """The keys of a config.json, of which it remembers which were read."""
 
-  def __init__(self, path: pathlib.Path, values: Mapping[str, Any]):
+  def __init__(self, path: storage.Path, values: Mapping[str, Any]):
     self.path, self._values, self._read = path, dict(values), set(_HARMLESS)
 
   def get(self, key: str, default: Any = None) -> Any:
@@ -68,7 +68,7 @@ class _Keys:
         raise self.refused(key, value)
 
 
-def read_config(path: pathlib.Path, values: Mapping[str, Any]) -> architecture.Config:
+def read_config(path: storage.Path, values: Mapping[str, Any]) -> architecture.Config:
   """The configuration that a config.json describes.
 
   Args:

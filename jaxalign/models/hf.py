@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import safetensors
 
+from jaxalign import storage
 from jaxalign import types
 from jaxalign.models import architecture
 from jaxalign.models import families
@@ -139,17 +140,17 @@ def writing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     raise types.RunError(f'{directory}: cannot be written ({err})') from err
 
 
-def read_config(directory: pathlib.Path) -> architecture.Config:
+def read_config(directory: storage.Path) -> architecture.Config:
   """Reads config.json, see `families.read_config`.
 
   Raises:
     RunError: the file is missing or not JSON, lacks a key, or has one that changes the numbers and is not supported.
   """
-  path = pathlib.Path(directory) / 'config.json'
+  path = storage.path(directory) / 'config.json'
   return families.read_config(path, read_json(path))
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: storage.Path) -> dict[str, Any]:
   """The object in a JSON file of a model.
 
   Raises:
@@ -157,8 +158,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """
   try:
     values = json.loads(path.read_text(encoding='utf-8'))
-  except OSError as err:
-    raise types.RunError(f'{path}: cannot be read ({err.strerror}); --model is a Hugging Face directory') from err
+  except storage.errors() as err:
+    raise types.RunError(
+        f'{path}: cannot be read ({storage.reason(err)}); --model is a Hugging Face directory'
+    ) from err
   except ValueError as err:
     raise types.RunError(f'{path}: not JSON ({err})') from err
   if not isinstance(values, dict):

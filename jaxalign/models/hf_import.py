@@ -11,7 +11,6 @@ import contextlib
 import functools
 import itertools
 import math
-import pathlib
 import re
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 import safetensors
 import tqdm
 
+from jaxalign import storage
 from jaxalign import types
 from jaxalign.models import architecture
 from jaxalign.models import hf
@@ -38,7 +38,7 @@ _Tensors = Mapping[str, Callable[[], Any]]
 
 
 def read_params(
-    directory: pathlib.Path,
+    directory: storage.Path,
     config: architecture.Config,
     mesh: jax.sharding.Mesh,
     dtype: jax.typing.DTypeLike = 'float32',
@@ -57,7 +57,7 @@ def read_params(
     RunError: a file is missing or corrupt, or tensors are missing, of other shapes, or more than the model has.
     UsageError: the mesh does not divide the model.
   """
-  directory = pathlib.Path(directory)
+  directory = storage.path(directory)
   abstract = transformer.abstract_params(transformer.Transformer(config), mesh)
   with contextlib.ExitStack() as stack:
     tensors = _open(directory, stack)
@@ -77,7 +77,7 @@ def read_params(
     )
 
 
-def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Callable[[], Any]]:
+def _open(directory: storage.Path, stack: contextlib.ExitStack) -> dict[str, Callable[[], Any]]:
   """What opens the slices of each tensor, by the tensor's name."""
   if (directory / _INDEX).is_file():
     weight_map = hf.read_json(directory / _INDEX).get('weight_map')
@@ -99,9 +99,9 @@ def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Cal
   return {tensor: functools.partial(files[name].get_slice, tensor) for tensor, name in weight_map.items()}
 
 
-def _open_file(path: pathlib.Path, stack: contextlib.ExitStack) -> Any:
+def _open_file(path: storage.Path, stack: contextlib.ExitStack) -> Any:
   try:
-    return stack.enter_context(safetensors.safe_open(str(path), framework='np'))
+    return stack.enter_context(safetensors.safe_open(str(storage.local(path)), framework='np'))
   except FileNotFoundError as err:
     raise types.RunError(f'{path}: no such file, though {_INDEX} names it') from err
   except (OSError, safetensors.SafetensorError) as err:

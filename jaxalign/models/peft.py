@@ -20,6 +20,7 @@ import numpy as np
 import safetensors
 from safetensors import numpy as st
 
+from jaxalign import storage
 from jaxalign import types
 from jaxalign.models import architecture
 from jaxalign.models import hf
@@ -53,14 +54,14 @@ _HARMLESS: dict[str, tuple] = {
 class Adapter(NamedTuple):
   """A folder's adapter: for which `model_type`, what it is, its tensors, and its configuration."""
 
-  directory: pathlib.Path
+  directory: storage.Path
   family: str
   lora: lora_lib.Lora
   tensors: dict[str, np.ndarray]
   values: Mapping[str, Any]
 
 
-def read(directory: pathlib.Path, config: architecture.Config, family: str, like: lora_lib.Lora) -> Adapter:
+def read(directory: storage.Path, config: architecture.Config, family: str, like: lora_lib.Lora) -> Adapter:
   """Reads a folder.
 
   Args:
@@ -103,9 +104,9 @@ def read(directory: pathlib.Path, config: architecture.Config, family: str, like
   return Adapter(directory, family, lora, tensors, values)
 
 
-def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _load(path: storage.Path) -> dict[str, np.ndarray]:
   try:
-    return st.load_file(path)
+    return st.load_file(storage.local(path))
   except FileNotFoundError as err:
     raise types.RunError(f'{path}: no such file') from err
   except (OSError, safetensors.SafetensorError) as err:
@@ -189,7 +190,7 @@ def _picked(values: Mapping[str, Any], pattern: str, module: str, default: Any) 
   return next((value for key, value in keys.items() if re.match(rf'(.*\.)?({key})$', name)), default)
 
 
-def _check_numbers(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+def _check_numbers(path: storage.Path, values: Mapping[str, Any]) -> None:
   """Raises where rank, alpha or one of their patterns is no number."""
   for key, pattern in (('r', 'rank_pattern'), ('lora_alpha', 'alpha_pattern')):
     found = values.get(pattern) or {}

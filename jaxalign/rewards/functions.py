@@ -27,7 +27,7 @@ from jaxalign.rewards import pool as pool_lib
 HOW = ('sum', 'normalised', 'gated')
 
 _SPEC = re.compile(r'(?P<path>[^:()]+):(?P<name>[A-Za-z_][\w.]*)(?P<options>\(.*\))?(:(?P<weight>[^:()]*))?', re.DOTALL)
-_OF_MODEL = re.compile(r'(?P<path>[^:()]+)(?P<options>\(.*\))?(:(?P<weight>[^:()]*))?', re.DOTALL)
+_OF_MODEL = re.compile(r'(?P<path>([^:()]|(?<=gs):(?=//))+)(?P<options>\(.*\))?(:(?P<weight>[^:()]*))?', re.DOTALL)
 _FORM = (
     'write MODULE:FUNCTION, MODULE:FUNCTION:WEIGHT, path/to/file.py:FUNCTION(option=value):WEIGHT, or of a model'
     ' DIR(option=value):WEIGHT'

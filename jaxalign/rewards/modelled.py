@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxalign import storage
 from jaxalign import types
 from jaxalign.rewards import ensembles
 
@@ -82,8 +83,9 @@ def of(
   Raises:
     UsageError: there is no such directory, or no such option, or an option has no such value.
   """
-  directories = (path,) if os.path.isdir(path) else tuple(path.split('+'))
-  absent = [one for one in directories if not os.path.isdir(one)]
+  with storage.naming(path):
+    directories = (path,) if storage.path(path).is_dir() else tuple(path.split('+'))
+    absent = [one for one in directories if not storage.path(one).is_dir()]
   if absent:
     raise fail(f'there is no directory {absent[0]}; {form}')
   known = [field.name for field in dataclasses.fields(Model)][3:]
