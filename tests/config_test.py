@@ -165,11 +165,11 @@ class TestParse:
           ('preference.dpo.beta = %nothing', ['%nothing', 'nothing binds it']),
           ('import nothing_of_this_name', ['my.gin:4', 'nothing_of_this_name']),
           ("include 'nothing.gin'", ['my.gin:4', 'nothing.gin']),
-          ('import broken', ['broken.py:1']),
+          ('import torn', ['torn.py:1']),
       ],
   )
   def test_quotes_the_line_that_is_wrong(self, write, line, parts):
-    write('broken.py', 'x = = 1\n')
+    write('torn.py', 'x = = 1\n')
     user = write('my.gin', IMPORTS + line + '\n')
     message = refusal(user_files=[user])
     assert f'--gin_file={user}' in message or line.endswith('%nothing')
