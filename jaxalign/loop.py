@@ -84,7 +84,7 @@ class Tools:
     debug: forbid implicit transfers between host and device.
   """
 
-  step_fn: Callable[[step_lib.TrainState, types.Batch], tuple[step_lib.TrainState, step_lib.StepMetrics]]
+  step_fn: Callable[[step_lib.TrainState, types.Batch], tuple[step_lib.TrainState, step_lib.Packed]]
   evaluate: Callable[[step_lib.TrainState], Mapping[str, float]]
   store: checkpoint.Store
   writer: metrics.Writer
@@ -122,11 +122,11 @@ def run(
     return state  # A run that went further: what it would read next was not prepared.
   progress = metrics.Progress(step, options.steps)
   due = lambda every: step == options.steps or (every > 0 and step % every == 0)
-  running: list[step_lib.StepMetrics] = []
+  running: list[step_lib.Packed] = []
   waiting: _Interval | None = None
   evaluated: Mapping[str, float] = {}
   with contextlib.closing(progress), Preemption() as preemption:
-    for data_state, batch in batches:
+    for data_state, batch in tools.clock.waiting(batches):
       with jax.transfer_guard('disallow') if tools.debug and step > first else contextlib.nullcontext():
         state, measured = tools.step_fn(state, batch)
       if waiting is not None:
@@ -168,12 +168,12 @@ class _Interval:
 
   step: int
   data_state: tuple[int, int]
-  measured: list[step_lib.StepMetrics]
+  measured: list[step_lib.Packed]
 
 
 def _fetch(interval: _Interval, tools: Tools) -> dict[str, float]:
   """Waits for an interval's last step; its means, its newest gauges, its speed and what is constant."""
-  fetched = jax.device_get(interval.measured)
+  fetched = [packed.unpacked() for packed in jax.device_get(interval.measured)]
   sums = jax.tree.map(lambda *xs: np.sum(xs, axis=0), *(m.means for m in fetched), is_leaf=np.isscalar)
   values = {name: float(pair.mean()) for name, pair in sums.items()}
   gauges = {name: float(value) for name, value in fetched[-1].gauges.items()}
@@ -183,6 +183,7 @@ def _fetch(interval: _Interval, tools: Tools) -> dict[str, float]:
   if speed is not None:
     values['tokens_per_s'] = speed.tokens_per_s
     values['step_time'] = speed.seconds_per_step
+    values |= {'time/host': speed.host_s, 'time/input': speed.input_s}
     mfu = metrics.utilisation(tools.flops_per_token, speed.tokens_per_s)
     if mfu is not None:
       values['mfu'] = mfu

@@ -53,6 +53,34 @@ class StepMetrics(NamedTuple):
   gauges: dict[str, types.Array]
 
 
+@struct.dataclass
+class Packed:
+  """`StepMetrics` as one vector for each dtype, since fetching a vector takes no longer than fetching a number.
+
+  Attributes:
+    vectors: by dtype.
+    dtypes: of each number.
+    form: the tree of the numbers.
+  """
+
+  vectors: dict[str, types.Array]
+  dtypes: tuple[str, ...] = struct.field(pytree_node=False)
+  form: Any = struct.field(pytree_node=False)
+
+  @classmethod
+  def of(cls, measured: StepMetrics) -> 'Packed':
+    """Packs scalars, under jit."""
+    numbers, form = jax.tree.flatten(measured)
+    dtypes = tuple(str(x.dtype) for x in numbers)
+    alike = lambda dtype: jnp.stack([x for x, own in zip(numbers, dtypes) if own == dtype])
+    return cls({dtype: alike(dtype) for dtype in sorted(set(dtypes))}, dtypes, form)
+
+  def unpacked(self) -> StepMetrics:
+    """What was packed, once the vectors have been fetched."""
+    left = {dtype: iter(vector) for dtype, vector in self.vectors.items()}
+    return jax.tree.unflatten(self.form, [next(left[dtype]) for dtype in self.dtypes])
+
+
 def init_state(
     params: types.PyTree,
     tx: optax.GradientTransformation,
@@ -174,7 +202,7 @@ def make_step(
 
 
 def jitted(step: Callable, mesh: jax.sharding.Mesh, state: TrainState, *, donate: bool = True) -> Any:
-  """Compiles a step of `make_step` for a mesh, on first use.
+  """Compiles a step of `make_step` for a mesh, on first use; its metrics come packed.
 
   Args:
     step: the step.
@@ -182,8 +210,14 @@ def jitted(step: Callable, mesh: jax.sharding.Mesh, state: TrainState, *, donate
     state: arrays or shapes, with shardings, which the new state has too.
     donate: whether the new state takes the place of the old one.
   """
+
+  @functools.wraps(step)
+  def packed(*args):
+    new_state, measured = step(*args)
+    return new_state, Packed.of(measured)
+
   where = jax.tree.map(lambda x: x.sharding, state)
-  return jax.jit(step, donate_argnums=(0,) if donate else (), out_shardings=(where, sharding.named(mesh)))
+  return jax.jit(packed, donate_argnums=(0,) if donate else (), out_shardings=(where, sharding.named(mesh)))
 
 
 def _chosen(good, new, old):

@@ -90,18 +90,43 @@ class TestProgress:
 
 class TestClock:
 
-  def test_measures_laps_and_leaves_pauses_out(self, monkeypatch):
-    now = iter([0.0, 2.0, 100.0, 101.0]).__next__
-    monkeypatch.setattr('time.perf_counter', now)
+  @pytest.fixture
+  def now(self, monkeypatch):
+    """Seconds that passed, and those in which this thread computed."""
+    passed = {'perf_counter': 0.0, 'thread_time': 0.0}
+    for name in passed:
+      monkeypatch.setattr(f'time.{name}', lambda name=name: passed[name])
+    return passed
+
+  def test_measures_laps_and_leaves_pauses_out(self, now):
     clock = metrics.Clock(1000)
     assert clock.lap(50, 1) is None  # the compiling step
     clock.start()
-    assert clock.lap(400, 4) == metrics.Speed(200.0, 0.5)
+    now |= {'perf_counter': 2.0, 'thread_time': 0.5}
+    assert clock.lap(400, 4) == metrics.Speed(200.0, 0.5, 0.125, 0.0)
     clock.pause()
+    now |= {'perf_counter': 100.0, 'thread_time': 50.0}
     clock.start()
-    assert clock.lap(100, 1) == metrics.Speed(100.0, 1.0)
-    assert clock.mean() == metrics.Speed(500 / 3, 3 / 5)
+    now |= {'perf_counter': 101.0, 'thread_time': 50.5}
+    assert clock.lap(100, 1) == metrics.Speed(100.0, 1.0, 0.5, 0.0)
+    assert clock.mean() == metrics.Speed(500 / 3, 3 / 5, 1 / 5, 0.0)
     assert clock.seen == 1550
+
+  def test_measures_how_long_items_were_waited_for(self, now):
+
+    def items():
+      for wait in (3.0, 0.25, 1.25):
+        now['perf_counter'] += wait
+        yield wait
+
+    clock, seen = metrics.Clock(0), []
+    for item in clock.waiting(items()):
+      now['perf_counter'] += 10.0  # a step
+      if item == 3.0:
+        clock.start()
+      seen.append(item)
+    assert seen == [3.0, 0.25, 1.25]
+    assert clock.lap(4, 2) == metrics.Speed(4 / 21.5, 10.75, 0.0, 0.75)
 
 
 class TestCompilations:

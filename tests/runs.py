@@ -23,7 +23,7 @@ from jaxalign.models import hf_import
 from jaxalign.models import transformer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TIMED = {'tokens_per_s', 'step_time', 'mfu'}
+TIMED = {'tokens_per_s', 'step_time', 'time/host', 'time/input', 'mfu'}
 
 
 def vowels(responses):

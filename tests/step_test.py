@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxalign import forward
+from jaxalign import masked
 from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import sharding
@@ -205,6 +206,19 @@ class TestMakeStep:
     assert float(state.loss_state) == 1
     state, _ = step(state, {}, dataclasses.replace(good, ref_logps_BT=np.full_like(good.ref_logps_BT, np.nan)))
     assert float(state.loss_state) == 1
+
+
+class TestPacked:
+
+  def test_gives_every_number_back_from_a_vector_a_dtype(self):
+    numbers = {'a': 1.5, 'c': -2.0, 'd': 7.25, 'e': 0.0}
+    means = {name: masked.Weighted(jnp.float32(x), jnp.float32(x + 1)) for name, x in numbers.items()}
+    gauges = {'b': jnp.int32(2**24 + 1), 'num_tokens': jnp.int32(3), 'z': jnp.float32(0.5)}
+    packed_up = jax.device_get(jax.jit(lambda *x: step_lib.Packed.of(step_lib.StepMetrics(*x)))(means, gauges))
+    assert [(len(x), x.dtype) for x in jax.tree.leaves(packed_up)] == [(9, np.float32), (2, np.int32)]
+    found = packed_up.unpacked()
+    assert {n: (one.sum, one.weight) for n, one in found.means.items()} == {n: (x, x + 1) for n, x in numbers.items()}
+    assert found.gauges == {'b': 2**24 + 1, 'num_tokens': 3, 'z': 0.5}
 
 
 class TestEvalStep:
