@@ -1,11 +1,13 @@
 """The loop that trains: next batch, step, log, evaluate, save, stop."""
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
 import dataclasses
 import signal
+from typing import TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -15,6 +17,8 @@ from jaxalign import checkpoint
 from jaxalign import metrics
 from jaxalign import step as step_lib
 from jaxalign import types
+
+_T = TypeVar('_T')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +47,12 @@ class Options:
 class Preemption:
   """Whether the machine is about to be taken away, which SIGTERM announces; with `with`, the signal does nothing else.
 
-  In a job of several processes JAX listens, and all of them learn of it at the same step.
+  In a job of several processes JAX listens, and all of them learn of it at the same step. In a job of one, the wait for
+  a batch ends at once: a rollout may take longer than the machine is left.
   """
 
   def __init__(self):
-    self._told = False
+    self._told = self._waits = False
 
   def __enter__(self) -> 'Preemption':
     if jax.process_count() == 1:
@@ -60,10 +65,28 @@ class Preemption:
 
   def _tell(self, *_) -> None:
     self._told = True
+    if self._waits:
+      raise _Told
+
+  def until(self, batches: Iterable[_T]) -> Iterator[_T]:
+    """The same batches up to the signal, also where that comes while the next is made."""
+    iterator = iter(batches)
+    with contextlib.suppress(_Told):
+      while not self._told:
+        self._waits = True
+        batch = next(iterator, None)
+        self._waits = False
+        if batch is None:
+          return
+        yield batch
 
   def reached(self, step: int) -> bool:
     """Whether to save and stop after `step`; called at every step."""
     return self._told or multihost_utils.reached_preemption_sync_point(step)
+
+
+class _Told(BaseException):
+  """SIGTERM came while a batch was waited for; whoever makes batches does not catch it."""
 
 
 @dataclasses.dataclass
@@ -115,18 +138,18 @@ def run(
 
   Raises:
     RunError: too many consecutive steps were not finite, or a checkpoint could not be written.
-    Preempted: SIGTERM came, and the step that was running is saved.
+    Preempted: SIGTERM came, and the step that was running, or the last before it, is saved.
   """
   first = step = int(state.step)
   if first >= options.steps:
     return state  # A run that went further: what it would read next was not prepared.
-  progress = metrics.Progress(step, options.steps)
   due = lambda every: step == options.steps or (every > 0 and step % every == 0)
   running: list[step_lib.Packed] = []
   waiting: _Interval | None = None
   evaluated: Mapping[str, float] = {}
-  with contextlib.closing(progress), Preemption() as preemption:
-    for data_state, batch in tools.clock.waiting(batches):
+  saving = stopping = False
+  with contextlib.closing(metrics.Progress(step, options.steps)) as progress, Preemption() as preemption:
+    for data_state, batch in preemption.until(tools.clock.waiting(batches)):
       with jax.transfer_guard('disallow') if tools.debug and step > first else contextlib.nullcontext():
         state, measured = tools.step_fn(state, batch)
       if waiting is not None:
@@ -142,24 +165,44 @@ def run(
         waiting, running = _Interval(step, data_state, running), []
       if pausing and waiting is not None:
         values, waiting = _fetch(waiting, tools), None
-        tools.clock.pause()
-        if step == first + 1:
-          tools.after_first_step()
-        if due(options.eval_every):
-          evaluated = tools.evaluate(state)
-          values |= evaluated
+        evaluated = _pause(state, tools, step == first + 1, due(options.eval_every), values) or evaluated
         _write(step, values, options, tools, progress)
         if saving:
-          tools.writer.flush()
-          place = {'epoch': data_state[0], 'step': data_state[1], 'num_tokens': tools.clock.seen}
-          tools.store.save(state, step, place, evaluated)
+          _save(tools, state, step, data_state, evaluated)
         tools.clock.start()
-      if stopping:
-        tools.store.wait()
-        raise types.Preempted(f'stopped by SIGTERM after step {step}, which is saved; the same command resumes')
-      if step >= options.steps:
+      if stopping or step >= options.steps:
         break
+    if step > first and not saving:  # The signal came behind a step that was not saved.
+      if waiting or running:
+        _write(step, _fetch(waiting or _Interval(step, data_state, running), tools), options, tools, progress)
+      _save(tools, state, step, data_state, evaluated)
+  if stopping or step < options.steps:
+    raise _stopped(step, step > first, tools.store)
   return state
+
+
+def _pause(
+    state: step_lib.TrainState, tools: Tools, is_first: bool, evaluates: bool, values: dict
+) -> Mapping[str, float]:
+  """Stops the clock; metrics of held-out data where they are due, which become some of `values`."""
+  tools.clock.pause()
+  if is_first:
+    tools.after_first_step()
+  found = tools.evaluate(state) if evaluates else {}
+  values |= found
+  return found
+
+
+def _stopped(step: int, is_saved: bool, store: checkpoint.Store) -> types.Preempted:
+  store.wait()
+  when = f'after step {step}, which is saved; the same command resumes' if is_saved else f'before step {step + 1}'
+  return types.Preempted(f'stopped by SIGTERM {when}')
+
+
+def _save(tools: Tools, state: step_lib.TrainState, step: int, data_state: tuple[int, int], evaluated) -> None:
+  tools.writer.flush()
+  place = {'epoch': data_state[0], 'step': data_state[1], 'num_tokens': tools.clock.seen}
+  tools.store.save(state, step, place, evaluated)
 
 
 @dataclasses.dataclass

@@ -115,6 +115,38 @@ class TestTrain:
       assert runs.finished(runs.spawn(constant_rate(folder, name, steps=step + 2)))[0] == 0
     runs.assert_same(runs.params_of(folder / 'told'), runs.params_of(folder / 'untold'))
 
+  def test_told_to_end_while_a_rollout_is_made_saves_the_step_before_it(self, tmp_path):
+    (tmp_path / 'mine.py').write_text(
+        'import pathlib\nimport time\n\nHERE = pathlib.Path(__file__).parent\n\n\n'
+        'def slow(responses):\n'
+        '  metrics = HERE / "told" / "metrics.jsonl"\n'
+        '  if (HERE / "sleepy").exists() and metrics.exists() and metrics.read_text():\n'
+        '    (HERE / "asleep").touch()\n'
+        '    time.sleep(600)\n'
+        '  return [float(text.count("e")) for text in responses]\n'
+    )
+    (tmp_path / 'prompts.jsonl').write_text(''.join(json.dumps({'prompt': f'Tom {i}'}) + '\n' for i in range(8)))
+
+    def run(name):
+      sizes = (f'--gin=rollouts.Options.{one}' for one in ('prompts = 2', 'samples = 2', 'max_new_tokens = 6'))
+      args = [x for x in constant_rate(tmp_path, name, *sizes, steps=3) if not x.startswith(('--data', '--algo'))]
+      args += ['--algo=grpo', f'--data=jsonl:{tmp_path / "prompts.jsonl"}', f'--reward={tmp_path / "mine.py"}:slow']
+      return runs.spawn(args)
+
+    (tmp_path / 'sleepy').touch()
+    process, until = run('told'), time.monotonic() + 150
+    while not (tmp_path / 'asleep').exists() and process.poll() is None and time.monotonic() < until:
+      time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    code, err = runs.finished(process)
+    assert code == 75 and 'stopped by SIGTERM after step 1, which is saved' in err, err
+    assert list(runs.logged(tmp_path / 'told')) == [1]
+    (tmp_path / 'sleepy').unlink()
+    for name in 'told', 'untold':
+      code, err = runs.finished(run(name))
+      assert code == 0, err
+    runs.assert_same(runs.params_of(tmp_path / 'told'), runs.params_of(tmp_path / 'untold'))
+
   def test_told_to_one_process_ends_all_at_the_same_step(self, folder):
     both = runs.spawn_together(constant_rate(folder, 'both', '--mesh=data:2,fsdp:2', steps=100_000), 2)
     step = told_to_end(both[1], folder / 'both')
