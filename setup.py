@@ -44,10 +44,14 @@ setuptools.setup(
     install_requires=_CORE,
     extras_require={
         'tpu': ['jax[tpu]>=0.10'],
+        # Paths in buckets: gs://BUCKET/NAME.
+        'gcs': ['gcsfs>=2026.4'],
         'cuda': ['jax[cuda12]>=0.10'],
         'test': [
             'qwix>=0.1.8',
             'chex>=0.1.90',
+            'gcp-storage-emulator>=2026.7.18',
+            'gcsfs>=2026.4',
             'hypothesis>=6.100',
             'mypy>=1.15',
             'pyink>=25.1',

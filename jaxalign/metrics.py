@@ -27,6 +27,7 @@ import tqdm
 from jaxalign import storage
 
 _SECONDS = 60.0  # between two times that what has grown is sent to a bucket
+
 _T = TypeVar('_T')
 
 # Peak bf16 FLOP/s of one chip, by the `device_kind` that JAX reports; vendors' data sheets.

@@ -5,12 +5,13 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
+extra=''
 case $(accelerator) in
-  nvidia) prepare cuda ;;
-  tpu) prepare tpu ;;
-  none)
-    prepare ''
-    export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-    ;;
+  nvidia) extra=cuda ;;
+  tpu) extra=tpu ;;
+  none) export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} ;;
 esac
+# What paths in buckets need.
+[[ $* != *gs://* ]] || extra+=${extra:+,}gcs
+prepare "$extra"
 exec "$PY" -m jaxalign.main "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs jaxalign on GPUs of a Slurm cluster: bash launch/slurm.sh --nodes=2 --gpus=8 --algo=dpo --workdir=/shared/dpo
-# Submits a job that runs one process a node, and prints its id. The checkout and --workdir must be on a disk that all
-# nodes mount. The job is told to save two minutes before its time is up, and goes back to the queue where the run asks
+# Submits a job that runs one process a node, and prints its id. The checkout must be on a disk that all nodes mount, and
+# --workdir too, or in a bucket (gs://). The job is told to save two minutes before its time is up, and goes back to the queue where the run asks
 # for it (exit code 75). What else sbatch should know, say in its variables (SBATCH_CONSTRAINT, ...).
 #
 # Options, before the flags of jaxalign (`--` ends them):
@@ -35,7 +35,7 @@ script=$(
   cat <<END
 #!/usr/bin/env bash
 # The environment is made by one node for all of them.
-srun --nodes=1 --ntasks=1 bash $local --list >/dev/null || exit
+srun --nodes=1 --ntasks=1 bash $local --list $(printf '%q ' "$@")>/dev/null || exit
 export JAX_LOCAL_DEVICE_IDS=$devices
 code=0
 # After one task has ended the others have five minutes: they may wait for it for ever. The exit code of srun is the

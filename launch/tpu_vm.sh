@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs jaxalign on all workers of a Cloud TPU VM: bash launch/tpu_vm.sh NAME ZONE --algo=dpo --workdir=/mnt/shared/dpo
 # Copies this checkout to ~/jaxalign there, and passes the flags of jaxalign to launch/local.sh on each worker.
-# Checkpoints are written by all workers together: --workdir must be on a disk that all of them mount.
+# Checkpoints are written by all workers together: --workdir must be in a bucket (gs://BUCKET/NAME), or on a disk that
+# all of them mount.
 #
 # Options, before the flags of jaxalign (`--` ends them):
 #   --create=TYPE      make the VM where there is none, or none that is left: v5litepod-16, v6e-8, v5p-32, v4-8, ...

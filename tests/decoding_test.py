@@ -57,5 +57,8 @@ class TestLogps:
     lora = lora_lib.Lora(rank=2, alpha=4.0)
     assert worst('llama3', 'fsdp:4,tensor:2', lora=lora) < 1e-4
 
+  def test_are_those_of_the_trainer_with_experts_on_a_mesh(self):
+    assert worst('qwen3_moe', 'fsdp:2,expert:2,tensor:2') < 1e-4
+
   def test_are_near_those_of_the_trainer_in_bfloat16(self):
     assert worst('llama3', '', 'bfloat16') < 3e-2

@@ -95,6 +95,27 @@ class TestCosts:
   def test_counts_half_the_places_of_a_causal_kernel(self, found):
     assert found.kernel_flops == 4 * 2 * 2 * 256 * 64 * 256 / 2
 
+  @pytest.mark.parametrize('kernel,width', [('fwd', 148 + 128), ('dq', 2 * 148 + 128), ('dkv', 2 * (148 + 128))])
+  def test_counts_keys_that_are_wider_than_values(self, kernel, width):
+    operands = ['s32[4]', 'bf16[4,256,148]', 'bf16[2,256,148]', 'bf16[2,256,128]', 'f32[4,256]']
+    assert hlo.kernel_flops(f'splash_mha_{kernel}', operands) == width * 4 * 256 * 256
+
+  @pytest.mark.parametrize('name,scope,rows', [('gmm', 'usual_300_rows/', 300), ('ragged-dot-none', '', 512)])
+  def test_counts_a_matrix_for_each_row_of_a_group(self, name, scope, rows):
+    rest = f', custom_call_target="tpu_custom_call", metadata={{op_name="jit(step)/{scope}jit(gmm)/pallas_call"}}'
+    numbers, wide, narrow = ['s32[9]{0}', 's32[12]{0}', 's32[1]{0}'], 'bf16[512,64]{1,0}', 'bf16[512,96]{1,0}'
+    weights = 'bf16[8,64,96]{2,1,0}'
+    wanted = 2 * rows * 64 * 96
+    assert hlo.kernel_flops(f'jvp_jit_{name}__.2', [*numbers, wide, weights], rest) == wanted
+    assert hlo.kernel_flops(f'transpose_jvp_jit_{name}__', [*numbers, narrow, weights], rest) == wanted  # transposed
+    assert hlo.kernel_flops(f'transpose_jvp_jit_t{name}__', [*numbers, wide, narrow], rest) == wanted
+
+  def test_leaves_out_collectives_of_one_device_and_tells_apart_those_that_share_channel_1(self):
+    shared = TPU.replace('channel_id=7', 'channel_id=1')
+    assert hlo.costs(shared).collectives['all-gather'] == {'count': 2 * 4, 'bytes': 2 * 4 * 64 * 64 * 2}
+    alone = TPU.replace('channel_id=7, replica_groups={{0,1}}', 'channel_id=7, replica_groups={{0},{1}}')
+    assert 'all-gather' not in hlo.costs(alone).collectives
+
   def test_takes_the_turns_that_a_program_does_not_tell_from_its_caller(self):
     text = TPU.replace(
         '%eight = u32[]{:T(128)} constant(8)', '%eight = u32[]{:T(128)} get-tuple-element(%arg.2), index=0'

@@ -20,6 +20,7 @@ import jax
 from jaxalign import checkpoint
 from jaxalign import recipe
 from jaxalign import sharding
+from jaxalign import storage
 from jaxalign import types
 from jaxalign.models import hf
 from jaxalign.models import hf_export
@@ -45,7 +46,7 @@ def export_adapter(directory: str, output: pathlib.Path) -> None:
   if loaded.model.lora is None:
     raise types.UsageError(f'--checkpoint={directory}: it holds no adapters; leave --adapter out')
   family = (loaded.run['hf_config'] or {}).get('model_type', 'llama')
-  base = recipe.model_directory(loaded.run['model_spec']).absolute()
+  base = storage.absolute(recipe.model_directory(loaded.run['model_spec']))
   count = peft.write(output, loaded.params, loaded.model, family, str(base))
   loaded.tokenizer.save(output)
   print(f'{output}: {count} tensors of an adapter, of step {loaded.step}')
@@ -53,7 +54,7 @@ def export_adapter(directory: str, output: pathlib.Path) -> None:
     print(f'its base, {base}, is a checkpoint: PEFT wants that exported too')
 
 
-def read(directory: pathlib.Path, output: pathlib.Path) -> None:
+def read(directory: storage.Path, output: pathlib.Path) -> None:
   """Writes a Hugging Face directory as a checkpoint of step 0, in float32."""
   loaded = recipe.load(str(directory), sharding.make_mesh(), dtype='float32')
   checkpoint.save_imported(
@@ -62,7 +63,7 @@ def read(directory: pathlib.Path, output: pathlib.Path) -> None:
   print(f'{output}: a checkpoint of {directory}')
 
 
-def show(directory: pathlib.Path) -> None:
+def show(directory: storage.Path) -> None:
   """Prints where each parameter comes from."""
   config = hf.read_config(directory)
   family = hf.read_json(directory / 'config.json')['model_type']

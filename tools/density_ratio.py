@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxalign import metrics
 from jaxalign import recipe
 from jaxalign import sharding
+from jaxalign import storage
 from jaxalign import types
 from jaxalign.data import examples
 from jaxalign.data import feedback
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 < args.low <= args.high:
       raise types.UsageError(f'--low={args.low:g} --high={args.high:g}: 0 < low <= high is wanted')
     weighed = weigh(args.input, args.model, args.low, args.high)
-    metrics.write_text(args.output, ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in weighed))
+    storage.write_text(args.output, ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in weighed))
   except (types.UsageError, types.RunError) as err:
     print(f'density_ratio: {err}', file=sys.stderr)
     return 2 if isinstance(err, types.UsageError) else 1

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign import metrics
+from jaxalign import storage
 from jaxalign import types
 from jaxalign.losses import reward
 from jaxalign.rewards import ensembles
@@ -93,7 +93,7 @@ def ensemble(args: argparse.Namespace) -> None:
   if args.output is not None:
     parts = np.split(combined_N, np.cumsum(sizes)[:-1])
     records = [one | {'scores': part.tolist()} for one, part in zip(members[0].values(), parts)]
-    metrics.write_text(args.output, ''.join(json.dumps(record) + '\n' for record in records))
+    storage.write_text(args.output, ''.join(json.dumps(record) + '\n' for record in records))
   print(f'{len(sizes)} records, mean deviation between members {scores_EN.std(axis=0).mean():.4f}')
   if set(sizes) == {2} and not any({'samples', 'completions'} & set(one) for one in members[0].values()):
     names = [*map(str, args.scores), args.how]

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 import json
 import math
 import os
-import pathlib
 import sys
 from typing import Any
 
 from jaxalign import episodes
+from jaxalign import storage
 from jaxalign import types
 from jaxalign.data import tokenizers
 
@@ -51,7 +51,7 @@ _SHORT = 200  # characters of a text on one line
 Line = dict[str, Any]
 
 
-def files(workdir: pathlib.Path) -> dict[int, pathlib.Path]:
+def files(workdir: storage.Path) -> dict[int, storage.Path]:
   """The rollouts of a workdir by number.
 
   Raises:
@@ -63,7 +63,7 @@ def files(workdir: pathlib.Path) -> dict[int, pathlib.Path]:
   return found
 
 
-def read(path: pathlib.Path) -> list[Line]:
+def read(path: storage.Path) -> list[Line]:
   """The responses of a rollout.
 
   Raises:
@@ -93,7 +93,7 @@ def groups(lines: Sequence[Line], prompt: str) -> list[list[Line]]:
   return list(found.values())
 
 
-def overview(paths: dict[int, pathlib.Path], prompt: str) -> Iterator[str]:
+def overview(paths: dict[int, storage.Path], prompt: str) -> Iterator[str]:
   """A table with a line for each rollout; raises UsageError where no prompt is left."""
   table = {number: groups(read(path), prompt) for number, path in paths.items()}
   if not any(table.values()):
@@ -158,7 +158,8 @@ def browse(args: argparse.Namespace) -> Iterator[str]:
     UsageError: there is no such rollout or prompt, or options do not go together.
     RunError: a file is no rollout.
   """
-  paths = files(args.workdir)
+  workdir = storage.path(args.workdir)
+  paths = files(workdir)
   if args.rollout is None:
     for name in ('sort', 'tokens'):
       if vars(args)[name]:
@@ -170,14 +171,14 @@ def browse(args: argparse.Namespace) -> Iterator[str]:
   shown = groups(read(paths[args.rollout]), args.prompt)
   if not shown:
     raise types.UsageError(f'--prompt={args.prompt}: no prompt of rollout {args.rollout} has this in it')
-  kept = args.workdir / 'checkpoints' / 'tokenizer'
+  kept = workdir / 'checkpoints' / 'tokenizer'
   yield from detail(shown, args.sort, args.tokens, tokenizers.load(kept) if args.tokens and kept.exists() else None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('workdir', type=pathlib.Path, help='of a run that trained on what it sampled')
+  parser.add_argument('workdir', help='of a run that trained on what it sampled')
   parser.add_argument('--rollout', type=int, help='which one is shown; default: a table of all')
   parser.add_argument('--prompt', default='', help='show only prompts with this text in them')
   parser.add_argument('--sort', choices=list(_KEYS), default='', help='all responses of a prompt, the highest first')
@@ -192,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except (types.UsageError, types.RunError) as err:
     print(f'rollouts: {err}', file=sys.stderr)
     return 2 if isinstance(err, types.UsageError) else 1
-  except (OSError, UnicodeDecodeError) as err:
+  except (*storage.errors(), UnicodeDecodeError) as err:
     print(f'rollouts: {args.workdir}: {err}', file=sys.stderr)
     return 1
   return 0

@@ -3,7 +3,8 @@
 #   bash launch/gke/run.sh --name=dpo --tpu_type=v5litepod-16 --image=IMAGE --algo=dpo --workdir=DIR
 # Submits a JobSet, by xpk where that is installed and --cluster is given, or else by kubectl.
 # launch/gke/Dockerfile makes IMAGE.
-# Checkpoints are written by all hosts together: --workdir must be on a disk that all of them mount.
+# Checkpoints are written by all hosts together: --workdir must be in a bucket (gs://BUCKET/NAME), or on a disk that all
+# of them mount.
 #
 # Options, before the flags of jaxalign (`--` ends them):
 #   --name=NAME         of the workload

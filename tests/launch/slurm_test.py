@@ -122,7 +122,8 @@ class TestSlurm:
     assert (setup, run) == ('--nodes=1|--ntasks=1|', '--ntasks-per-node=1|--wait=300|')
     flags = "--algo=dpo|--prompt=once upon|--gin=a.b='$*'|--eval_data=|JAX_LOCAL_DEVICE_IDS=0,1,2,3"
     first, second = ((cluster.calls / f'log-{task}').read_text().splitlines() for task in range(2))
-    assert (first, second) == (['--list|JAX_LOCAL_DEVICE_IDS=', flags], [flags])
+    # So that what the flags need is installed once.
+    assert (first, second) == ([f'--list|{flags.partition("=0,")[0]}=', flags], [flags])
 
   @pytest.mark.parametrize('codes', [(75, 75), (75, 0), ('wait', 'wait')])
   def test_goes_back_to_the_queue_where_the_run_asks_for_it(self, cluster, codes):

@@ -117,6 +117,15 @@ class TestLocal:
     assert machine.installs() == [f'{machine.checkout}[cuda]']
     assert 'JAX_PLATFORMS= ' in machine.log[-1]
 
+  def test_installs_what_buckets_need_where_a_flag_names_one(self, machine):
+    machine.run('launch/local.sh', '--data=jsonl:gs://bucket/x.jsonl')
+    assert machine.installs() == [f'{machine.checkout}[gcs]']
+    machine.program('nvidia-smi', '#!/bin/sh\n[ "$1" = -L ] && echo GPU 0\n')
+    machine.run('launch/local.sh', '--algo=dpo', '--workdir=gs://bucket/dpo')
+    assert machine.installs() == [f'{machine.checkout}[cuda,gcs]']
+    machine.run('launch/local.sh', '--algo=dpo')
+    assert not machine.installs()
+
   def test_needs_no_install_after_that_of_the_tests(self, machine):
     machine.run('tools/test.sh')
     machine.run('launch/local.sh')

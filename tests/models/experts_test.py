@@ -1,15 +1,18 @@
 """Mixture of experts against a loop over tokens, and against itself on meshes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign import hlo
 from jaxalign import sharding
 from jaxalign.models import architecture
 from jaxalign.models import experts
+from jaxalign.models import grouped
 
 CONFIG = architecture.Config(50, 2, 8, 2, 2, 4, 12, 64, num_experts=4, experts_per_token=2)
 
@@ -20,8 +23,21 @@ def arrays():
   return [0.5 * rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-def run(config, *args):
-  return experts.feed_forward(*args, config=config, act=jax.nn.silu)
+MESHES = ['fsdp:8', 'data:2,tensor:4', 'fsdp:2,tensor:2,context:2', 'expert:4,tensor:2', 'data:2,expert:4']
+
+
+def run(config, *args, **options):
+  return experts.feed_forward(*args, config=config, act=jax.nn.silu, **options)
+
+
+def assert_same_on(mesh, args, run, devices=None):
+  """Value and gradients on a mesh are those of one device by XLA's product."""
+  total = lambda run: jax.value_and_grad(lambda *args: jnp.sum(jnp.sin(run(CONFIG, *args))), (0, 1, 2, 3, 4))
+  wanted = total(globals()['run'])(*args)
+  with jax.set_mesh(sharding.make_mesh(mesh, devices=devices)):
+    found = jax.jit(total(run))(*args)
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(x, y, atol=1e-5 * np.abs(y).max())
 
 
 def formula(config, x, router, gate, up, down):
@@ -39,6 +55,13 @@ def formula(config, x, router, gate, up, down):
   return out
 
 
+@pytest.fixture
+def few_rows(monkeypatch):
+  """Turns of 10 rows."""
+  monkeypatch.setattr(experts, '_LEAST', 10)
+  monkeypatch.setattr(experts, '_SPARE', 0)
+
+
 class TestFeedForward:
 
   @pytest.mark.parametrize('changes', [{}, {'normalise_experts': False}, {'experts_per_token': 1}])
@@ -46,14 +69,55 @@ class TestFeedForward:
     config = dataclasses.replace(CONFIG, **changes)
     np.testing.assert_allclose(run(config, *arrays()), formula(config, *arrays()), rtol=2e-4, atol=2e-5)
 
-  @pytest.mark.parametrize('mesh', ['fsdp:8', 'data:2,tensor:4', 'fsdp:2,tensor:2,context:2', 'expert:4,tensor:2'])
-  def test_has_the_same_gradient_on_a_mesh(self, mesh):
-    grad = jax.grad(lambda *args: jnp.sum(jnp.sin(run(CONFIG, *args))), (0, 1, 2, 3, 4))
-    wanted = grad(*arrays())
+  @pytest.mark.parametrize('mesh', MESHES)
+  def test_has_the_same_value_and_gradient_on_a_mesh(self, mesh):
+    assert_same_on(mesh, arrays(), run)
+
+  @pytest.mark.usefixtures('few_rows')
+  @pytest.mark.parametrize('mesh', ['expert:4,tensor:2', 'fsdp:2,expert:2,context:2'])
+  @pytest.mark.parametrize('favourites', [(0, 1), (1, 3)])
+  def test_drops_no_token_where_all_take_the_same_experts(self, mesh, favourites):
+    x, router, *weights = arrays()
+    # Every token has a 1 in front, by which the router knows its experts.
+    x[..., 0] = 1
+    router[0] = np.isin(np.arange(4), favourites) * 20.0
+    assert_same_on(mesh, [x, router, *weights], run)
     with jax.set_mesh(sharding.make_mesh(mesh)):
-      found = jax.jit(grad)(*arrays())
-    for x, y in zip(found, wanted):
-      np.testing.assert_allclose(x, y, atol=2e-5 * np.abs(y).max())
+      found = jax.jit(lambda *args: run(CONFIG, *args))(x, router, *weights)
+    np.testing.assert_allclose(found, formula(CONFIG, x, router, *weights), rtol=2e-4, atol=2e-5)
+
+  @pytest.mark.parametrize('mesh', ['fsdp:4', 'fsdp:2,expert:2'])
+  def test_is_the_same_by_the_kernel_of_tpus(self, monkeypatch, mesh):
+    monkeypatch.setattr(grouped, '_megablox', functools.partial(grouped._megablox, interpret=True))
+    devices = jax.devices()[:4]
+    assert_same_on(mesh, arrays(), functools.partial(run, kernel='megablox'), devices)
+
+  @pytest.mark.usefixtures('optimised')
+  @pytest.mark.parametrize('text', ['fsdp:8', 'fsdp:2,expert:4'])
+  def test_sends_tokens_and_no_weights_between_devices_of_experts(self, text):
+    mesh, grad = sharding.make_mesh(text), jax.grad(lambda *args: jnp.sum(jnp.sin(run(CONFIG, *args))), range(5))
+    names = ('batch', 'length', None), (None, None), *2 * (('experts', 'embed', 'mlp'),), ('experts', 'mlp', 'embed')
+    where = tuple(sharding.named(mesh, *one) for one in names)
+    with jax.set_mesh(mesh):
+      compiled = jax.jit(grad, in_shardings=where, out_shardings=where).lower(*arrays()).compile()
+    # Those of a device's own experts are gathered, and their gradients scattered; 4 bytes each, as routes have.
+    weights = 4 * 3 * 8 * 12 * (1 if 'expert' in text else 4)
+    tokens, routes = (4 * 24 * 8, 4 * 24 * 2) if 'expert' in text else (0, 0)
+    found = {kind: of['bytes'] for kind, of in hlo.costs(compiled.as_text()).collectives.items()}
+    router = 4 * 8 * 4
+    assert found == {
+        'all-gather': weights + 2 * tokens + 2 * routes,
+        'reduce-scatter': weights + 2 * tokens + routes,
+        'all-reduce': router,
+    }
+
+  @pytest.mark.usefixtures('optimised')
+  def test_gathers_no_weights_that_every_device_has(self):
+    mesh = sharding.make_mesh('fsdp:8')
+    where = sharding.named(mesh, 'batch', 'length', None), *4 * (sharding.named(mesh),)
+    with jax.set_mesh(mesh):
+      text = jax.jit(functools.partial(run, CONFIG), in_shardings=where).lower(*arrays()).compile().as_text()
+    assert not hlo.costs(text).collectives
 
   def test_gives_the_router_a_gradient(self):
     args = arrays()
