@@ -153,28 +153,20 @@ class _Spy:
 
 class TestDescribe:
 
-  def test_shows_text_with_what_is_predicted_places_and_labels(self, token_dataset):
+  @pytest.mark.parametrize(
+      ('second', 'used', 'places'),
+      [((3,), 5, '3-4'), ((3, 1), 4, '0-0 and 3-3')],
+      ids=['alone', 'behind a shared prompt'],
+  )
+  def test_shows_text_with_what_is_predicted_places_and_labels(self, second, used, places, token_dataset):
     joined = dataset.Joined([token_dataset([{'ids': [[1, 2, 3, 4], [1, 2, 5]], 'prompt': 2, 'margin': 0.5}])])
-    placed = _place((0, 0, 0, 0, 0, 0, 0), (0, 1, 0, 0, 0, 1, 3))
-    batch = rows.assemble(joined, placed, shape=rows.Shape(1, 1, 8, 2), rows=np.arange(1))
+    placed, share = _place((0, 0, 0, 0, 0, 0, 0), (0, 1, 0, 0, 0, 1, *second)), len(second) > 1
+    batch = rows.assemble(joined, placed, shape=rows.Shape(1, 1, 8, 2, share), rows=np.arange(1))
     decode = lambda ids, continuation=False, skip_special=True: ''.join(chr(ord('a') + i) for i in ids) + '\n'
     assert rows.describe(batch, pytypes.SimpleNamespace(decode=decode)).splitlines() == [
-        'micro-batch 0, row 0: 5 of 8 slots used',
+        f'micro-batch 0, row 0: {used} of 8 slots used',
         '  slots 0-2, 2 predicted: response 0 of group 0, margin 0.5',
         r'    bc\n[[de\n]]',
-        '  slots 3-4, 1 predicted: response 1 of group 0, margin 0.5',
-        r'    bc\n[[f\n]]',
-    ]
-
-  def test_shows_a_shared_prompt_with_each_response(self, token_dataset):
-    joined = dataset.Joined([token_dataset([{'ids': [[1, 2, 3, 4], [1, 2, 5]], 'prompt': 2, 'margin': 0.5}])])
-    placed = _place((0, 0, 0, 0, 0, 0, 0), (0, 1, 0, 0, 0, 1, 3, 1))
-    batch = rows.assemble(joined, placed, shape=rows.Shape(1, 1, 8, 2, True), rows=np.arange(1))
-    decode = lambda ids, continuation=False, skip_special=True: ''.join(chr(ord('a') + i) for i in ids) + '\n'
-    assert rows.describe(batch, pytypes.SimpleNamespace(decode=decode)).splitlines() == [
-        'micro-batch 0, row 0: 4 of 8 slots used',
-        '  slots 0-2, 2 predicted: response 0 of group 0, margin 0.5',
-        r'    bc\n[[de\n]]',
-        '  slots 0-0 and 3-3, 1 predicted: response 1 of group 0, margin 0.5',
+        f'  slots {places}, 1 predicted: response 1 of group 0, margin 0.5',
         r'    bc\n[[f\n]]',
     ]
