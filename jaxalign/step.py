@@ -59,26 +59,30 @@ class Packed:
 
   Attributes:
     vectors: by dtype.
-    dtypes: of each number.
-    form: the tree of the numbers.
+    shapes: and dtypes of each metric, few of which are not numbers but vectors.
+    form: the tree of the metrics.
   """
 
   vectors: dict[str, types.Array]
-  dtypes: tuple[str, ...] = struct.field(pytree_node=False)
+  shapes: tuple[jax.ShapeDtypeStruct, ...] = struct.field(pytree_node=False)
   form: Any = struct.field(pytree_node=False)
 
   @classmethod
   def of(cls, measured: StepMetrics) -> 'Packed':
-    """Packs scalars, under jit."""
-    numbers, form = jax.tree.flatten(measured)
-    dtypes = tuple(str(x.dtype) for x in numbers)
-    alike = lambda dtype: jnp.stack([x for x, own in zip(numbers, dtypes) if own == dtype])
-    return cls({dtype: alike(dtype) for dtype in sorted(set(dtypes))}, dtypes, form)
+    """Packs metrics, under jit."""
+    leaves, form = jax.tree.flatten(measured)
+    alike = lambda dtype: jnp.concatenate([x.ravel() for x in leaves if str(x.dtype) == dtype])
+    vectors = {dtype: alike(dtype) for dtype in sorted({str(x.dtype) for x in leaves})}
+    return cls(vectors, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves), form)
 
   def unpacked(self) -> StepMetrics:
     """What was packed, once the vectors have been fetched."""
-    left = {dtype: iter(vector) for dtype, vector in self.vectors.items()}
-    return jax.tree.unflatten(self.form, [next(left[dtype]) for dtype in self.dtypes])
+    left, leaves = dict(self.vectors), []
+    for like in self.shapes:
+      vector = left[str(like.dtype)]
+      leaves.append(vector[: like.size].reshape(like.shape))
+      left[str(like.dtype)] = vector[like.size :]
+    return jax.tree.unflatten(self.form, leaves)
 
 
 def init_state(

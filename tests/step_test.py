@@ -220,6 +220,13 @@ class TestPacked:
     assert {n: (one.sum, one.weight) for n, one in found.means.items()} == {n: (x, x + 1) for n, x in numbers.items()}
     assert found.gauges == {'b': 2**24 + 1, 'num_tokens': 3, 'z': 0.5}
 
+  def test_gives_metrics_back_that_are_vectors(self):
+    bins = masked.Weighted(jnp.arange(3.0), jnp.arange(3.0) + 1)
+    means = {'a': masked.Weighted(jnp.float32(9), jnp.float32(4)), 'bins': bins, 'c': masked.Weighted(*jnp.ones(2))}
+    measured = jax.device_get(jax.jit(lambda x: step_lib.Packed.of(step_lib.StepMetrics(x, {})))(means))
+    found = jax.tree.leaves(measured.unpacked().means)
+    assert [x.tolist() for x in found] == [9, 4, [0, 1, 2], [1, 2, 3], 1, 1]
+
 
 class TestEvalStep:
 
