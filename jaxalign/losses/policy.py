@@ -126,19 +126,21 @@ def regularised(
   return types.LossOut(loss_BT, metrics, out.state)
 
 
-def grpo(policy, ref, labels, *, state=(), clip_eps: float, beta: float) -> types.LossOut:
+def grpo(
+    policy, ref, labels, *, state=(), clip_eps: float, beta: float, kl: parts.Estimator = parts.kl_penalty
+) -> types.LossOut:
   """Group Relative Policy Optimization.
 
     loss_t = -min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t) + beta k3_t
 
-  k3_t = ref_t / pi_t - 1 - log(ref_t / pi_t), whose gradient is, on average, that of the KL the other way round: for
-  the right one put `ppo` into `regularised`. The paper uses beta 0.04, advantages of `group_norm`, and averages over
-  each response first (`sequence`); eps 0.2 is of TRL and verl. TRL's beta is 0.
+  k3_t = ref_t / pi_t - 1 - log(ref_t / pi_t) is the loss's value. Its own gradient, which the paper follows (`kl` of
+  `policy_parts.k3`), is on average that of the KL the other way round; the default follows the gradient of
+  KL(policy || reference). The paper uses beta 0.04, advantages of `group_norm`, and averages over each response first
+  (`sequence`); eps 0.2 is of TRL and verl. TRL's beta is 0.
 
   References:
     Shao et al., 2024, https://arxiv.org/abs/2402.03300, Eq. 3 and 4.
   """
-  kl = _of(parts.kl_penalty, value=parts.k3, gradient=parts.k3)
   return regularised(policy, ref, labels, state=state, loss=_of(ppo, clip_eps=clip_eps), beta=beta, kl=kl)
 
 

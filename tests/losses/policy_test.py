@@ -77,6 +77,11 @@ CASES = {
     'grpo': (
         _of(policy.grpo, clip_eps=0.2, beta=0.3),
         lambda d: _surrogate(np.exp(d.x), d.a, 0.2, 0.2) + 0.3 * _k3(d.lp - d.ref),
+        lambda d: _slope(lambda d: _surrogate(np.exp(d.x), d.a, 0.2, 0.2), d) + 0.3 * (d.lp - d.ref),
+    ),
+    'grpo_k3': (
+        _of(policy.grpo, clip_eps=0.2, beta=0.3, kl=parts.k3),
+        lambda d: _surrogate(np.exp(d.x), d.a, 0.2, 0.2) + 0.3 * _k3(d.lp - d.ref),
         None,
     ),
     'gspo': (
@@ -238,9 +243,9 @@ class TestAtTheOldPolicy:
       np.testing.assert_array_equal(slopes_BT['reinforce'][where], -d.a)
       if name in ('rloo', 'luspo'):
         wanted = wanted * n  # one action of n tokens, which the mean over tokens divides again
-      if name == 'grpo':
+      if name == 'grpo_k3':
         wanted = wanted + 0.3 * (1 - np.exp(d.ref - d.lp))
-      if name == 'regularised':
+      if name in ('grpo', 'regularised'):
         wanted = wanted + 0.3 * (d.lp - d.ref)
       np.testing.assert_allclose(slopes_BT[name][where], wanted, rtol=1e-5, atol=1e-6)
 
@@ -361,7 +366,7 @@ class TestRegularised:
 
   def test_reports_the_divergence_that_it_trains_on(self):
     outs, w = evaluated(3)[0], world(3)
-    for name in ('grpo', 'regularised'):
+    for name in ('grpo', 'grpo_k3', 'regularised'):
       np.testing.assert_allclose(
           outs[name].per_item, outs['ppo'].per_item + 0.3 * outs[name].metrics['kl'], rtol=1e-5, atol=1e-6
       )
@@ -378,7 +383,7 @@ class TestNeeds:
   def needs(self, loss):
     return tracing.trace(loss, group_size=3, labels=(), token_labels=LABELS)
 
-  @pytest.mark.parametrize('name', sorted(CASES.keys() - {'grpo', 'regularised'}))
+  @pytest.mark.parametrize('name', sorted(CASES.keys() - {'grpo', 'grpo_k3', 'regularised'}))
   def test_are_no_reference_without_a_divergence(self, name):
     needs = self.needs(CASES[name][0])
     assert not needs.reference and needs.writes and not needs.whole_step
