@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from concurrent import futures
 import dataclasses
 import functools
+import threading
 from typing import Any
 from typing import NamedTuple
 
@@ -136,9 +137,11 @@ class Iterations:
       (iteration, update) to resume from once the batch has been consumed, and the batch.
     """
     rewards = [functions.parse(spec) for spec in self._options.rewards]
-    asynchronous = self._options.asynchronous
-    with functions.Panel(rewards, self._scorers(), together=True) as panel, futures.ThreadPoolExecutor(1) as thread:
-      begun = functools.partial(self._begun, panel, thread)
+    asynchronous, scorers = self._options.asynchronous, self._scorers()
+    # Models need the devices, which are busy, and processes must agree on the order of what they do together.
+    beside = _at_once if scorers or jax.process_count() > 1 else _beside
+    with functions.Panel(rewards, scorers, together=True) as panel:
+      begun = functools.partial(self._begun, panel, beside)
       # What a run that is resumed had sampled before the updates that it has made.
       ahead = begun(iteration, None) if asynchronous and iteration and not update else None
       while True:
@@ -147,13 +150,13 @@ class Iterations:
         elif asynchronous:
           rollout = self._finished(iteration, ahead or begun(iteration, params()), params())
         else:
-          rollout = self._kept(iteration, self._maker.make(panel, iteration, params()))
+          rollout = self._kept(iteration, self._maker.make(panel, iteration, params(), beside))
         if asynchronous:
           ahead = begun(iteration + 1, None if update else params())
         yield from self._of(rollout, iteration, update)
         iteration, update = iteration + 1, 0
 
-  def _begun(self, panel: functions.Panel, thread: futures.Executor, iteration: int, params) -> '_Ahead':
+  def _begun(self, panel: functions.Panel, beside: '_Begun', iteration: int, params) -> '_Ahead':
     """What is sampled for a rollout, and who judges it meanwhile; without `params` what was kept of that."""
     path = self._folder / f'{iteration:06d}.drawn.json'
     if params is None:
@@ -161,20 +164,10 @@ class Iterations:
     else:
       drawn = self._maker.draw(iteration, params)
       self._write(path, drawn.to_text())
-
-    def judged():
-      with jax.set_mesh(self._mesh):
-        return self._maker.judge(panel, drawn)
-
-    if jax.process_count() == 1:
-      return _Ahead(drawn, thread.submit(judged))
-    # Processes must agree on the order of what they do together.
-    done: futures.Future = futures.Future()
-    done.set_result(judged())
-    return _Ahead(drawn, done)
+    return _Ahead(drawn, beside(lambda: self._maker.judge(panel, drawn)))
 
   def _finished(self, iteration: int, ahead: '_Ahead', params: rollouts.Params) -> episodes.Rollout:
-    return self._kept(iteration, self._maker.finish(ahead.drawn, ahead.judged.result(), params))
+    return self._kept(iteration, self._maker.finish(ahead.drawn, ahead.judged, params))
 
   def _of(self, rollout: episodes.Rollout, iteration: int, update: int):
     """The batches of a rollout's updates that have not been made."""
@@ -231,7 +224,29 @@ class _Ahead(NamedTuple):
   """What was sampled, and what rewards will have made of it."""
 
   drawn: making.Drawn
-  judged: futures.Future
+  judged: Callable[[], making.Verdicts]
+
+
+_Begun = Callable[[Callable[[], making.Verdicts]], Callable[[], making.Verdicts]]
+
+
+def _at_once(work: Callable[[], making.Verdicts]) -> Callable[[], making.Verdicts]:
+  done = work()
+  return lambda: done
+
+
+def _beside(work: Callable[[], making.Verdicts]) -> Callable[[], making.Verdicts]:
+  """Begins work in a thread; what it gives back waits. The process need not: a user's function may take its time."""
+  done: futures.Future = futures.Future()
+
+  def run():
+    try:
+      done.set_result(work())
+    except BaseException as err:  # It is raised where it is waited for.
+      done.set_exception(err)
+
+  threading.Thread(target=run, daemon=True).start()
+  return done.result
 
 
 def _parsed(path: storage.Path, parse: Callable[[str], Any]) -> Any:

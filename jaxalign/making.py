@@ -3,6 +3,7 @@
 The ids that were sampled are trained on as they are; text is only for those who score.
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
@@ -32,6 +33,9 @@ from jaxalign.data import prompts as prompts_lib
 from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.rewards import functions
+
+# By name, as they are sampled.
+Verdicts = Mapping[str, judging.Judged]
 
 OWN = 'own'  # the responses that are trained on, among all that are sampled
 
@@ -121,15 +125,35 @@ class Maker:
     self._run = jax.jit(annotate_fn(options, models), out_shardings=sharding.named(mesh))
     self._seconds: dict[str, float] = {}  # of the rollout in the making, by what they were spent on
 
-  def make(self, panel: functions.Panel, iteration: int, params: rollouts.Params) -> episodes.Rollout:
-    """The rollout of this number: samples, scores, replaces what tells nothing, and gives credit."""
+  def make(
+      self,
+      panel: functions.Panel,
+      iteration: int,
+      params: rollouts.Params,
+      begun: Callable[[Callable[[], Verdicts]], Callable[[], Verdicts]],
+  ) -> episodes.Rollout:
+    """The rollout of this number: samples, scores, replaces what tells nothing, and gives credit.
+
+    Args:
+      panel: the rewards.
+      iteration: its number.
+      params: of the policy, and of what else reads the responses.
+      begun: begins what it is given, beside what follows where it can; what it gives back waits for that.
+    """
     drawn = self.draw(iteration, params)
-    judged, samples = self.judge(panel, drawn), self._options.samples
-    said: dict[str, float] = {}
+    judged = begun(lambda: self.judge(panel, drawn))
+    if not self._options.refill:
+      return self.finish(drawn, judged, params)
+    own = judged()[OWN]
+    said = {'rollouts/refilled': float(self._refilled(panel, iteration, params, drawn.chosen, own))}
+    rollout = self.finish(drawn._replace(responses={OWN: own.drawn}), lambda: {OWN: own}, params)
+    return dataclasses.replace(rollout, said={**rollout.said, **said})
+
+  def _refilled(self, panel, iteration: int, params: rollouts.Params, chosen: list[int], own: judging.Judged) -> int:
+    """Puts other prompts in place of those whose responses are all alike; how many."""
+    refilled, samples = 0, self._options.samples
     for turn in range(1, self._options.refill + 1):
-      own = judged[OWN]
       dull = np.flatnonzero(self._judge.dull(own, samples))
-      said.setdefault('rollouts/refilled', 0.0)
       if not dull.size:
         break
       others = self._prompts_of(iteration, turn)  # As many at every turn, so that no other program is compiled.
@@ -139,12 +163,11 @@ class Maker:
       fresh = self._judge(panel, self._all_asked(others), new_ones)
       self._spent('judging', start)
       good = np.flatnonzero(~self._judge.dull(fresh, samples))
-      said['rollouts/refilled'] += min(len(dull), len(good))
+      refilled += min(len(dull), len(good))
       for old, new in zip(dull, good):
-        drawn.chosen[old] = others[new]
+        chosen[old] = others[new]
         own.replace(int(old), fresh, int(new), samples)
-    rollout = self.finish(drawn, judged, params)
-    return dataclasses.replace(rollout, said={**rollout.said, **said})
+    return refilled
 
   def draw(self, iteration: int, params: rollouts.Params) -> Drawn:
     """Samples all that a rollout wants: responses of the policy, and others to the same prompts."""
@@ -163,39 +186,33 @@ class Maker:
     self._spent('sampling', start)
     return Drawn(chosen, responses, params.version)
 
-  def judge(self, panel: functions.Panel, drawn: Drawn) -> dict[str, judging.Judged]:
+  def judge(self, panel: functions.Panel, drawn: Drawn) -> Verdicts:
     """What rewards make of them, by the same names."""
     start, asked = time.perf_counter(), self._all_asked(drawn.chosen)
     found = {name: self._judge(panel, asked, responses) for name, responses in drawn.responses.items()}
     self._spent('judging', start)
     return found
 
-  def finish(self, drawn: Drawn, judged: Mapping[str, judging.Judged], params: rollouts.Params) -> episodes.Rollout:
-    """What the responses are trained on, `params` being those that training on them begins with."""
-    start = time.perf_counter()
-    options, samples, own = self._options, self._options.samples, judged[OWN]
+  def finish(self, drawn: Drawn, judged: Callable[[], Verdicts], params: rollouts.Params) -> episodes.Rollout:
+    """What the responses are trained on.
+
+    Args:
+      drawn: the responses.
+      judged: waits for what rewards make of them; models read the responses before.
+      params: those that training on them begins with.
+    """
+    start, rollout, options = time.perf_counter(), self._unjudged(drawn), self._options
+    annotations = self._annotations(rollout, params) if self._wanted else {}
+    self._spent('annotation', start)
+    found = judged()
+    start, own = time.perf_counter(), found[OWN]
     total = self._judge.known(own, self._prompts.where(drawn.chosen[0]))
     if 'token_rewards_BT' in options.credit.reads and not own.tells_R.any():
       problem = 'reads rewards of tokens, and no --reward says anything of the tokens that were sampled'
       raise types.UsageError(f'rollouts.Options.advantage_fn {problem}; give a run of dpo or prm with its tokenizer')
-    stale = {'rollouts/staleness': float(params.version - drawn.version)} if options.asynchronous else {}
-    rollout = episodes.Rollout(
-        [self._asked(i).ids for i in drawn.chosen],
-        [one.ids for one in own.drawn],
-        [one.logps for one in own.drawn],
-        [one.finished for one in own.drawn],
-        total.reshape(-1, samples),
-        {},
-        {},
-        [one.finished or not options.mask_truncated for one in own.drawn],
-        self._judge.said(own) | stale,
-        [environments.sampled_of(one) for one in own.drawn] if options.world is not None else None,
-        drawn.version,
-    )
-    fields = self._fields(rollout, own) | {'loss_state': params.loss_state}
-    if self._wanted:
-      fields |= self._annotations(rollout, params)
-    for name, others in judged.items():
+    rollout = dataclasses.replace(rollout, rewards_GK=total.reshape(-1, options.samples))
+    fields = self._fields(rollout, own) | annotations | {'loss_state': params.loss_state}
+    for name, others in found.items():
       rewards_N = self._judge.total(others.values_RN).astype(np.float32)
       if name != OWN:
         fields[name] = rewards_N if name == 'greedy_G' else rewards_N.reshape(len(drawn.chosen), -1)
@@ -204,10 +221,29 @@ class Maker:
       made['old_logps'] = fields['logps_BT']
     self._spent('credit', start)
     spent, self._seconds = self._seconds, {}
-    return self._labelled(dataclasses.replace(rollout, said={**rollout.said, **spent}), made)
+    stale = {'rollouts/staleness': float(params.version - drawn.version)} if options.asynchronous else {}
+    said = self._judge.said(own) | stale | spent
+    return self._labelled(dataclasses.replace(rollout, said=said), made)
+
+  def _unjudged(self, drawn: Drawn) -> episodes.Rollout:
+    """The responses as a rollout of which rewards have said nothing."""
+    own = drawn.responses[OWN]
+    return episodes.Rollout(
+        [self._asked(i).ids for i in drawn.chosen],
+        [one.ids for one in own],
+        [one.logps for one in own],
+        [one.finished for one in own],
+        np.full((len(drawn.chosen), self._options.samples), np.nan),
+        {},
+        {},
+        [one.finished or not self._options.mask_truncated for one in own],
+        {},
+        [environments.sampled_of(one) for one in own] if self._options.world is not None else None,
+        drawn.version,
+    )
 
   def _spent(self, what: str, start: float) -> float:
-    """Counts what this took since then; returns now."""
+    """Counts what this took since then; returns now. What is done side by side counts for each."""
     now, name = time.perf_counter(), f'time/{what}'
     self._seconds[name] = self._seconds.get(name, 0.0) + now - start
     return now

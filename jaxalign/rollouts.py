@@ -52,7 +52,7 @@ class Options:
     mask_truncated: whether a response that was cut at `max_new_tokens` is not trained on; its reward still counts in
       its group. DAPO's overlong filtering, TRL's `mask_truncated_completions`.
     asynchronous: whether a rollout is sampled before the updates by the one before it, and judged while those are made
-      (in a job of several processes before them): it is one rollout old when it is trained on.
+      (before them in a job of several processes, or by models): it is one rollout old when it is trained on.
       `policy_parts.truncated_importance` weighs that.
     texts: how many groups of a step are not prompts but texts of `texts_data`, for `actor_critic.with_pretraining`.
     texts_data: as for `--data`, read by `texts_fn`.

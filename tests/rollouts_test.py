@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import re
+import threading
 import types as pytypes
 
 import jax
@@ -282,7 +283,35 @@ def dull_of_t(responses, name):
   return [1.0 if one.startswith('T') else value for one, value in zip(name, runs.vowels(responses), strict=True)]
 
 
+BEGUN = threading.Event()
+
+
+def patient(responses):
+  assert BEGUN.wait(60)
+  return runs.vowels(responses)
+
+
 class TestMaker:
+
+  @pytest.mark.parametrize('changed', [{'epochs': 2}, {'epochs': 2, 'asynchronous': True}], ids=['turns', 'ahead'])
+  def test_has_models_read_responses_while_they_are_judged(self, make, loaded, monkeypatch, changed):
+    annotate_fn = making.annotate_fn
+
+    def watched(*args):
+      annotate = annotate_fn(*args)
+
+      def annotated(params, batch):
+        BEGUN.set()
+        return annotate(params, batch)
+
+      return annotated
+
+    BEGUN.clear()
+    monkeypatch.setattr(making, 'annotate_fn', watched)
+    sampler = make(dataclasses.replace(OPTIONS, rewards=('tests.rollouts_test:patient',), **changed))
+    _, (place, batch) = taken(sampler, loaded, 2)
+    assert place == (1, 0) and 'old_logps' in batch.labels_BT
+    assert {'time/sampling', 'time/judging', 'time/annotation', 'time/credit'} <= sampler.said[1, 0].keys()
 
   def test_takes_other_prompts_in_place_of_those_that_tell_nothing(self, make, loaded, tmp_path):
     options = dataclasses.replace(OPTIONS, rewards=('tests.rollouts_test:dull_of_t',), refill=2, prompts=4)
