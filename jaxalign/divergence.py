@@ -80,8 +80,9 @@ def _flat(axes: vocab.Axes, hidden, head, ref_hidden, ref_head):
 
 def _both(axes: vocab.Axes, output, rows, hidden, head, ref_hidden, ref_head):
   """Logits of the policy for a chunk, log p and log q `[c, v]`."""
-  logits = vocab.logits(axes, output, vocab.take(hidden, rows), head)
-  ref_logits = vocab.logits(axes, output, vocab.take(ref_hidden, rows), ref_head)
+  columns = vocab.columns(axes, head.shape[1])
+  logits = vocab.logits(output, vocab.take(hidden, rows), head, columns)
+  ref_logits = vocab.logits(output, vocab.take(ref_hidden, rows), ref_head, columns)
   return logits, _log_softmax(axes, logits), _log_softmax(axes, ref_logits)
 
 
@@ -162,7 +163,7 @@ def _rivals_local(output, among, axes, hidden, head, targets, uniform, mask):
   def body(i, out):
     rows = jax.lax.dynamic_slice(index, (i * chunk,), (chunk,))
     target, u = (vocab.take(x.reshape(-1), rows) for x in (targets, uniform))
-    logits = vocab.logits(axes, output, vocab.take(hidden, rows), head)
+    logits = vocab.logits(output, vocab.take(hidden, rows), head, columns)
     # No device has more of the likeliest than columns.
     most = min(among, logits.shape[1])
     best, where = jax.lax.top_k(jnp.where(columns == target[:, None], vocab.MASKED_LOGIT, logits), most)

@@ -105,12 +105,13 @@ def _forward_local(static, axes, hidden, head, targets, mask):
   head = vocab.whole(axes, head)
   hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
   index, chunks = vocab.chunks(axes, mask, chunk)
+  columns = vocab.columns(axes, head.shape[1])
   total = functools.partial(vocab.total, axes)
 
   def body(i, out):
     rows = jax.lax.dynamic_slice(index, (i * chunk,), (chunk,))
-    logits = vocab.logits(axes, static.output, vocab.take(hidden, rows), head)
-    is_target = vocab.columns(axes, head.shape[1]) == vocab.take(targets, rows)[:, None]
+    logits = vocab.logits(static.output, vocab.take(hidden, rows), head, columns)
+    is_target = columns == vocab.take(targets, rows)[:, None]
     top = vocab.top(axes, logits)
     # Differences to the largest logit lose nothing where logits are large and the result is small.
     shifted = logits - top[:, None]
@@ -135,18 +136,17 @@ def _forward_local(static, axes, hidden, head, targets, mask):
 
 def _backward_local(static, axes, hidden, head, targets, normaliser, entropy, d_logps, d_entropy, mask):
   shape, chunk, dtype = hidden.shape, min(static.output.chunk, targets.size), head.dtype
-  head = vocab.whole(axes, head)
   hidden = hidden.reshape(-1, shape[-1])
   per_token = [x.reshape(-1) for x in (targets, normaliser, entropy, d_logps, d_entropy)]
   index, chunks = vocab.chunks(axes, mask, chunk)
 
-  def body(i, carry):
+  def body(head, columns, i, carry):
     d_hidden, d_head = carry
     rows = jax.lax.dynamic_slice(index, (i * chunk,), (chunk,))
     h = vocab.take(hidden, rows)
     y, z, ent, d_lp, d_ent = (vocab.take(x, rows) for x in per_token)
-    logits = vocab.logits(axes, static.output, h, head)
-    is_target = vocab.columns(axes, head.shape[1]) == y[:, None]
+    logits = vocab.logits(static.output, h, head, columns)
+    is_target = columns == y[:, None]
     logp = logits - z[:, None]
     p = jnp.where(logits > vocab.MASKED_LOGIT, jnp.exp(logp), 0.0)
     # d logps = 1[target] - p;  d entropy = -p (log p + entropy).
@@ -156,6 +156,9 @@ def _backward_local(static, axes, hidden, head, targets, normaliser, entropy, d_
     d_h, d_w = vocab.pull_back(static.output, logits, d_logits, h, head)
     return d_hidden.at[rows].set(d_h, mode='drop'), d_head + d_w
 
-  zeros = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32)
-  d_hidden, d_head = vocab.gradients(axes, *jax.lax.fori_loop(0, chunks, body, zeros))
+  def local(head, columns):
+    zeros = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32)
+    return jax.lax.fori_loop(0, chunks, functools.partial(body, head, columns), zeros)
+
+  d_hidden, d_head = vocab.gradients_in_parts(axes, local, hidden, head)
   return d_hidden.reshape(shape).astype(hidden.dtype), d_head.astype(dtype)

@@ -15,6 +15,7 @@ from jaxalign import sharding
 from jaxalign import types
 
 MASKED_LOGIT = -1e30  # finite, so that 0 * logit is 0
+_MOST = 2**28  # numbers of a gradient of the head that a device holds at once, where in the end it has a part of it
 
 
 class Axes(NamedTuple):
@@ -93,11 +94,11 @@ def columns(axes: Axes, width: int):
   return first + jnp.arange(width)[None, :]
 
 
-def logits(axes: Axes, output: Output, hidden, head):
-  """Float32 logits `[c, v]` of a chunk on this device's part of the vocabulary, very low where it is padding."""
+def logits(output: Output, hidden, head, columns):
+  """Float32 logits `[c, v]` of a chunk for these columns of the head, very low where they are padding."""
   raw = soften(_product(hidden, head, (1, 0)), output.softcap)
   raw = raw if output.temperature == 1 else raw / output.temperature
-  return jnp.where(columns(axes, head.shape[1]) < output.vocab_size, raw, MASKED_LOGIT)
+  return jnp.where(columns < output.vocab_size, raw, MASKED_LOGIT)
 
 
 def total(axes: Axes, x):
@@ -125,6 +126,31 @@ def gradients(axes: Axes, d_hidden, d_head):
     d_head = jax.lax.psum_scatter(d_head, axes.embed, scatter_dimension=0, tiled=True)
   replicas = tuple(a for a in axes.tokens if a not in axes.embed)
   return d_hidden, jax.lax.psum(d_head, replicas) if replicas else d_head
+
+
+def gradients_in_parts(axes: Axes, local: Callable, hidden, head):
+  """The same of a function of some columns, which are taken one part after another where the head is split by width.
+
+  Such a head is whole only while it is used, and so is its gradient: 2 GB in float32 for models of 8B parameters.
+
+  Args:
+    axes: of the mesh.
+    local: (whole columns `[D, v]` of the head, their ids) -> float32 gradients of `hidden` and of those columns.
+    hidden: `[n, D]`.
+    head: this device's part.
+  """
+  count = -(-head.size * jax.lax.axis_size(axes.embed) // _MOST) if axes.embed else 1
+  width, ids = -(-head.shape[1] // count), columns(axes, head.shape[1])
+  d_hidden = jnp.zeros(hidden.shape, jnp.float32)
+  parts: list[jax.Array] = []
+  for start in range(0, head.shape[1], width):
+    at = slice(start, start + width)
+    part = head[:, at]
+    if count > 1:  # Nothing is gathered before the columns to the left are done with.
+      d_hidden, parts, part = jax.lax.optimization_barrier((d_hidden, parts, part))
+    of_part, d_part = gradients(axes, *local(whole(axes, part), ids[:, at]))
+    d_hidden, parts = d_hidden + of_part, [*parts, d_part]
+  return d_hidden, jnp.concatenate(parts, axis=1)
 
 
 def pull_back(output: Output, logits, d_logits, hidden, head):

@@ -11,6 +11,7 @@ import pytest
 
 from jaxalign import logps
 from jaxalign import sharding
+from jaxalign import vocab
 
 pytestmark = pytest.mark.usefixtures('optimised')
 
@@ -262,6 +263,14 @@ class TestTokenStats:
     for got, want in zip(_gradients(data, *weights, mesh=mesh, chunk=5), _gradients(data, *weights)):
       _close(got, want, 1e-5)
 
+  @pytest.mark.parametrize('mesh', ['fsdp:2,tensor:2,context:2', 'fsdp:8'])
+  def test_gradients_of_a_large_head_are_those_of_all_columns_at_once(self, mesh, monkeypatch):
+    monkeypatch.setattr(vocab, '_MOST', 1000)  # numbers, for 5 or 7 parts, the last of which is narrower
+    data, weights = _data(), _weights()
+    found = _gradients(data, *weights, mesh=mesh, chunk=7)
+    for got, want in zip(found, _gold_gradients(*data, *weights), strict=True):
+      _close(got, want, 1e-5)
+
   def test_devices_with_different_numbers_of_targets_agree(self):
     hidden_BTD, head_DV, targets_BT, _ = _data()
     mask_BT = np.zeros((B, T), np.float32)
@@ -299,7 +308,7 @@ class TestTokenStats:
 
     assert _largest(looped, hidden_BTD, head_DV) == B * T * V
 
-  def test_fsdp_gathers_the_head_once_per_pass_and_never_in_the_loop(self):
+  def test_fsdp_gathers_the_head_once_per_pass_and_never_in_the_loop(self, monkeypatch):
     data = _data(counted=1.0)
     mesh = sharding.make_mesh('fsdp:8')
     tokens, head = sharding.named(mesh, 'batch', 'length'), sharding.named(mesh, 'embed', 'vocab')
@@ -316,7 +325,10 @@ class TestTokenStats:
     with jax.set_mesh(mesh):
       forward = compiled(total, None)
       both = compiled(jax.grad(total, argnums=(0, 1)), (hidden, head))
-    assert not [found for found in forward | both if found[1]]
+      monkeypatch.setattr(vocab, '_MOST', D * V // 3)
+      parts = compiled(jax.grad(lambda *args: total(*args), argnums=(0, 1)), (hidden, head))
+    assert not [found for found in forward | both | parts if found[1]]
+    assert (parts['all-gather', False], parts['reduce-scatter', False]) == (4, 3)  # 3 parts of the columns
     # The compiler may let the backward pass use what the forward pass gathered.
     assert forward['all-gather', False] == 1
     assert 1 <= both['all-gather', False] <= 2
