@@ -1,13 +1,16 @@
-"""Measures how models are read: how near to transformers they are, and how much memory an import takes.
+"""Measures how models are read: how near to transformers, how alike by sampler and trainer, in how much memory.
 
   python tools/measure.py parity
+  python tools/measure.py sampler [--mesh=fsdp:4,tensor:2] [--dtype=bfloat16]
   python tools/measure.py import --model=DIR [--dtype=bfloat16] [--mesh=fsdp:4,tensor:2]
   python tools/measure.py import --gigabytes=4.2
 
 `parity` prints a table: the worst difference of float32 logits from those in tests/goldens, of whole sequences and of
 packed and padded rows; how many of 64 greedy tokens are the same; the median difference in bfloat16 in standard
-deviations. `import` prints a JSON object: bytes of anonymous memory at the peak, beyond those before, and of the
-parameters (--gigabytes makes up a Llama of that size first, one file a layer).
+deviations. `sampler` prints for the same models, on one device or a mesh, the worst and the mean difference in nats
+between what the sampler says of the tokens that it draws and what the training program does. `import` prints a JSON
+object: bytes of anonymous memory at the peak, beyond those before, and of the parameters (--gigabytes makes up a Llama
+of that size first, one file a layer).
 """
 
 import argparse
@@ -25,6 +28,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import numpy as st
 
+from jaxalign import forward
 from jaxalign import recipe
 from jaxalign import sampling
 from jaxalign import sharding
@@ -32,11 +36,13 @@ from jaxalign import types
 from jaxalign import vocab
 from jaxalign.models import hf
 from jaxalign.models import hf_import
+from jaxalign.models import lora as lora_lib
 from jaxalign.models import transformer
 
 GOLDENS = pathlib.Path(__file__).resolve().parents[1] / 'tests' / 'goldens'
 CASES = sorted(path.parent.name for path in GOLDENS.glob('*/config.json'))
 _LENGTH = 72
+_TEMPERATURE, _PROMPTS = 0.7, [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [2, 2]]
 _WIDTH, _MLP, _VOCAB = 2048, 8192, 32000
 
 
@@ -98,6 +104,46 @@ def low(name):
   """Median difference in bfloat16, in standard deviations of the logits: a router may send a token elsewhere."""
   found = logits_of(name, golden(name)['ids'], dtype='bfloat16')
   return np.median(np.abs(found - golden(name)['logits'])) / golden(name)['logits'].std()
+
+
+def _by_trainer(model, params, prompts, drawn):
+  """Log-probabilities of each response as the training program has them, a row each."""
+  inputs = np.zeros((len(drawn), _LENGTH), np.int32)
+  targets, mask, segments = np.zeros_like(inputs), np.zeros(inputs.shape, np.float32), np.zeros_like(inputs)
+  for row, (prompt, one) in enumerate(zip(prompts, drawn, strict=True)):
+    ids = [*prompt, *one.ids]
+    inputs[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
+    mask[row, len(prompt) - 1 : len(ids) - 1] = 1
+    segments[row, : len(ids) - 1] = 1
+  positions = np.broadcast_to(np.arange(_LENGTH, dtype=np.int32), inputs.shape)
+  slots = np.zeros((len(drawn), 1), np.int32)
+  batch = types.Batch(inputs, targets, mask, positions, segments, segments - 1, slots, slots, {})
+  told = jax.jit(lambda params: forward.target_stats(params, batch, model=model, temperature=_TEMPERATURE)['logps'])
+  return [row[counted > 0] for row, counted in zip(np.asarray(told(params)), mask)]
+
+
+def drift(name, *, mesh='', dtype='float32', lora=None):
+  """Worst and mean difference in nats between sampler and trainer, over 8 responses of 20 tokens."""
+  model, params, mesh = _opened(name, mesh)
+  model = transformer.build(model.config, mesh, dtype=dtype, lora=lora, length=_LENGTH)
+  with jax.set_mesh(mesh):
+    if lora is not None:
+      adapters = transformer.init_adapters(model, jax.random.key(1), params, mesh)
+      # The second factor begins as 0.
+      params = lora_lib.join(jax.tree.map(lambda x: x + 0.05, adapters), params)
+    ways = {'temperature': _TEMPERATURE, 'told_at': _TEMPERATURE, 'max_new_tokens': 20, 'seed': 5, 'rows': 4}
+    drawn = sampling.sample(model, params, _PROMPTS, n=2, **ways)
+    told = _by_trainer(model, params, [ids for ids in _PROMPTS for _ in range(2)], drawn)
+  assert len({tuple(one.ids) for one in drawn}) == 8
+  apart = [np.abs(np.array(one.logps) - by_trainer) for one, by_trainer in zip(drawn, told, strict=True)]
+  return np.max(apart), np.mean(apart)
+
+
+def show_drift(mesh: str, dtype: str) -> None:
+  """Prints the table of all goldens."""
+  print(f'{"model":16} {"worst":>9} {"mean":>9}')
+  for name in CASES:
+    print('{:16} {:9.1e} {:9.1e}'.format(name, *drift(name, mesh=mesh, dtype=dtype)), flush=True)
 
 
 def show_parity() -> None:
@@ -172,11 +218,16 @@ def main(argv: Sequence[str] | None = None) -> int:
   given.add_argument('--model', type=pathlib.Path, help='a Hugging Face directory')
   given.add_argument('--gigabytes', type=float, help='size of a model to make up')
   of_import.add_argument('--dtype', choices=('float32', 'bfloat16'), default='bfloat16', help='what it is read as')
-  of_import.add_argument('--mesh', default='', help='as for jaxalign.main')
+  of_sampler = commands.add_parser('sampler')
+  of_sampler.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='of the products')
+  for command in (of_import, of_sampler):
+    command.add_argument('--mesh', default='', help='as for jaxalign.main')
   args = parser.parse_args(argv)
   try:
     if args.command == 'parity':
       show_parity()
+    elif args.command == 'sampler':
+      show_drift(args.mesh, args.dtype)
     elif args.model:
       print(json.dumps(measure_import(recipe.model_directory(str(args.model)), args.dtype, args.mesh)))
     else:
