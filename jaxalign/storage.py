@@ -4,6 +4,7 @@ Files in buckets are read and written by etils.epath by way of gcsfs, arrays by 
 read from a copy on this machine's disk, which each host makes for itself.
 """
 
+import argparse
 from collections.abc import Iterator
 import contextlib
 import hashlib
@@ -55,6 +56,13 @@ def path(text: str | os.PathLike) -> Path:
 def is_remote(place: str | os.PathLike) -> bool:
   """Whether a path is in a bucket."""
   return os.fspath(place).startswith('gs://')
+
+
+def on_disk(text: str) -> pathlib.Path:
+  """A path for a flag of `argparse`, which then names the flag where the path is not one of a disk."""
+  if '://' in text:
+    raise argparse.ArgumentTypeError(f'{text}: give a path on a disk, and copy from or to buckets by gcloud storage cp')
+  return pathlib.Path(text)
 
 
 def absolute(text: str | os.PathLike) -> Path:

@@ -1,6 +1,7 @@
 """Paths in buckets: files, copies of them, files that grow, and whole runs, on a fake of Google Cloud Storage."""
 
 import gzip
+import importlib
 import importlib.util
 import io
 import json
@@ -70,6 +71,18 @@ class TestPath:
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'gcsfs' else found(name))
     with pytest.raises(types.UsageError, match=r'^gs://bucket/a: .*pip install "jaxalign\[gcs\]"'):
       storage.path('gs://bucket/a')
+
+
+class TestOnDisk:
+
+  @pytest.mark.parametrize(
+      'tool', ['convert_data', 'convert_hf', 'density_ratio', 'ensemble', 'frontier', 'merge', 'plan']
+  )
+  def test_has_tools_refuse_buckets_by_the_name_of_the_flag(self, tool, capsys):
+    with pytest.raises(SystemExit) as ended:
+      importlib.import_module(f'tools.{tool}').main(['--output=gs://bucket/out'])
+    assert ended.value.code == 2
+    assert 'argument --output: gs://bucket/out: give a path on a disk' in capsys.readouterr().err
 
 
 class TestWriteText:

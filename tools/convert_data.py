@@ -29,6 +29,7 @@ import sys
 from typing import Any
 import zlib
 
+from jaxalign import storage
 from jaxalign import types
 from jaxalign.data import public
 from jaxalign.data import sources
@@ -134,8 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--format', choices=public.FORMATS, required=True, help='what the file is')
   parser.add_argument('--shape', help='what it becomes; default: the first shape of its format')
-  parser.add_argument('--input', type=pathlib.Path, required=True, help='the file: .jsonl, .json or .csv, also .gz')
-  parser.add_argument('--output', type=pathlib.Path, required=True, help='what is written: .jsonl or .jsonl.gz')
+  parser.add_argument('--input', type=storage.on_disk, required=True, help='the file: .jsonl, .json or .csv, also .gz')
+  parser.add_argument('--output', type=storage.on_disk, required=True, help='what is written: .jsonl or .jsonl.gz')
   parser.add_argument('--text', action='store_true', help='write prompts of one turn as plain text, and no others')
   args = parser.parse_args(argv)
   try:

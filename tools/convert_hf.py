@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   given = parser.add_mutually_exclusive_group(required=True)
   given.add_argument('--checkpoint', help='a workdir, or one checkpoint in it')
   given.add_argument('--model', help='a Hugging Face directory')
-  parser.add_argument('--output', type=pathlib.Path, help='the directory to write')
+  parser.add_argument('--output', type=storage.on_disk, help='the directory to write')
   parser.add_argument('--dtype', choices=sorted(hf_export.DTYPES), help='default: that of the weights trained from')
   parser.add_argument('--adapter', action='store_true', help='write the adapters alone, in the format of PEFT')
   args = parser.parse_args(argv)

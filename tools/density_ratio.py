@@ -12,7 +12,6 @@ weighs by it); the bounds are TRL's.
 import argparse
 from collections.abc import Sequence
 import json
-import pathlib
 import sys
 from typing import Any
 
@@ -128,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--input', required=True, help='records with prompt, completion and label: jsonl:PATH, ...')
   parser.add_argument('--model', default=recipe.DEFAULT_MODEL, help='what reads the prompts, as for jaxalign.main')
-  parser.add_argument('--output', type=pathlib.Path, required=True, help='the jsonl file to write')
+  parser.add_argument('--output', type=storage.on_disk, required=True, help='the jsonl file to write')
   parser.add_argument('--low', type=float, default=0.5, help='the least ratio')
   parser.add_argument('--high', type=float, default=10.0, help='the largest ratio')
   args = parser.parse_args(argv)

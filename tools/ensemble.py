@@ -106,11 +106,11 @@ def ensemble(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('scores', nargs='+', type=pathlib.Path, help='what --mode=score printed, a file a member')
+  parser.add_argument('scores', nargs='+', type=storage.on_disk, help='what --mode=score printed, a file a member')
   parser.add_argument('--how', choices=ensembles.HOW, default='mean', help='default: mean')
   parser.add_argument('--penalty', type=float, help='of the variance between members (uncertainty); default: 1')
   parser.add_argument('--centre', action='store_true', help="take each member's mean from its scores first")
-  parser.add_argument('--output', type=pathlib.Path, help='where the combined scores go; default: nowhere')
+  parser.add_argument('--output', type=storage.on_disk, help='where the combined scores go; default: nowhere')
   args = parser.parse_args(argv)
   try:
     ensemble(args)

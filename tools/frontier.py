@@ -28,6 +28,7 @@ from jaxalign import main as main_lib
 from jaxalign import recipe
 from jaxalign import sampling
 from jaxalign import sharding
+from jaxalign import storage
 from jaxalign.data import examples
 from jaxalign.models import transformer
 from jaxalign.rewards import rules
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--algos', default='all', help='names, with commas between; all: what trains a policy')
   parser.add_argument('--steps', type=int, default=60, help='of every run')
   parser.add_argument('--gin', action='append', default=[], help='bindings for every run')
-  parser.add_argument('--output', type=pathlib.Path, required=True, help='where runs, table and plot go')
+  parser.add_argument('--output', type=storage.on_disk, required=True, help='where runs, table and plot go')
   args = parser.parse_args(argv)
   offline = (a for a in catalog.algorithms() if not catalog.is_online(a))
   policies = [a for a in offline if a not in _LEFT_OUT and not a.startswith('rm')]

@@ -25,6 +25,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from jaxalign import sampling
 from jaxalign import sharding
+from jaxalign import storage
 from jaxalign.data import examples
 from jaxalign.data import tokenizers
 from jaxalign.models import hf
@@ -227,8 +228,8 @@ def make(source: pathlib.Path, output: pathlib.Path, seed: int) -> None:
 def main() -> None:
   """Runs the command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--source', type=pathlib.Path, required=True, help='folder with tok512.bin and hf/')
-  parser.add_argument('--output', type=pathlib.Path, default='jaxalign/assets', help='where the assets go')
+  parser.add_argument('--source', type=storage.on_disk, required=True, help='folder with tok512.bin and hf/')
+  parser.add_argument('--output', type=storage.on_disk, default='jaxalign/assets', help='where the assets go')
   parser.add_argument('--seed', type=int, default=0, help='of prompts and samples')
   args = parser.parse_args()
   make(args.source, args.output, args.seed)

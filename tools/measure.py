@@ -32,6 +32,7 @@ from jaxalign import forward
 from jaxalign import recipe
 from jaxalign import sampling
 from jaxalign import sharding
+from jaxalign import storage
 from jaxalign import types
 from jaxalign import vocab
 from jaxalign.models import hf
@@ -215,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   commands.add_parser('parity')
   of_import = commands.add_parser('import')
   given = of_import.add_mutually_exclusive_group(required=True)
-  given.add_argument('--model', type=pathlib.Path, help='a Hugging Face directory')
+  given.add_argument('--model', type=storage.on_disk, help='a Hugging Face directory')
   given.add_argument('--gigabytes', type=float, help='size of a model to make up')
   of_import.add_argument('--dtype', choices=('float32', 'bfloat16'), default='bfloat16', help='what it is read as')
   of_sampler = commands.add_parser('sampler')

@@ -11,7 +11,6 @@ Models are Hugging Face directories or checkpoints of jaxalign, whose adapters a
 
 import argparse
 from collections.abc import Sequence
-import pathlib
 import sys
 
 import jax
@@ -19,6 +18,7 @@ import jax
 from jaxalign import checkpoint
 from jaxalign import recipe
 from jaxalign import sharding
+from jaxalign import storage
 from jaxalign import types
 from jaxalign.data import tokenizers
 from jaxalign.models import hf
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--share', type=float, help='of the second model (slerp); default: 0.5')
   parser.add_argument('--density', type=float, help='share of each difference that stays (ties); default: 0.2')
   parser.add_argument('--scale', type=float, help='of the merged difference (ties); default: 1')
-  parser.add_argument('--output', type=pathlib.Path, required=True, help='the directory to write')
+  parser.add_argument('--output', type=storage.on_disk, required=True, help='the directory to write')
   args = parser.parse_args(argv)
   try:
     merge(args)

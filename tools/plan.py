@@ -19,6 +19,7 @@ import subprocess
 import sys
 from typing import Any
 
+from jaxalign import storage
 from jaxalign import topology as topology_lib
 
 # Of each kind a slice that such models are trained on.
@@ -99,7 +100,7 @@ def _cell(line: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--output', type=pathlib.Path, required=True, help='a JSONL file, which is added to')
+  parser.add_argument('--output', type=storage.on_disk, required=True, help='a JSONL file, which is added to')
   parser.add_argument('--matrix', action='store_true', help='1B, 8B and 70B on v5e, v5p and v6e: sft, dpo, ppo, grpo')
   parser.add_argument('--algos', default='dpo', help='by commas')
   parser.add_argument('--models', default='llama3_1_8b', help='names in gin_configs/models, by commas')
