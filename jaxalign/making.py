@@ -162,7 +162,7 @@ class Maker:
       start = self._spent('sampling', start)
       fresh = self._judge(panel, self._all_asked(others), new_ones)
       self._spent('judging', start)
-      good = np.flatnonzero(~self._judge.dull(fresh, samples))
+      good = [i for i in np.flatnonzero(~self._judge.dull(fresh, samples)) if others[i] not in chosen]
       refilled += min(len(dull), len(good))
       for old, new in zip(dull, good):
         chosen[old] = others[new]
