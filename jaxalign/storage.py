@@ -108,7 +108,10 @@ def write_text(place: Path, text: str) -> None:
     return
   place.parent.mkdir(parents=True, exist_ok=True)
   part = place.with_name(f'{place.name}.part')
-  part.write_text(text, encoding='utf-8')
+  with part.open('w', encoding='utf-8') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())  # Or a machine that goes down may leave the new name without the text.
   os.replace(part, place)
 
 
