@@ -242,7 +242,7 @@ def _beside(work: Callable[[], making.Verdicts]) -> Callable[[], making.Verdicts
   def run():
     try:
       done.set_result(work())
-    except BaseException as err:  # It is raised where it is waited for.
+    except Exception as err:  # Whatever it is, it is raised where it is waited for.
       done.set_exception(err)
 
   threading.Thread(target=run, daemon=True).start()

@@ -135,7 +135,7 @@ def _forward_local(static, axes, hidden, head, targets, mask):
 
 
 def _backward_local(static, axes, hidden, head, targets, normaliser, entropy, d_logps, d_entropy, mask):
-  shape, chunk, dtype = hidden.shape, min(static.output.chunk, targets.size), head.dtype
+  shape, chunk = hidden.shape, min(static.output.chunk, targets.size)
   hidden = hidden.reshape(-1, shape[-1])
   per_token = [x.reshape(-1) for x in (targets, normaliser, entropy, d_logps, d_entropy)]
   index, chunks = vocab.chunks(axes, mask, chunk)
@@ -161,4 +161,4 @@ def _backward_local(static, axes, hidden, head, targets, normaliser, entropy, d_
     return jax.lax.fori_loop(0, chunks, functools.partial(body, head, columns), zeros)
 
   d_hidden, d_head = vocab.gradients_in_parts(axes, local, hidden, head)
-  return d_hidden.reshape(shape).astype(hidden.dtype), d_head.astype(dtype)
+  return d_hidden.reshape(shape).astype(hidden.dtype), d_head.astype(head.dtype)

@@ -15,6 +15,7 @@ from jaxalign import sharding
 from jaxalign import types
 
 MASKED_LOGIT = -1e30  # finite, so that 0 * logit is 0
+_ALIGNED = 1024
 _MOST = 2**27  # numbers of a gradient of the head that a device holds at once, where in the end it has a part of it
 
 
@@ -140,17 +141,19 @@ def gradients_in_parts(axes: Axes, local: Callable, hidden, head):
     head: this device's part.
   """
   count = -(-head.size * jax.lax.axis_size(axes.embed) // _MOST) if axes.embed else 1
-  width, ids = -(-head.shape[1] // count), columns(axes, head.shape[1])
+  # Tiles of TPUs are 128 numbers wide.
+  width = -(-head.shape[1] // (count * _ALIGNED)) * _ALIGNED
+  ids = columns(axes, head.shape[1])
   d_hidden = jnp.zeros(hidden.shape, jnp.float32)
-  parts: list[jax.Array] = []
+  found: list[jax.Array] = []
   for start in range(0, head.shape[1], width):
     at = slice(start, start + width)
     part = head[:, at]
     if count > 1:  # Nothing is gathered before the columns to the left are done with.
-      d_hidden, parts, part = jax.lax.optimization_barrier((d_hidden, parts, part))
+      d_hidden, found, part = jax.lax.optimization_barrier((d_hidden, found, part))
     of_part, d_part = gradients(axes, *local(whole(axes, part), ids[:, at]))
-    d_hidden, parts = d_hidden + of_part, [*parts, d_part]
-  return d_hidden, jnp.concatenate(parts, axis=1)
+    d_hidden, found = d_hidden + of_part, [*found, d_part]
+  return d_hidden, jnp.concatenate(found, axis=1)
 
 
 def pull_back(output: Output, logits, d_logits, hidden, head):

@@ -265,7 +265,9 @@ class TestTokenStats:
 
   @pytest.mark.parametrize('mesh', ['fsdp:2,tensor:2,context:2', 'fsdp:8'])
   def test_gradients_of_a_large_head_are_those_of_all_columns_at_once(self, mesh, monkeypatch):
-    monkeypatch.setattr(vocab, '_MOST', 1000)  # numbers, for 5 or 7 parts, the last of which is narrower
+    # Parts of 48 columns and of 56, the last of which is narrower.
+    monkeypatch.setattr(vocab, '_MOST', 1000)
+    monkeypatch.setattr(vocab, '_ALIGNED', 8)
     data, weights = _data(), _weights()
     found = _gradients(data, *weights, mesh=mesh, chunk=7)
     for got, want in zip(found, _gold_gradients(*data, *weights), strict=True):
@@ -326,6 +328,7 @@ class TestTokenStats:
       forward = compiled(total, None)
       both = compiled(jax.grad(total, argnums=(0, 1)), (hidden, head))
       monkeypatch.setattr(vocab, '_MOST', D * V // 3)
+      monkeypatch.setattr(vocab, '_ALIGNED', 128)
       parts = compiled(jax.grad(lambda *args: total(*args), argnums=(0, 1)), (hidden, head))
     assert not [found for found in forward | both | parts if found[1]]
     assert (parts['all-gather', False], parts['reduce-scatter', False]) == (4, 3)  # 3 parts of the columns
