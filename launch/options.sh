@@ -9,6 +9,14 @@ misuse() {
   exit 2
 }
 
+# Prints the head of the script, which says what it does and takes.
+explain() {
+  sed -n '2,/^[^#]/{/^#/!q;s/^# \{0,1\}//p}' "$0"
+  exit 0
+}
+
+[[ ${1:-} != --help ]] || explain
+
 # read_options 'switches' 'names of options with values' "$@": sets a variable for each (empty where it is not given),
 # and `rest` to the arguments from the first that is neither.
 read_options() {
@@ -25,6 +33,8 @@ read_options() {
       shift
       rest=("$@")
       return
+    elif [[ $1 == --help ]]; then
+      explain
     elif [[ $1 == "--$name_" && $switches_ == *" $name_ "* ]]; then
       printf -v "$name_" 1
     elif [[ $1 == "--$name_="?* && $valued_ == *" $name_ "* ]]; then

@@ -25,6 +25,14 @@ class TestScripts:
         options = line.removeprefix('read_options ').removesuffix(' "$@"').replace("'", '').split()
         assert [option for option in options if f'--{option}' not in head] == [], script
 
+  @pytest.mark.parametrize('args', [('slurm.sh',), ('slurm.sh', '--nodes=2'), ('tpu_vm.sh',), ('gke/run.sh',)], ids=str)
+  def test_explains_its_options(self, args):
+    script = ROOT / 'launch' / args[0]
+    done = subprocess.run(['bash', str(script), *args[1:], '--help'], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, '')
+    head = script.read_text().split('set -euo')[0].splitlines()[1:]
+    assert done.stdout.splitlines() == [line.removeprefix('#').removeprefix(' ') for line in head]
+
   def test_leaves_nothing_out_of_the_image_that_setup_needs(self):
     text = (ROOT / 'launch' / 'gke' / 'Dockerfile').read_text()
     ignored = (ROOT / 'launch' / 'gke' / 'Dockerfile.dockerignore').read_text().splitlines()
