@@ -23,7 +23,7 @@ ratio of the medians, and the median and range of the ratios of neighbours. For 
 thread that trains computes itself, `input_ms_per_step` how long it waits for a batch.
 
 --start measures another thing: seconds from the start of `python -m jaxalign.main --algo=dpo` until its first step is
-logged, once with empty caches, then with full ones.
+logged, once with empty caches, then with full ones. Of the other flags it reads --repeats and --gin.
 """
 
 import argparse
@@ -174,7 +174,7 @@ def first_step(command: Sequence[str], metrics: pathlib.Path) -> float:
   return seconds
 
 
-def starts(repeats: int, folder: pathlib.Path, more: Sequence[str] = ()) -> dict[str, Any]:
+def starts(repeats: int, folder: pathlib.Path, more: Sequence[str]) -> dict[str, Any]:
   """Seconds to the first step, with empty caches and then with full ones."""
   found = []
   for turn in range(repeats + 1):
@@ -188,8 +188,8 @@ def starts(repeats: int, folder: pathlib.Path, more: Sequence[str] = ()) -> dict
 
 def _positive(text: str) -> int:
   """A whole number from 1 on; argparse says so of another."""
-  if int(text) < 1:
-    raise argparse.ArgumentTypeError(f'{text}: it must be at least 1')
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f'{text}: it is a whole number, at least 1')
   return int(text)
 
 
@@ -236,9 +236,13 @@ def pythons_of(args: argparse.Namespace) -> dict[str, str]:
   """The interpreter of each side.
 
   Raises:
-    UsageError: there is none for the peer; the message says how to make one.
+    Refused: there is none for the peer; the message says how to make one.
   """
+  if args.start and args.peer:
+    raise Refused(f'--start --peer={args.peer}: the first step of jaxalign alone is timed')
   if args.peer is None:
+    if args.peer_python:
+      raise Refused(f'--peer_python={args.peer_python} needs --peer')
     return {'jaxalign': sys.executable}
   if args.peer == 'tunix' and args.work not in ('dpo', 'hh'):
     raise Refused(f'--peer=tunix --work={args.work}: it is timed on dpo and hh')
@@ -254,10 +258,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     with tempfile.TemporaryDirectory() as scratch:
       folder = pathlib.Path(scratch)
-      if args.start:
-        print(json.dumps(starts(args.repeats, folder)))
-        return 0
       pythons = pythons_of(args)
+      if args.start:
+        print(json.dumps(starts(args.repeats, folder, [f'--gin={one}' for one in args.gin])))
+        return 0
       found = compare(vars(args), pythons, folder)
     print(table(found), file=sys.stderr)
     print(json.dumps(found))

@@ -104,10 +104,23 @@ class TestMain:
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith('benchmark: ')]
     assert said in line
 
-  def test_wants_steps_to_time(self):
+  @pytest.mark.parametrize('count', ['0', 'x'])
+  def test_wants_steps_to_time(self, count, capsys):
     with pytest.raises(SystemExit) as stop:
-      benchmark.main(['--steps=0'])
+      benchmark.main([f'--steps={count}'])
     assert stop.value.code == 2
+    assert f'--steps: {count}: it is a whole number, at least 1' in capsys.readouterr().err
+
+  @pytest.mark.parametrize(
+      'flags,said',
+      [
+          (['--peer_python=python'], '--peer_python=python needs --peer'),
+          (['--start', '--peer=trl'], '--start --peer=trl: the first step of jaxalign alone is timed'),
+      ],
+  )
+  def test_refuses_flags_that_would_do_nothing(self, flags, said, capsys):
+    assert benchmark.main(flags) == 2
+    assert capsys.readouterr().err == f'benchmark: {said}\n'
 
 
 class TestRate:
