@@ -50,6 +50,7 @@ CHIPS = {
     )
 }
 _GPUS = ('a100', 'h100', 'h200')
+_FLAT = ('v5e', 'v6e')  # whose chips form a torus of two dimensions, those of other TPUs one of three
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +76,11 @@ def find(text: str, num_slices: int = 1) -> Topology:
   Raises:
     UsageError: there is no such chip or topology, or libtpu is not installed.
   """
-  name, _, sizes = text.partition(':')
-  wanted = 'write for example v5e:4x4, v5p:4x4x4 or h100:8'
-  if name not in CHIPS or not re.fullmatch(r'\d+(x\d+)*', sizes):
-    raise types.UsageError(f'--topology={text}: the chips are {", ".join(CHIPS)}; {wanted}')
+  name, sizes = _parsed(text)
   if name in _GPUS:
-    return Topology(CHIPS[name], _cpus(text, sizes, num_slices), True)
+    if num_slices > 1:
+      raise types.UsageError(f'--topology={text}: GPUs are in one slice, not {num_slices}')
+    return Topology(CHIPS[name], _cpus(text, count_of(text)), True)
   # libtpu reads these when it is loaded; without them it asks the machine's metadata, which are not there.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
@@ -98,14 +98,36 @@ def find(text: str, num_slices: int = 1) -> Topology:
   return Topology(CHIPS[name], list(found.devices), False)
 
 
+def count_of(text: str) -> int:
+  """How many devices a topology has, GPUs without CPUs that stand for them: two a chip of v4 and TPU7x."""
+  name, sizes = _parsed(text)
+  return int(sizes) if name in _GPUS else len(find(text).devices)
+
+
+def _parsed(text: str) -> tuple[str, str]:
+  """Name of the chip, and its sizes, as many as it has."""
+  name, _, sizes = text.partition(':')
+  if name not in CHIPS or not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', sizes):
+    raise types.UsageError(
+        f'--topology={text}: the chips are {", ".join(CHIPS)}; write for example v5e:4x4, v5p:4x4x4 or h100:8'
+    )
+  count = sizes.count('x') + 1
+  if name in _GPUS:
+    if count > 1:
+      raise types.UsageError(f'--topology={text}: of GPUs their number, as h100:8')
+  # libtpu takes other numbers of them, and makes devices of what is not there.
+  elif count != (wanted := 2 if name in _FLAT else 3):
+    raise types.UsageError(
+        f'--topology={text}: {name} has {wanted} sizes, as {name}:{"x".join("4" * wanted)}, not {count}'
+    )
+  return name, sizes
+
+
 def _install() -> str:
   return "libtpu is wanted, which compiles for TPUs on any Linux with x86-64: pip install -e '.[tpu]'"
 
 
-def _cpus(text: str, sizes: str, num_slices: int) -> list[jax.Device]:
-  if 'x' in sizes or num_slices > 1:
-    raise types.UsageError(f'--topology={text}: of GPUs their number, as h100:8, in one slice')
-  count = int(sizes)
+def _cpus(text: str, count: int) -> list[jax.Device]:
   jax.config.update('jax_platforms', 'cpu')
   try:
     jax.config.update('jax_num_cpu_devices', count)
