@@ -6,7 +6,8 @@
 
 A line of the output is what `--json` prints, with the flags that made it; what it has already is not compiled again.
 Rows are as many as there are devices times --rows_per_device, split into micro-batches of --rows_at_once of a device.
-`--table` prints the file as Markdown: peak memory of a device over what it has, and the bound on utilisation.
+`--table` prints the file as Markdown: peak memory of a device over what it has, and the bound on utilisation. The exit
+code is 1 where one of the runs was refused, which is written, or failed, which is not.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 
 from jaxalign import storage
 from jaxalign import topology as topology_lib
+from jaxalign import types
 
 # Of each kind a slice that such models are trained on.
 _TOPOLOGIES = {
@@ -42,14 +44,9 @@ def points(args: argparse.Namespace) -> Iterator[dict[str, str]]:
       yield {'algo': algo, 'model': model, 'topology': place}
 
 
-def devices_of(topology: str) -> int:
-  """How many devices a topology has: two a chip of v4 and TPU7x."""
-  return len(topology_lib.find(topology).devices)
-
-
 def flags(point: dict[str, str], args: argparse.Namespace) -> list[str]:
   """What `jaxalign.main` is called with."""
-  count = devices_of(point['topology'])
+  count = topology_lib.count_of(point['topology'])
   bound = {
       'loader.Packing.rows': count * args.rows_at_once,
       'loader.Packing.micro_batches': max(1, args.rows_per_device // args.rows_at_once),
@@ -67,10 +64,11 @@ def flags(point: dict[str, str], args: argparse.Namespace) -> list[str]:
 
 
 def plan(command: Sequence[str]) -> dict[str, Any]:
-  """What a plan found, or `error`."""
+  """What a plan found, or `error`, and whether it is one of the run and not of the flags."""
   done = subprocess.run([sys.executable, '-m', 'jaxalign.main', *command], capture_output=True, text=True, check=False)
   if done.returncode:
-    return {'error': done.stderr.strip().splitlines()[-1]}
+    said = done.stderr.strip().splitlines()[-1:] or [f'exit code {done.returncode}']
+    return {'error': said[0]} | ({} if done.returncode == 2 else {'failed': True})
   return json.loads(done.stdout)
 
 
@@ -106,30 +104,68 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--models', default='llama3_1_8b', help='names in gin_configs/models, by commas')
   parser.add_argument('--topologies', default='v5p:2x4x4', help='by commas')
   parser.add_argument('--mesh', default='', help='as for jaxalign.main')
-  parser.add_argument('--row_length', type=int, default=2048, help='tokens of a row')
-  parser.add_argument('--rows_per_device', type=int, default=2, help='of a step')
-  parser.add_argument('--rows_at_once', type=int, default=1, help='of a micro-batch, on each device')
+  parser.add_argument('--row_length', type=_positive, default=2048, help='tokens of a row')
+  parser.add_argument('--rows_per_device', type=_positive, default=2, help='of a step')
+  parser.add_argument('--rows_at_once', type=_positive, default=1, help='of a micro-batch, on each device')
   parser.add_argument('--table', action='store_true', help='print the file as Markdown, and plan nothing')
   args = parser.parse_args(argv)
+  try:
+    return run(args)
+  except types.UsageError as err:
+    print(f'plan: {err}', file=sys.stderr)
+    return 2
+
+
+def run(args: argparse.Namespace) -> int:
+  """Does what is asked for, and returns the exit code.
+
+  Raises:
+    UsageError: a flag cannot be, or the file is not one of plans.
+  """
   known = _read(args.output)
   if args.table:
+    if not known:
+      raise types.UsageError(f'--output={args.output}: there are no plans in it')
     sys.stdout.write(table(known))
     return 0
-  done = {tuple(line['flags']) for line in known}
-  for point in points(args):
-    command = flags(point, args)
-    if tuple(command) in done:
-      continue
-    found = plan(command)
-    line = point | found | {'model': point['model'], 'flags': command}
-    with args.output.open('a', encoding='utf-8') as file:
-      file.write(json.dumps(line) + '\n')
-    print(*point.values(), found.get('error') or _cell(line), file=sys.stderr, flush=True)
-  return 0
+  if args.rows_per_device % args.rows_at_once:
+    raise types.UsageError(
+        f'--rows_at_once={args.rows_at_once} does not divide --rows_per_device={args.rows_per_device}'
+    )
+  if not args.output.parent.is_dir():
+    raise types.UsageError(f'--output={args.output}: there is no folder {args.output.parent}')
+  done = {tuple(line['flags']): line for line in known}
+  refused = False
+  for point, command in [(point, flags(point, args)) for point in points(args)]:
+    line = done.get(tuple(command))
+    if line is None:
+      line = point | plan(command) | {'model': point['model'], 'flags': command}
+      if 'failed' not in line:
+        with args.output.open('a', encoding='utf-8') as file:
+          file.write(json.dumps(line) + '\n')
+      print(*point.values(), line.get('error') or _cell(line), file=sys.stderr, flush=True)
+    refused |= 'error' in line
+  return int(refused)
+
+
+def _positive(text: str) -> int:
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f'{text}: it is a whole number, at least 1')
+  return int(text)
 
 
 def _read(path: pathlib.Path) -> list[dict[str, Any]]:
-  return list(map(json.loads, path.read_text(encoding='utf-8').splitlines())) if path.exists() else []
+  if not path.exists():
+    return []
+  found = []
+  for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
+    try:
+      found.append(json.loads(line))
+    except ValueError as err:
+      raise types.UsageError(f'--output={path}: line {number} is not JSON') from err
+    if not isinstance(found[-1], dict) or not {'flags', 'algo', 'model', 'topology'} <= found[-1].keys():
+      raise types.UsageError(f'--output={path}: line {number} is not of a plan')
+  return found
 
 
 if __name__ == '__main__':

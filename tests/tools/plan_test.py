@@ -59,7 +59,7 @@ class TestMain:
     monkeypatch.setattr(plan, 'plan', run)
     output = f'--output={tmp_path / "plans.jsonl"}'
     for _ in range(2):
-      assert plan.main([output, '--algos=dpo,grpo,sft', '--models=tiny', '--topologies=h100:8']) == 0
+      assert plan.main([output, '--algos=dpo,grpo,sft', '--models=tiny', '--topologies=h100:8']) == 1  # sft is refused
     assert len(planned) == 3
     assert [json.loads(line)['algo'] for line in (tmp_path / 'plans.jsonl').open()] == ['dpo', 'grpo', 'sft']
     capsys.readouterr()
@@ -70,3 +70,36 @@ class TestMain:
   def test_says_what_a_plan_was_refused_for(self):
     found = plan.plan(['--mode=plan', '--algo=dpo', '--topology=v9:2x2'])
     assert found['error'].startswith('jaxalign: --topology=v9:2x2: the chips are')
+
+  def test_does_not_write_what_may_be_otherwise_the_next_time(self, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan, 'plan', lambda command: {'error': 'killed', 'failed': True})
+    path = tmp_path / 'plans.jsonl'
+    assert plan.main([f'--output={path}', '--topologies=h100:8,h100:16']) == 1
+    assert not path.exists() and capsys.readouterr().err.count('killed') == 2
+
+  @pytest.mark.parametrize(
+      'flags,said',
+      [
+          (['--topologies=v9:2x2'], '--topology=v9:2x2: the chips are'),
+          (['--rows_per_device=3', '--rows_at_once=2'], '--rows_at_once=2 does not divide --rows_per_device=3'),
+          (['--table'], 'there are no plans in it'),
+          (['--output=nowhere/plans.jsonl', '--topologies=h100:8'], 'there is no folder nowhere'),
+      ],
+  )
+  def test_names_the_flag_that_cannot_be(self, flags, said, tmp_path, capsys):
+    assert plan.main([f'--output={tmp_path / "plans.jsonl"}', *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('plan: --') and said in line
+
+  def test_names_the_line_that_is_no_plan(self, tmp_path, capsys):
+    path = tmp_path / 'plans.jsonl'
+    for text, said in (('{}', 'line 1 is not of a plan'), ('no', 'line 1 is not JSON')):
+      path.write_text(text)
+      assert plan.main([f'--output={path}', '--table']) == 2
+      assert said in capsys.readouterr().err
+
+  def test_wants_rows(self, capsys):
+    with pytest.raises(SystemExit) as stop:
+      plan.main(['--output=plans.jsonl', '--rows_at_once=0'])
+    assert stop.value.code == 2
+    assert '--rows_at_once: 0: it is a whole number, at least 1' in capsys.readouterr().err
