@@ -57,14 +57,3 @@ read_options() {
   done
   rest=("$@")
 }
-
-# Runs a command, or prints it.
-call() {
-  if [[ $dry_run ]]; then
-    printf '%q' "$1"
-    printf ' %q' "${@:2}"
-    echo
-  else
-    "$@"
-  fi
-}

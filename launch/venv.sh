@@ -4,6 +4,17 @@
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 PY=$ROOT/.venv/bin/python
 
+# Runs a command, or with `dry_run` prints it.
+call() {
+  if [[ ${dry_run:-} ]]; then
+    printf '%q' "$1"
+    printf ' %q' "${@:2}"
+    echo
+  else
+    "$@"
+  fi
+}
+
 die() {
   echo "jaxalign: $*" >&2
   exit 1
@@ -38,7 +49,8 @@ find_python() {
 }
 
 prepare() {
-  local extra=$1 python stamp made
+  local extra=$1 python stamp made shown=2
+  [[ ! ${dry_run:-} ]] || shown=1
   # What an install depends on: a changed setup.py, another Python or a checkout that was moved is installed anew.
   stamp="$(cksum <"$ROOT/setup.py") $("$PY" --version 2>/dev/null || echo 'no Python') $ROOT"
   for made in "$ROOT/.venv/.jaxalign-${extra:-}"*; do
@@ -46,13 +58,13 @@ prepare() {
   done
   if ! "$PY" -m pip --version >/dev/null 2>&1; then
     python=$(find_python) || exit 1
-    echo "jaxalign: making $ROOT/.venv with $("$python" --version)" >&2
-    "$python" -m venv "$ROOT/.venv" >&2 ||
+    [[ ${dry_run:-} ]] || echo "jaxalign: making $ROOT/.venv with $("$python" --version)" >&2
+    call "$python" -m venv "$ROOT/.venv" >&"$shown" ||
       die "$python cannot make $ROOT/.venv (Debian and Ubuntu want: sudo apt-get install python3-venv)"
-    stamp="$(cksum <"$ROOT/setup.py") $("$PY" --version) $ROOT"
+    [[ ${dry_run:-} ]] || stamp="$(cksum <"$ROOT/setup.py") $("$PY" --version) $ROOT"
   fi
-  echo "jaxalign: installing into $ROOT/.venv (minutes, the first time)" >&2
-  "$PY" -m pip install --quiet --disable-pip-version-check --use-pep517 --editable "$ROOT${extra:+[$extra]}" >&2 ||
-    die 'pip could not install the package; see its message above'
-  echo "$stamp" >"$ROOT/.venv/.jaxalign-${extra:-core}"
+  [[ ${dry_run:-} ]] || echo "jaxalign: installing into $ROOT/.venv (minutes, the first time)" >&2
+  call "$PY" -m pip install --quiet --disable-pip-version-check --use-pep517 --editable "$ROOT${extra:+[$extra]}" \
+    >&"$shown" || die 'pip could not install the package; see its message above'
+  [[ ${dry_run:-} ]] || echo "$stamp" >"$ROOT/.venv/.jaxalign-${extra:-core}"
 }

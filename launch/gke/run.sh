@@ -80,11 +80,16 @@ else
     esac
   fi
   if [[ $topology ]]; then
+    dims=${topology//[0-9]/}
+    ((${#dims} == (flat ? 1 : 2))) ||
+      misuse "--topology=$topology: that of --tpu_type=$tpu_type is $([[ $flat ]] && echo AxB || echo AxBxC)"
     ((count == ${topology//x/*})) ||
       misuse "--topology=$topology has $((${topology//x/*})) chips, and --tpu_type=$tpu_type has $count"
   else
     [[ $by_xpk ]] || misuse "--tpu_type=$tpu_type needs --topology=AxBxC of $count chips"
   fi
+  # A host has four chips, or is alone with fewer.
+  ((count < 4 || count % 4 == 0)) || misuse "--tpu_type=$tpu_type: $count chips are not of hosts with 4 each"
   chips=$((count < 4 ? count : 4))
   hosts=$((count / (chips ? chips : 1)))
 fi

@@ -190,6 +190,8 @@ class TestUsage:
           ((*RUN, '--tpu_type=v6e-12', '--algo=dpo'), '--tpu_type=v6e-12: there are 1, 4, 8, '),
           ((*RUN, '--tpu_type=v5p-32', '--algo=dpo'), '--tpu_type=v5p-32 needs --topology=AxBxC of 16 chips'),
           ((*RUN, '--tpu_type=v5p-32', '--topology=2x2x2', '--algo=dpo'), '--topology=2x2x2 has 8 chips'),
+          ((*RUN, '--tpu_type=v5p-32', '--topology=4x4', '--algo=dpo'), '--topology=4x4: that of --tpu_type=v5p-32 is'),
+          ((*RUN, '--tpu_type=v5p-12', '--topology=1x2x3', '--algo=dpo'), '--tpu_type=v5p-12: 6 chips are not of'),
           ((*RUN, '--tpu_type=v6e-8', '--topology=2by4', '--algo=dpo'), '--topology=2by4: write 4x4, or 2x2x4'),
           ((*RUN, '--tpu_type=v6e-8', '--slices=0', '--algo=dpo'), '--slices=0: it is a number, at least 1'),
           ((*RUN, '--tpu_type=v6e-8', '--algo=dpo', '--slices=2'), '--slices must come before the flags of jaxalign'),

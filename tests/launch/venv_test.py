@@ -84,6 +84,14 @@ class TestLocal:
     assert done.returncode == 7
     assert machine.log[-1].startswith("-m|jaxalign.main|--prompt=once upon|--gin=a.b='*'||JAX")
 
+  def test_prints_its_commands_in_a_dry_run(self, machine):
+    done = machine.run('launch/local.sh', '--dry_run', '--algo=dpo', '--prompt=a b')
+    assert done.returncode == 0 and not (machine.checkout / '.venv').exists()
+    made, installed, run = done.stdout.splitlines()
+    assert made.startswith('python3 -m venv ') and ' -m pip install ' in installed
+    assert run.startswith('env JAX_PLATFORMS=cpu ') and run.endswith(' -m jaxalign.main --algo=dpo --prompt=a\\ b')
+    assert not [line for line in machine.log if line.startswith('-m|')]
+
   def test_installs_again_only_where_setup_changed_or_the_checkout_moved(self, machine):
     machine.run('launch/local.sh')
     machine.run('launch/local.sh')
