@@ -13,7 +13,7 @@ from jaxalign import plan as plan_lib
 
 pytestmark = [pytest.mark.tpu, pytest.mark.usefixtures('optimised')]
 
-VOCAB, LENGTH = 128256, 1280
+VOCAB, LENGTH, CHUNK = 128256, 1280, 512
 FEW = ('rollouts.Options.prompts = 8', 'rollouts.Options.samples = 4', 'rollouts.Options.max_new_tokens = 512')
 # Algorithm, model, topology, slices, mesh, bindings.
 CASES = {
@@ -25,6 +25,7 @@ CASES = {
     'ppo of 1B on 16 v5e': ('ppo', 'llama3_2_1b', 'v5e:4x4', 1, 'fsdp:16', (*FEW, 'rollouts.Options.minibatches = 1')),
 }
 PARAMS = {'llama3_2_1b': 1.236e9, 'llama3_1_8b': 8.03e9, 'llama3_1_70b': 70.55e9}
+WIDTHS = {'llama3_2_1b': 2048, 'llama3_1_8b': 4096, 'llama3_1_70b': 8192}
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -88,14 +89,17 @@ class TestRecipes:
     tensor = int(next((part.split(':')[1] for part in mesh.split(',') if 'tensor' in part), 1))
     width = VOCAB // tensor
     with_vocab = {size for one in everything for size in sizes(one) if {VOCAB, width} & set(size)}
-    # Of tokens and vocabulary no array is larger than a chunk's.
-    assert not [size for size in with_vocab if LENGTH in size or math.prod(size) // width in (LENGTH, 2 * LENGTH)]
+    # Of tokens and vocabulary no array is larger than a chunk's; the head and the embedding have the model's width.
+    assert not [size for size in with_vocab if CHUNK < math.prod(size) // width != WIDTHS[model]]
     gathers = [one for one in in_loops(step) if one.op.startswith('all-gather')]
     assert gathers  # layers are gathered one by one
     assert not [one for one in gathers if any(width in size for size in sizes(one))]
-    if algo != 'rm':  # whose head is another
-      heads = [one for one in everything if one.op.startswith('all-gather') and any(width in s for s in sizes(one))]
-      assert 2 <= len({one.number('channel_id') for one in heads}) <= 4  # embedding; head forward, backward, reference
+    wide = [one for one in everything if one.op.startswith('all-gather') and any(width in s for s in sizes(one))]
+    # In 16 bits, and once: the embedding of each model; the head forward, for the backward pass too, and of the reference.
+    assert not [one for one in wide if 'f32' in one.shape]
+    heads = [one for one in wide if 'shard_map' in one.rest]
+    assert 1 <= len(wide) - len(heads) <= (2 if algo in ('ppo', 'grpo') else 1)
+    assert len(heads) == {'rm': 0, 'grpo': 2}.get(algo, 1)
     if 'decode' in [one['name'] for one in found['programs']]:
       decode = next(one for one in found['programs'] if one['name'] == 'decode')
       assert decode['hbm_by_class']['activations'] < 2 * found['programs'][0]['hbm_by_class']['parameters'] + 2**31

@@ -54,7 +54,10 @@ REMAT: dict[str, Callable | None] = {
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _look_up(dtype, table_VD, ids_BT):
   """Rows of a table in `dtype`, gathered over the mesh in `dtype`."""
-  return jnp.take(sharding.constrain(table_VD.astype(dtype), 'vocab', None), ids_BT, axis=0)
+  if table_VD.dtype != dtype:
+    # Where this lies is said before it is gathered, or the compiler gathers what it is made of.
+    table_VD = sharding.constrain(table_VD.astype(dtype), 'vocab', 'embed')
+  return jnp.take(sharding.constrain(table_VD, 'vocab', None), ids_BT, axis=0)
 
 
 def _look_up_forward(dtype, table_VD, ids_BT):
