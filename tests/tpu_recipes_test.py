@@ -95,7 +95,7 @@ class TestRecipes:
     assert gathers  # layers are gathered one by one
     assert not [one for one in gathers if any(width in size for size in sizes(one))]
     wide = [one for one in everything if one.op.startswith('all-gather') and any(width in s for s in sizes(one))]
-    # In 16 bits, and once: the embedding of each model; the head forward, for the backward pass too, and of the reference.
+    # In 16 bits, and once: the embedding of each model; the head for both passes, and that of the reference.
     assert not [one for one in wide if 'f32' in one.shape]
     heads = [one for one in wide if 'shard_map' in one.rest]
     assert 1 <= len(wide) - len(heads) <= (2 if algo in ('ppo', 'grpo') else 1)
