@@ -153,11 +153,16 @@ def lagrangian(rewards_RGK, valid_RGK, loss_state, *, advantage_fn: Advantage = 
   lambda is of `losses.actor_critic.constrained`, and 1 at first. Responses count of which both are known.
   Dai et al., 2023 (Safe RLHF), https://arxiv.org/abs/2310.12773, Eq. 10 and its appendix on PPO-Lag.
   """
-  multiplier = jnp.exp(loss_state['log_lambda']) if 'log_lambda' in loss_state else 1.0
   reward_GK, cost_GK = rewards_RGK[0], rewards_RGK[1]
   both_GK = valid_RGK[0] * valid_RGK[1]
-  advantages_GK = advantage_fn((reward_GK - multiplier * cost_GK) / (1 + multiplier), both_GK)
+  advantages_GK = advantage_fn(less_cost(reward_GK, cost_GK, loss_state), both_GK)
   return {'advantages': advantages_GK, 'cost': cost_GK, 'cost_known': valid_RGK[1]}
+
+
+def less_cost(reward, cost, loss_state) -> types.Array:
+  """Computes (r - lambda c) / (1 + lambda), lambda being of `losses.actor_critic.constrained`, and 1 at first."""
+  multiplier = jnp.exp(loss_state['log_lambda']) if 'log_lambda' in loss_state else 1.0
+  return (reward - multiplier * cost) / (1 + multiplier)
 
 
 def _centred(x, valid, axis: int | None, weight=None):

@@ -20,6 +20,7 @@ responses become those of all of their tokens.
   log_ratio_BT      the same less those under the reference
   critic_ratio_BT   log-probabilities under a critic that writes, less those under the reference
   values_BT         what the critic gives where it has read what comes before a token
+  values_BTO        the same of a critic with several outputs
   rows              which response tokens belong to: here a row is one response, T tokens long
   loss_state        of the loss
 """
@@ -41,12 +42,13 @@ from jaxalign import types
 
 FIELDS = frozenset(
     'rewards_GK valid_GK rewards_RGK valid_RGK weights_R outcomes_GK token_rewards_BT token_marks_BT tokens_GK'
-    ' finished_GK greedy_G ref_rewards_GN logps_BT log_ratio_BT critic_ratio_BT values_BT rows loss_state'.split()
+    ' finished_GK greedy_G ref_rewards_GN logps_BT log_ratio_BT critic_ratio_BT values_BT values_BTO rows'
+    ' loss_state'.split()
 )
 _ARE_ONE = ('valid_GK', 'valid_RGK', 'finished_GK', 'token_marks_BT')  # where it matters
 OF_REFERENCE = frozenset({'log_ratio_BT', 'critic_ratio_BT', 'ref_rewards_GN'})
 # What the training program makes of tokens.
-OF_PROGRAM = frozenset({'logps_BT', 'log_ratio_BT', 'critic_ratio_BT', 'values_BT'})
+OF_PROGRAM = frozenset({'logps_BT', 'log_ratio_BT', 'critic_ratio_BT', 'values_BT', 'values_BTO'})
 
 
 class Credit:
@@ -89,13 +91,14 @@ class Credit:
     wanted = self.reads | {'rows', 'valid_GK'}
     return {name: np.asarray(x) for name, x in self._made({name: fields[name] for name in wanted}).items()}
 
-  def compares(self, rewards: int) -> bool:
+  def compares(self, rewards: int, outputs: int = 1) -> bool:
     """Whether a response without others to the same prompt has the advantage 0, whatever its rewards are.
 
     Args:
       rewards: R.
+      outputs: of the critic.
     """
-    random, shapes = np.random.default_rng(0), self._shapes(1, rewards)
+    random, shapes = np.random.default_rng(0), self._shapes(1, rewards, outputs)
     for scale in (1.0, 10.0, 100.0):
       fields = jax.tree.map(lambda x, scale=scale: jnp.asarray(random.normal(0, scale, x.shape), x.dtype), shapes)
       fields |= {name: jnp.ones(shapes[name].shape) for name in _ARE_ONE} | {'rows': rows([3, 3], 1, 3)}
@@ -104,19 +107,20 @@ class Credit:
         return False
     return True
 
-  def names(self, samples: int, rewards: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  def names(self, samples: int, rewards: int, outputs: int = 1) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the labels that it makes of responses, and of tokens.
 
     Args:
       samples: K.
       rewards: R.
+      outputs: of the critic.
 
     Raises:
       UsageError: it reads more rewards than there are.
     """
     try:
       with tracing.checked_indices():
-        made = jax.eval_shape(self._make, self._shapes(samples, rewards))
+        made = jax.eval_shape(self._make, self._shapes(samples, rewards, outputs))
     except IndexError as err:
       raise types.UsageError(
           f'rollouts.Options.advantage_fn reads more rewards than the {rewards} that there are; give another --reward'
@@ -124,13 +128,14 @@ class Credit:
     of_tokens = tuple(sorted(name for name, x in made.items() if name == 'advantages' or x.shape != (2, samples)))
     return tuple(sorted(made.keys() - set(of_tokens))), of_tokens
 
-  def _shapes(self, samples: int, rewards: int) -> dict[str, Any]:
+  def _shapes(self, samples: int, rewards: int, outputs: int) -> dict[str, Any]:
     """All fields of two prompts and three tokens."""
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)
     fields: dict[str, Any] = {name: shape(2, samples) for name in FIELDS if name.endswith('_GK')}
     fields |= {name: shape(2 * samples, 3) for name in FIELDS if name.endswith('_BT')}
     fields |= {name: shape(rewards, 2, samples) for name in FIELDS if name.endswith('_RGK')}
     fields |= {'greedy_G': shape(2), 'ref_rewards_GN': shape(2, 2), 'weights_R': shape(rewards)}
+    fields |= {'values_BTO': shape(2 * samples, 3, outputs)}
     return fields | {'rows': rows([1] * 2 * samples, samples, 3), 'loss_state': ()}
 
 

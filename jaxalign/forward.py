@@ -90,9 +90,10 @@ def annotations(
     temperature: that divides the logits of policy and reference.
 
   Returns:
-    `logps`, `ref_logps` where there is a reference, and `values` where there is a critic, `critic_logps` of one without
-    a head.
+    `logps`, `ref_logps` where there is a reference, and where there is a critic `values_0`, `values_1`, ... of its
+    outputs, `critic_logps` of one without a head.
   """
+  by_output = lambda scores_BTO: {f'values_{i}': scores_BTO[..., i] for i in range(scores_BTO.shape[-1])}
 
   def one(micro):
     hidden_BTD = hidden_states(params, micro, model=model)
@@ -102,9 +103,9 @@ def annotations(
     if critic_model is not None and not critic_model.config.score_outputs:
       found['critic_logps'] = target_stats(critic, micro, model=critic_model, temperature=temperature)['logps']
     elif critic_model is not None:
-      found['values'] = scores(critic, micro, model=critic_model)[..., 0]
+      found |= by_output(scores(critic, micro, model=critic_model))
     elif model.config.score_outputs:
-      found['values'] = transformer.scores(params, hidden_BTD)[..., 0]
+      found |= by_output(transformer.scores(params, hidden_BTD))
     return found
 
   return jax.lax.map(one, batch)

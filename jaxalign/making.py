@@ -81,7 +81,7 @@ def annotate_fn(options: rollouts.Options, models: rollouts.Models):
       params.ref,
       batch,
       model=models.policy,
-      critic_model=models.critic if asked & {'values_BT', 'critic_ratio_BT'} else None,
+      critic_model=models.critic if asked & {'values_BT', 'values_BTO', 'critic_ratio_BT'} else None,
       ref_model=models.ref if asked & {'log_ratio_BT', 'critic_ratio_BT'} else None,
       temperature=options.temperature,
   )
@@ -276,8 +276,8 @@ class Maker:
       each[group * self._options.samples + slot] = found
     tables = {name: credit_lib.table([one[name] for one in each], self._options.most_sampled) for name in each[0]}
     named = {'logps_BT': tables['logps']}
-    if 'values' in tables:
-      named['values_BT'] = tables['values']
+    if values := [tables[f'values_{i}'] for i in range(sum(name.startswith('values_') for name in tables))]:
+      named |= {'values_BT': values[0], 'values_BTO': np.stack(values, axis=-1)}
     if 'critic_logps' in tables:
       named['critic_ratio_BT'] = tables['critic_logps'] - tables['ref_logps']
     if 'ref_logps' in tables:

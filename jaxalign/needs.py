@@ -14,15 +14,28 @@ from jaxalign import types
 from jaxalign.models import transformer
 
 
+def labels_of(recipe: recipe_lib.Recipe, options: rollouts_lib.Options) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  """Names of the labels of responses, and of tokens, that advantages make."""
+  return options.credit.names(options.samples, _rewards(options), recipe.value_outputs)
+
+
+def _rewards(options: rollouts_lib.Options) -> int:
+  return len(options.rewards) + bool(options.environment)
+
+
 def of_rollouts(recipe: recipe_lib.Recipe, options: rollouts_lib.Options) -> tracing.Needs:
   """What the loss reads; raises UsageError where it and advantages read what there is not, or not what there is."""
-  outputs = recipe.score_outputs or int(bool(recipe.critic) and not recipe.critic_writes)
-  if 'values_BT' in options.credit.reads and not outputs:
-    problem = 'reads values_BT of a critic: bind recipe.Recipe.critic, or recipe.Recipe.score_outputs = 1 for a head'
+  outputs, valued = recipe.value_outputs, sorted(options.credit.reads & {'values_BT', 'values_BTO'})
+  if valued and not outputs:
+    problem = 'of a critic: bind recipe.Recipe.critic, or recipe.Recipe.score_outputs = 1 for a head'
+    raise types.UsageError(f'rollouts.Options.advantage_fn reads {valued[0]} {problem}')
+  if 'values_BT' in valued and outputs > 1:
+    problem = (
+        f'reads values_BT of a critic with one output, and this one has {outputs}; values_BTO are those of several'
+    )
     raise types.UsageError(f'rollouts.Options.advantage_fn {problem}')
-  count = len(options.rewards) + bool(options.environment)
-  of_responses, of_tokens = options.credit.names(options.samples, count)
-  if options.samples == 1 and options.credit.compares(count):
+  of_responses, of_tokens = labels_of(recipe, options)
+  if options.samples == 1 and options.credit.compares(_rewards(options), outputs):
     problem = 'rollouts.Options.advantage_fn compares the responses to a prompt, and of one makes 0; it takes 2 or more'
     raise types.UsageError(f'rollouts.Options.samples = 1: {problem}')
   needs = tracing.trace(
@@ -32,7 +45,7 @@ def of_rollouts(recipe: recipe_lib.Recipe, options: rollouts_lib.Options) -> tra
       token_labels=(*of_tokens, 'sampler_logps', 'old_logps', *(['is_text'] if options.texts else [])),
       outputs=outputs,
   )
-  values = needs.fields & {'policy.scores_BTO', 'policy.values_GK'} or 'values_BT' in options.credit.reads
+  values = needs.fields & {'policy.scores_BTO', 'policy.values_GK'} or valued
   writes = needs.fields & {'policy.critic_logps_BT'} or 'critic_ratio_BT' in options.credit.reads
   if writes and not recipe.critic_writes:
     problem = "read a critic that writes; bind recipe.Recipe.critic = 'policy' and recipe.Recipe.critic_writes = True"

@@ -229,13 +229,9 @@ def rewards(params, batch: types.Batch, *, model: transformer.Transformer, key=N
 
 
 def _rewards(scores_BTO, batch: types.Batch) -> jax.Array:
-  return masked.totals(_one_output(scores_BTO), batch)
-
-
-def _one_output(scores_BTO) -> jax.Array:
   if scores_BTO.shape[-1] != 1:
-    raise types.UsageError(f'recipe.Recipe.score_outputs = {scores_BTO.shape[-1]}: a reward or value is one number')
-  return scores_BTO[..., 0]
+    raise types.UsageError(f'recipe.Recipe.score_outputs = {scores_BTO.shape[-1]}: a reward is one number')
+  return masked.totals(scores_BTO[..., 0], batch)
 
 
 def _labels(batch: types.Batch) -> dict[str, jax.Array]:
@@ -255,7 +251,7 @@ def _policy(stats, batch: types.Batch) -> types.Stats:
       valid_GK=masked.valid(batch),
       valid_G=masked.valid_groups(batch),
       sharpness_GK=masked.totals(stats['sharpness'], batch) if 'sharpness' in stats else None,
-      values_GK=_values(stats['scores'], batch) if 'scores' in stats else None,
+      values_GK=_values(stats.get('scores'), batch),
       scores_BTO=stats.get('scores'),
       entropy_BT=stats.get('entropy'),
       rival_logps_BT=stats.get('rival_logps'),
@@ -276,10 +272,12 @@ def _reference(stats, batch: types.Batch) -> types.Stats:
   )
 
 
-def _values(scores_BTO, batch: types.Batch) -> jax.Array:
-  """The head's output `[G, K]` where it has read the prompt of a response and nothing of that yet."""
+def _values(scores_BTO, batch: types.Batch) -> jax.Array | None:
+  """A head's one output `[G, K]` where it has read the prompt of a response and nothing of that yet."""
+  if scores_BTO is None or scores_BTO.shape[-1] != 1:
+    return None
   first_BT = (masked.order(masked.rows(batch)) == 0).astype(jnp.float32)
-  return masked.totals(_one_output(scores_BTO) * first_BT, batch)
+  return masked.totals(scores_BTO[..., 0] * first_BT, batch)
 
 
 def _response_stats(logps_BT, batch: types.Batch) -> types.Stats:

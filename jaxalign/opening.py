@@ -75,13 +75,13 @@ def open_critic(
   """
   if not recipe.critic:
     return None, lambda frozen: None
-  outputs = 0 if recipe.critic_writes else 1
   scored = dataclasses.replace(
       recipe,
-      score_outputs=outputs,
+      score_outputs=recipe.value_outputs,
       score_bias=False,
       dtype=recipe.critic_dtype or recipe.dtype,
       critic='',
+      critic_outputs=1,
       critic_writes=False,
       critic_dtype='',
       critic_rules={},
@@ -101,6 +101,9 @@ def open_critic(
       raise types.UsageError(
           f'recipe.Recipe.critic = {recipe.critic!r}: no reward model, as it has no head that scores'
       )
+    if outputs != recipe.value_outputs and not recipe.critic_writes:
+      wanted = f'recipe.Recipe.critic_outputs = {recipe.critic_outputs}'
+      raise types.UsageError(f'recipe.Recipe.critic = {recipe.critic!r}: its head has {outputs} outputs, and {wanted}')
     model, params = open_model(source, read, tokenizer)
   shapes = transformer.abstract_params(model, job.mesh, recipe.critic_rules)
   if model.lora is None:

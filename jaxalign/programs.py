@@ -137,7 +137,7 @@ def _sampled_batch(recipe, options: rollouts.Options) -> tuple[types.Batch, trac
   """The same of what is sampled."""
   needs = needs_lib.of_rollouts(recipe, options)
   packing = iterations.packing_of(options, recipe.packing)
-  of_responses, of_tokens = options.credit.names(options.samples, len(options.rewards) + bool(options.environment))
+  of_responses, of_tokens = needs_lib.labels_of(recipe, options)
   names = {*of_tokens, 'sampler_logps'} | ({'old_logps'} if options.updates > 1 else set())
   tokens = packing.micro_batches, packing.rows, packing.row_length
   responses = packing.micro_batches, packing.rows, packing.max_responses or 1

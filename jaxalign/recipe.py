@@ -55,6 +55,8 @@ class Recipe:
     critic: where a critic with parameters of its own starts from, for a loss of sampled tokens that reads values:
       'policy' for the weights of `--model` (with `lora`, adapters of its own on the same base) and a zero head, or else
       the checkpoint of a reward model. Empty for none: the policy has a head then (`score_outputs` = 1), or no values.
+    critic_outputs: numbers that the critic's head makes of each token it reads: 1, or 2 for values of a reward and of a
+      cost, see `returns.lagrangian`. A head on the policy has `score_outputs` instead.
     critic_writes: whether the critic has no head: it starts from any model, and judges tokens by their log-ratio to the
       reference, which it learns, as PRIME's.
     reference: 'cached' (log-probabilities computed once per response, kept on disk) or 'live' (a second copy of the
@@ -86,6 +88,7 @@ class Recipe:
   score_outputs: int = 0
   score_bias: bool = False
   critic: str = ''
+  critic_outputs: int = 1
   critic_writes: bool = False
   reference: str = 'cached'
   reference_dtype: str = ''
@@ -114,6 +117,11 @@ class Recipe:
       raise types.UsageError(
           "recipe.Recipe.critic_writes = True: there is no critic; bind recipe.Recipe.critic = 'policy'"
       )
+    if self.critic_outputs < 1 or self.critic_outputs > 1 and (self.critic_writes or not self.critic):
+      problem = (
+          'there is no critic with a head and parameters of its own' if self.critic_outputs > 1 else 'it is 1 or more'
+      )
+      raise types.UsageError(f'recipe.Recipe.critic_outputs = {self.critic_outputs}: {problem}')
     if self.reference not in ('cached', 'live'):
       raise types.UsageError(f"recipe.Recipe.reference = {self.reference!r}: it is 'cached' or 'live'")
     for name, dtype in (('reference_dtype', self.reference_dtype), ('critic_dtype', self.critic_dtype)):
@@ -126,6 +134,13 @@ class Recipe:
     if self.keeps_reference and (self.lora is not None or self.sync is not None):
       problem = 'follows the policy' if self.lora is None else "is the policy's own frozen base"
       raise types.UsageError(f'recipe.Recipe.reference_dtype, reference_rules: this reference {problem}')
+
+  @property
+  def value_outputs(self) -> int:
+    """Numbers that a critic, or a head on the policy, makes of each token; 0 where there is neither."""
+    if not self.critic:
+      return self.score_outputs
+    return 0 if self.critic_writes else self.critic_outputs
 
   @property
   def keeps_reference(self) -> bool:

@@ -113,6 +113,54 @@ def actor_critic(
   return _of_critic(rewards_BT, valid_GK, values_BT, rows, lam, discount, whiten)
 
 
+def lagrangian(
+    rewards_RGK,
+    valid_RGK,
+    values_BTO,
+    log_ratio_BT,
+    rows: types.Rows,
+    loss_state=(),
+    *,
+    beta: float,
+    lam: float,
+    discount: float = 1.0,
+) -> dict[str, types.Array]:
+  """PPO under a constraint: advantages and returns of a reward r, the first, and of a cost c, the second.
+
+    A = (A_r - lambda A_c) / (1 + lambda),    A_r and A_c by `gae` of `shaped_rewards`, of r and -c with half of beta
+
+  The paper's critics are two networks; here they are two outputs of one, `values_BTO`, that share all below the head:
+  one pass over a batch makes both, each with returns of its own. lambda is of `losses.actor_critic.constrained`, 1 at
+  first, and the pull to the reference beta / 2 whatever it is. What is not known of a response leaves A at 0, and its
+  critic's returns at its values. A is not whitened.
+  Dai et al., 2023 (Safe RLHF), https://arxiv.org/abs/2310.12773, Sec. 3.3 and its appendix on PPO-Lag.
+
+  Raises:
+    UsageError: there are other than two values.
+  """
+  if values_BTO.shape[-1] != 2:
+    problem = 'returns.lagrangian reads values of a reward and of a cost; bind recipe.Recipe.critic_outputs = 2'
+    raise types.UsageError(
+        f'rollouts.Options.advantage_fn: the critic has {values_BTO.shape[-1]} outputs, and {problem}'
+    )
+  each = []
+  for i, sign in enumerate((1, -1)):
+    rewards_BT = sign * shaped_rewards(sign * rewards_RGK[i], log_ratio_BT, rows, beta=beta / 2)
+    each.append(_of_critic(rewards_BT, valid_RGK[i], values_BTO[..., i], rows, lam, discount, whiten=False))
+  of_reward, of_cost = each
+  advantages_BT = advantages.less_cost(of_reward.advantages, of_cost.advantages, loss_state)
+  both_BT = masked.to_tokens(valid_RGK[0] * valid_RGK[1], rows)
+  return {
+      'advantages': jnp.where(both_BT > 0, advantages_BT, 0.0),
+      'values': values_BTO[..., 0],
+      'returns': of_reward.returns,
+      'cost_values': values_BTO[..., 1],
+      'cost_returns': of_cost.returns,
+      'cost': rewards_RGK[1],
+      'cost_known': valid_RGK[1],
+  }
+
+
 def _of_critic(rewards_BT, valid_GK, values_BT, rows, lam: float, discount: float, whiten: bool) -> Estimates:
   """`gae`, whitened where responses have a reward; where they have none there is nothing to learn."""
   found = gae(rewards_BT, values_BT, rows, discount=discount, lam=lam)

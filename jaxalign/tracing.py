@@ -132,6 +132,8 @@ def trace(
   if headless:
     problem = 'bind recipe.Recipe.score_outputs = 1, or a recipe.Recipe.critic for a loss of sampled tokens'
     raise types.UsageError(f'the loss reads {headless[0]} of a head: {problem}')
+  if outputs > 1 and 'policy.values_GK' in found:
+    raise types.UsageError(f'the loss reads policy.values_GK of a head with one output, and this one has {outputs}')
   state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out.state)
   return Needs(frozenset(found), state, len(out.per_item.shape) == 2)
 

@@ -79,7 +79,7 @@ def test_trains_from_the_loss_that_its_file_promises(algo, cache, tmp_path, caps
     more = [f'--data=jsonl:{tmp_path / "own.jsonl"}']
   if catalog.is_online(algo):
     rewards = ['tests.runs:vowels']
-    if algo == 'lagrangian_grpo':
+    if algo in ('lagrangian_grpo', 'lagrangian_ppo'):
       rewards.append('jaxalign.rewards.lengths:repetition:-1')
     if algo in JUDGED_BY:
       assert main.main(flags(JUDGED_BY[algo], cache, tmp_path / 'judge')) == 0

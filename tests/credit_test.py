@@ -42,6 +42,11 @@ class TestCredit:
     np.testing.assert_allclose(found['returns'], [[1 - 0.06, 1 - 0.04, 0], [3 + 0.1, 0, 0]], rtol=1e-5)
     np.testing.assert_array_equal(found['values'], fields['values_BT'])
 
+  def test_gives_the_values_of_each_output_to_what_reads_several(self):
+    of = credit.Credit(functools.partial(returns.lagrangian, beta=0.1, lam=0.9))
+    of_tokens = 'advantages', 'cost_returns', 'cost_values', 'returns', 'values'
+    assert of.names(samples=2, rewards=2, outputs=2) == (('cost', 'cost_known', 'kl'), of_tokens)
+
   @pytest.mark.parametrize(
       'fn,wanted',
       [
@@ -52,11 +57,12 @@ class TestCredit:
           (functools.partial(returns.penalised, beta=0.1, advantage_fn=advantages.leave_one_out), True),
           (advantages.greedy_baseline, False),
           (functools.partial(returns.actor_critic, beta=0.1, lam=0.9), False),
+          (functools.partial(returns.lagrangian, beta=0.1, lam=0.9), False),
           (advantages.scores, False),
       ],
   )
   def test_knows_whether_a_lone_response_is_told_anything(self, fn, wanted):
-    assert credit.Credit(fn).compares(2) == wanted
+    assert credit.Credit(fn).compares(2, 2) == wanted
 
   def test_gives_nothing_where_what_is_compared_with_has_no_reward(self):
     made = credit.Credit(lambda rewards_GK, greedy_G: rewards_GK - greedy_G[:, None])

@@ -26,6 +26,7 @@ class TestOfRollouts:
   def needs(self, loss_fn, **options):
     """What is found of a loss without a model, for two prompts of two responses each."""
     of_critic = {name: options.pop(name, '') for name in ('critic', 'critic_writes')}
+    of_critic['value_outputs'] = options.pop('outputs', 0)
     recipe = pytypes.SimpleNamespace(loss_fn=loss_fn, score_outputs=0, sync=None, **of_critic)
     advantage_fn = options.pop('advantage_fn', advantages.mean_centred)
     made = rollouts.Options(2, options.pop('samples', 2), 4, ('tests.runs:vowels',), advantage_fn, **options)
@@ -56,6 +57,16 @@ class TestOfRollouts:
       self.needs(policy.reinforce, critic='policy', critic_writes=True)
     found = self.needs(both, advantage_fn=prime, critic='policy', critic_writes=True)
     assert found.reference and 'policy.critic_logps_BT' in found.fields
+
+  def test_say_how_many_values_are_read(self):
+    one, two = (functools.partial(fn, beta=0.1, lam=1.0) for fn in (returns.actor_critic, returns.lagrangian))
+    with pytest.raises(types.UsageError, match='reads values_BTO of a critic: bind recipe.Recipe.critic'):
+      self.needs(policy.reinforce, advantage_fn=two)
+    with pytest.raises(types.UsageError, match='reads values_BT of a critic with one output, and this one has 2'):
+      self.needs(policy.reinforce, advantage_fn=one, outputs=2)
+    with pytest.raises(types.UsageError, match='the critic has 1 outputs, and returns.lagrangian reads values of a'):
+      self.needs(policy.reinforce, advantage_fn=two, outputs=1)
+    assert self.needs(policy.reinforce, advantage_fn=one, outputs=1, critic='policy').fields
 
   def test_of_several_updates_want_it_of_what_texts_are_put_around(self):
     options = {'epochs': 2, 'texts': 1, 'texts_data': 'builtin:stories', 'texts_fn': print}

@@ -260,10 +260,25 @@ class TestSeveralOutputs:
     np.testing.assert_allclose(sums.metrics['ece'].gap.sum(), sum(sure) - right, rtol=1e-5)
     np.testing.assert_array_equal(sums.metrics['largest_class'].count, [0, 2, 1])
 
+  @pytest.mark.parametrize('has_critic', [False, True])
+  def test_are_a_value_each_where_what_comes_before_a_token_was_read(self, has_critic):
+    batch = batch_of(ALONE)
+    models = (MODEL, self.MODEL) if has_critic else (self.MODEL, None)
+    given = (OTHER, self.params(), None) if has_critic else (self.params(), None, None)
+    annotate = functools.partial(forward.annotations, model=models[0], critic_model=models[1], ref_model=None)
+    found = jax.jit(annotate)(*given, jax.tree.map(lambda x: x[None], batch))
+    assert set(found) == {'logps', 'values_0', 'values_1', 'values_2'}
+    for row, [(_, _, prompt, response)] in enumerate(ALONE):
+      hidden = np.asarray(hidden_of(PARAMS, padded([*prompt, *response])), np.float64)
+      wanted = hidden[len(prompt) - 1 :][: len(response)] @ np.asarray(self.params()['score'], np.float64)
+      for i in range(3):
+        x_T = np.asarray(found[f'values_{i}'])[0, row][np.asarray(batch.mask_BT)[row] > 0]
+        np.testing.assert_allclose(x_T, wanted[:, i], rtol=1e-4, atol=1e-5)
+
   def test_are_no_reward(self):
     needs = tracing.trace(reward.bradley_terry, group_size=2, labels=('margin',), outputs=3)
     made = objectives.reward(model=self.MODEL, loss_fn=reward.bradley_terry, needs=needs)
-    with pytest.raises(types.UsageError, match='score_outputs = 3: a reward or value is one number'):
+    with pytest.raises(types.UsageError, match='score_outputs = 3: a reward is one number'):
       made.of_micro(self.params(), {}, TestReward().batch(), KEY, ())
 
 
@@ -341,6 +356,11 @@ class TestNeeds:
     loss = lambda policy, ref, labels, *, state: types.LossOut(field(policy, ref), {}, state)
     with pytest.raises(types.UsageError, match=f'the loss reads {said}'):
       tracing.trace(loss, group_size=2, labels=(), outputs=0)
+
+  def test_of_a_prompt_s_value_want_a_head_with_one_output(self):
+    loss = lambda policy, ref, labels, *, state: types.LossOut(policy.values_GK, {}, state)
+    with pytest.raises(types.UsageError, match='reads policy.values_GK of a head with one output, and this one has 2'):
+      tracing.trace(loss, group_size=2, labels=(), outputs=2)
 
   def test_leave_errors_of_the_loss_itself_as_they_are(self):
     def loss(policy, ref, labels, *, state):

@@ -16,8 +16,10 @@ from jaxalign import types
 from jaxalign.data import examples
 from jaxalign.data import loader
 from jaxalign.data import scored
+from jaxalign.data import tokenizers
 from jaxalign.losses import preference
 from jaxalign.models import architecture
+from tests import runs
 
 TINY = architecture.Config(512, 1, 16, 2, 1, 8, 32, 64)
 
@@ -82,6 +84,18 @@ class TestRecipe:
     assert make_recipe(scored_fn=scored.plain, combine_fn=combine).combine_fn is combine
     with pytest.raises(types.UsageError, match='recipe.Recipe.combine_fn: .* that recipe.Recipe.scored_fn makes'):
       make_recipe(combine_fn=combine)
+
+  def test_has_outputs_of_a_critic_only_where_that_has_a_head(self):
+    sampled = {'rollouts': object()}
+    assert [make_recipe(score_outputs=n).value_outputs for n in (0, 2)] == [0, 2]
+    assert make_recipe(critic='policy', critic_outputs=2, **sampled).value_outputs == 2
+    assert make_recipe(critic='policy', critic_writes=True, **sampled).value_outputs == 0
+    with pytest.raises(types.UsageError, match='critic_outputs = 2: there is no critic with a head'):
+      make_recipe(critic_outputs=2)
+    with pytest.raises(types.UsageError, match='critic_outputs = 2: there is no critic with a head'):
+      make_recipe(critic='policy', critic_outputs=2, critic_writes=True, **sampled)
+    with pytest.raises(types.UsageError, match='critic_outputs = 0: it is 1 or more'):
+      make_recipe(critic='policy', critic_outputs=0, **sampled)
 
 
 class TestJob:
@@ -149,6 +163,30 @@ class TestOpenModel:
     model, params, _ = open_model(make_job(), make_recipe(dtype='bfloat16', remat='full', attention='xla'))
     assert (model.dtype, model.remat, model.attention) == (np.dtype('bfloat16'), 'full', 'xla')
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype('float32')}
+
+
+class TestOpenCritic:
+
+  def open(self, make_job, tokenizer, critic, outputs):
+    recipe = make_recipe(model=None, critic=str(critic), critic_outputs=outputs, rollouts=object())
+    job = make_job()
+    with jax.set_mesh(job.mesh):
+      model, params = opening.open_critic(job, recipe, tokenizer)
+      return model.config.score_outputs, params({})['score']
+
+  def test_has_as_many_values_as_are_bound_and_starts_from_a_head_with_as_many(self, make_job, tmp_path):
+    tokenizer = tokenizers.load(recipe_lib.asset('stories260K'))
+    outputs, score = self.open(make_job, tokenizer, 'policy', 2)
+    assert outputs == 2 and score.shape == (64, 2) and not np.any(score)
+    heads = {n: np.random.default_rng(n).normal(size=(64, n)).astype(np.float32) for n in (1, 2)}
+    for n, head in heads.items():
+      folder = tmp_path / str(n)
+      folder.mkdir()
+      np.testing.assert_array_equal(self.open(make_job, tokenizer, runs.write_model(folder, score=head), n)[1], head)
+    with pytest.raises(types.UsageError, match='its head has 1 outputs, and recipe.Recipe.critic_outputs = 2'):
+      self.open(make_job, tokenizer, tmp_path / '1', 2)
+    with pytest.raises(types.UsageError, match='no reward model, as it has no head that scores'):
+      self.open(make_job, tokenizer, recipe_lib.asset('stories260K'), 1)
 
 
 class TestOpenData:

@@ -159,6 +159,61 @@ class TestActorCritic:
       np.testing.assert_allclose(x, gold[place] + own if VALID[place] else own, rtol=1e-5, atol=2e-6)
 
 
+class TestLagrangian:
+  COST = RNG.normal(size=(3, 3)).astype(np.float32)
+  COSTS_T = {place: RNG.normal(size=6).astype(np.float32) for place in PLACES}
+  COST_VALID = np.array([[1, 0, 1], [1, 1, 1], [0, 0, 0]], np.float32)
+
+  def run(self, batch, state):
+    values_BTO = jnp.asarray(np.stack([_spread(batch, x) for x in (VALUES_T, self.COSTS_T)], axis=-1))
+    both, known = np.stack([SCORES, self.COST]), np.stack([VALID, self.COST_VALID])
+    ratio_BT = jnp.asarray(_spread(batch, REWARDS_T))
+    options = {'beta': 0.3, 'lam': 0.8, 'discount': 0.9}
+    return returns.lagrangian(both, known, values_BTO, ratio_BT, masked.rows(batch), state, **options)
+
+  @pytest.mark.parametrize('state,weight', [((), 1.0), ({'log_lambda': jnp.float32(0.7)}, np.exp(0.7))])
+  def test_weighs_gae_of_a_reward_and_of_a_cost_each_with_half_of_the_divergence(self, state, weight):
+    batch = _batch(2)
+    found = self.run(batch, state)
+    gold, cost = _gold(_shaped(0.15), VALUES_T, 0.9, 0.8), {}
+    for g, k in PLACES:
+      n = LENGTHS[g][k] - (LENGTHS[g][k] > 2)
+      cost[g, k] = 0.15 * REWARDS_T[g, k][:n].astype(np.float64)  # the divergence is a cost
+      cost[g, k][-1] += self.COST[g, k]
+    cost = _gold(cost, self.COSTS_T, 0.9, 0.8)
+    for place, x in _read(batch, found['advantages']).items():
+      known = VALID[place] * self.COST_VALID[place]
+      wanted = known * (gold[place] - weight * cost[place]) / (1 + weight)
+      np.testing.assert_allclose(x, wanted, rtol=1e-5, atol=2e-6)
+    assert not np.any(np.where(batch.mask_BT > 0, 0, found['advantages']))
+    kinds = ('returns', gold, VALUES_T, VALID), ('cost_returns', cost, self.COSTS_T, self.COST_VALID)
+    for name, advantage, values, known in kinds:
+      for place, x in _read(batch, found[name]).items():
+        own = values[place][: len(x)]
+        np.testing.assert_allclose(x, advantage[place] + own if known[place] else own, rtol=1e-5, atol=2e-6)
+    np.testing.assert_array_equal(found['values'], _spread(batch, VALUES_T))
+    np.testing.assert_array_equal(found['cost_values'], _spread(batch, self.COSTS_T))
+    np.testing.assert_array_equal(found['cost'], self.COST)
+    np.testing.assert_array_equal(found['cost_known'], self.COST_VALID)
+
+  def test_at_lambda_0_is_ppo_of_the_reward_alone(self):
+    batch = _batch(3)
+    found = self.run(batch, {'log_lambda': jnp.float32(-np.inf)})
+    given = [jnp.asarray(_spread(batch, x)) for x in (VALUES_T, REWARDS_T)]
+    options = {'beta': 0.15, 'lam': 0.8, 'discount': 0.9, 'whiten': False}
+    alone = returns.actor_critic(SCORES, VALID, *given, masked.rows(batch), **options)
+    both_BT = masked.to_tokens(VALID * self.COST_VALID, masked.rows(batch))
+    np.testing.assert_array_equal(found['advantages'], np.where(both_BT > 0, alone.advantages, 0))
+    np.testing.assert_array_equal(found['returns'], alone.returns)
+
+  def test_wants_two_values(self):
+    batch = _batch(1)
+    one_BTO = jnp.asarray(_spread(batch, VALUES_T))[..., None]
+    both, rows = np.stack([SCORES, SCORES]), masked.rows(batch)
+    with pytest.raises(types.UsageError, match='the critic has 1 outputs, .* bind recipe.Recipe.critic_outputs = 2'):
+      returns.lagrangian(both, both, one_BTO, one_BTO[..., 0], rows, beta=0.1, lam=1.0)
+
+
 class TestReinforcePlusPlus:
 
   def test_is_what_follows_whitened(self):

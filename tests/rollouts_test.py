@@ -485,11 +485,25 @@ class TestRuns:
     summary = json.loads((tmp_path / 'w' / 'summary.json').read_text())
     assert (summary['eval/kl'], summary['eval/reward_after']) == (lines[3]['eval/kl'], lines[3]['eval/reward'])
 
-  def test_of_a_critic_are_resumed_bit_for_bit_in_the_midst_of_a_rollout(self, tmp_path, capsys):
+  @pytest.mark.parametrize('own', [True, False], ids=['two values of a critic', 'of a head on the policy'])
+  def test_of_a_constraint_are_resumed_bit_for_bit_in_the_midst_of_a_rollout(self, own, tmp_path):
+    head = '' if own else "critic = ''; critic_outputs = 1; score_outputs = 2"
+    rewards = 'tests.runs:vowels', 'jaxalign.rewards.lengths:near_length(wanted_length=4, tolerated=8):-1'
+    more = *(f'--gin=recipe.Recipe.{one}' for one in head.split('; ') if one), *(f'--reward={one}' for one in rewards)
+    self.resumed('lagrangian_ppo', tmp_path, *more)
+    for item in ('critic', 'loss') if own else ('loss',):
+      runs.assert_same(*(runs.item_of(tmp_path / name, 4, item) for name in ('straight', 'halves')))
+    found = runs.logged(tmp_path / 'straight')
+    assert (found[1]['values'], found[1]['cost_values'], found[1]['objective/lambda']) == (0, 0, 1)
+    assert found[4]['values'] != found[4]['cost_values'] != 0
+    cost = found[1]['rewards/near_length/mean']  # of two steps, by whose costs lambda then moves
+    assert 0 < cost < 1 and np.log(found[3]['objective/lambda']) == pytest.approx(2 * 0.025 * (cost - 0.3), rel=0.03)
+
+  def resumed(self, algo, tmp_path, *more):
     def run(name, steps):
       args = [
           'jaxalign',
-          '--algo=ppo_adaptive',
+          f'--algo={algo}',
           '--gin=rollouts.Options.epochs = 1',
           f'--workdir={tmp_path / name}',
           f'--steps={steps}',
@@ -503,6 +517,7 @@ class TestRuns:
           '--gin=rollouts.Options.minibatches = 2',
           '--gin=loader.Packing.row_length = 96',
           '--gin=loader.Packing.rows = 8',
+          *more,
       ]
       assert main.main(args) == 0
 
@@ -510,6 +525,9 @@ class TestRuns:
     for steps in (3, 4):
       run('halves', steps)
     runs.assert_same(runs.params_of(tmp_path / 'straight'), runs.params_of(tmp_path / 'halves'))
+
+  def test_of_a_critic_are_resumed_bit_for_bit_in_the_midst_of_a_rollout(self, tmp_path, capsys):
+    self.resumed('ppo_adaptive', tmp_path)
     for item in ('critic', 'loss'):
       runs.assert_same(*(runs.item_of(tmp_path / name, 4, item) for name in ('straight', 'halves')))
     few = 'count = 2', 'per_prompt = 2', 'max_new_tokens = 4'

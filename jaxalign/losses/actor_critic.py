@@ -62,15 +62,63 @@ def clipped_values(policy, ref, labels, *, state=(), clip_eps: float) -> types.L
     state: passed through.
     clip_eps: eps, in units of the reward.
 
+  Raises:
+    UsageError: the head has several outputs.
+
   References:
     Schulman et al., 2017, https://arxiv.org/abs/1707.06347, whose code this is; Ouyang et al., 2022, arXiv:2203.02155.
   """
   del ref
-  values_BT, old_BT, returns_BT = policy.scores_BTO[..., 0], labels['values'], labels['returns']
+  (values_BT,) = _outputs(policy.scores_BTO, 1, 'clipped_values')
+  return types.LossOut(*_clipped(values_BT, labels['values'], labels['returns'], clip_eps), state)
+
+
+def clipped_values_and_costs(
+    policy, ref, labels, *, state=(), clip_eps: float, cost_clip_eps: float | None = None
+) -> types.LossOut:
+  """The losses of a critic of a reward and of a critic of a cost, two outputs of one head, added up.
+
+    loss_t = clipped_values of the first + clipped_values of the second
+
+  Args:
+    policy: reads `scores_BTO`.
+    ref: not read.
+    labels: reads `values` and `returns` of the first, `cost_values` and `cost_returns` of the second, which
+      `returns.lagrangian` makes.
+    state: passed through.
+    clip_eps: see `clipped_values`, in units of the reward.
+    cost_clip_eps: the same in units of the cost; None for the number that the reward has.
+
+  Raises:
+    UsageError: the head has other than two outputs.
+
+  References:
+    Dai et al., 2023 (Safe RLHF), https://arxiv.org/abs/2310.12773, its appendix on PPO-Lag.
+  """
+  del ref
+  values_BT, costs_BT = _outputs(policy.scores_BTO, 2, 'clipped_values_and_costs')
+  loss_BT, metrics = _clipped(values_BT, labels['values'], labels['returns'], clip_eps)
+  cost_clip_eps = clip_eps if cost_clip_eps is None else cost_clip_eps
+  of_cost_BT, of_cost = _clipped(costs_BT, labels['cost_values'], labels['cost_returns'], cost_clip_eps)
+  names = {'val/clipfrac_avg': 'val/cost_clipfrac_avg', 'values': 'cost_values', 'returns': 'cost_returns'}
+  metrics |= {names[name]: x_BT for name, x_BT in of_cost.items()}
+  return types.LossOut(loss_BT + of_cost_BT, metrics, state)
+
+
+def _outputs(scores_BTO, count: int, name: str) -> list[types.Array]:
+  """The outputs of a head, `[B, T]` each; raises UsageError where they are more or fewer than `count`."""
+  if scores_BTO.shape[-1] != count:
+    bound = 'recipe.Recipe.critic_outputs, or score_outputs of a head on the policy'
+    raise types.UsageError(f'{bound} = {scores_BTO.shape[-1]}: actor_critic.{name} trains {count}')
+  return [scores_BTO[..., i] for i in range(count)]
+
+
+def _clipped(values_BT, old_BT, returns_BT, clip_eps: float) -> tuple[types.Array, dict[str, types.Array]]:
+  """The loss of `clipped_values`, and its metrics."""
   held_BT = jnp.clip(values_BT, old_BT - clip_eps, old_BT + clip_eps)
   free_BT, held_BT = jnp.square(values_BT - returns_BT), jnp.square(held_BT - returns_BT)
   metrics = {'val/clipfrac_avg': (held_BT > free_BT).astype(jnp.float32), 'values': values_BT, 'returns': returns_BT}
-  return types.LossOut(0.5 * jnp.maximum(free_BT, held_BT), metrics, state)
+  return 0.5 * jnp.maximum(free_BT, held_BT), metrics
 
 
 def implicit_rewards(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
@@ -208,7 +256,7 @@ def adaptive(
 def constrained(
     policy, ref, labels, *, state=(), loss: Loss, limit: float, rate: float, most: float = 5.0
 ) -> types.LossOut:
-  """The multiplier of a constraint on a cost, for `advantages.lagrangian`, which gives the label `cost`.
+  """The multiplier of a constraint on a cost, for `advantages.lagrangian` or `returns.lagrangian`, which label `cost`.
 
     log lambda <- log lambda + rate lambda (mean cost - limit)
 

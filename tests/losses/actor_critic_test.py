@@ -177,7 +177,56 @@ class TestClippedValues:
     slopes = jax.grad(lambda v: jnp.sum(self.run(v).per_item))(jnp.asarray(self.V, jnp.float32))
     np.testing.assert_allclose(slopes, np.where([1, 1, 1, 0, 1], self.V - self.R, 0.0), rtol=1e-6)
 
+  def test_trains_one_output(self):
+    stats = types.Stats(scores_BTO=jnp.zeros((1, 5, 2)))
+    with pytest.raises(types.UsageError, match='= 2: actor_critic.clipped_values trains 1'):
+      actor_critic.clipped_values(stats, types.Stats(), {}, clip_eps=0.2)
+
   def test_reads_the_head_and_no_log_probability(self):
     loss = _of(actor_critic.clipped_values, clip_eps=0.2)
     needs = tracing.trace(loss, group_size=1, labels=(), token_labels=('values', 'returns'))
     assert needs.fields == {'policy.scores_BTO', 'labels.values', 'labels.returns'} and not needs.writes
+
+
+class TestClippedValuesAndCosts:
+  COSTS, OLD_COSTS, COST_RETURNS = np.random.default_rng(5).normal(size=(3, 2, 3))
+  LABELS = {'cost_values': _f32(OLD_COSTS), 'cost_returns': _f32(COST_RETURNS)}
+
+  def run(self, scores_BTO, logps=LOGPS, **options):
+    loss = _of(actor_critic.clipped_values_and_costs, clip_eps=0.3, **options)
+    whole = _of(actor_critic.actor_critic, loss=PPO, value_loss=loss, value_coef=0.5)
+    return self.of(whole, scores_BTO, logps)
+
+  def of(self, loss, scores_BTO, logps):
+    given = {'advantages': _f32(ADVANTAGES), 'old_logps': _f32(OLD), 'values': _f32(OLD_VALUES)}
+    stats = types.Stats(scores_BTO=scores_BTO, logps_BT=logps, mask_BT=MASK)
+    return loss(stats, types.Stats(), given | {'returns': _f32(RETURNS)} | self.LABELS)
+
+  def test_is_the_larger_of_two_squares_of_each(self):
+    for options, cost_eps in (({}, 0.3), ({'cost_clip_eps': 0.1}, 0.1)):
+      out = self.run(_f32(np.stack([VALUES, self.COSTS], axis=-1)), **options)
+      wanted = 0
+      each = (VALUES, OLD_VALUES, RETURNS, 0.3), (self.COSTS, self.OLD_COSTS, self.COST_RETURNS, cost_eps)
+      for v, old, to, eps in each:
+        wanted += 0.5 * np.maximum((v - to) ** 2, (np.clip(v, old - eps, old + eps) - to) ** 2)
+      np.testing.assert_allclose(out.metrics['loss/value_avg'], wanted, rtol=1e-5)
+      clipped = (np.clip(self.COSTS, self.OLD_COSTS - cost_eps, self.OLD_COSTS + cost_eps) - self.COST_RETURNS) ** 2
+      np.testing.assert_array_equal(
+          out.metrics['val/cost_clipfrac_avg'], clipped > (self.COSTS - self.COST_RETURNS) ** 2
+      )
+    np.testing.assert_array_equal(out.metrics['cost_values'], _f32(self.COSTS))
+    np.testing.assert_array_equal(out.metrics['values'], _f32(VALUES))
+
+  def test_moves_policy_and_first_critic_as_ppo_does(self):
+    scores_BTO = _f32(np.stack([VALUES, self.COSTS], axis=-1))
+    slopes = lambda fn, *at: jax.grad(lambda *x: jnp.sum(fn(*x).per_item), argnums=(0, 1))(*at)
+    both = slopes(self.run, scores_BTO, _f32(LOGPS))
+    alone = _of(actor_critic.actor_critic, loss=PPO, value_loss=CRITIC, value_coef=0.5)
+    one = slopes(_of(self.of, alone), scores_BTO[..., :1], _f32(LOGPS))
+    np.testing.assert_array_equal(both[1], one[1])
+    np.testing.assert_array_equal(both[0][..., 0], one[0][..., 0])
+    assert np.any(both[0][..., 1])
+
+  def test_trains_two_outputs(self):
+    with pytest.raises(types.UsageError, match='= 1: actor_critic.clipped_values_and_costs trains 2'):
+      self.run(_f32(VALUES)[..., None])
