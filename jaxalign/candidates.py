@@ -3,6 +3,7 @@
 What such a function reads is what its parameters are named, of these; it returns the place of the one to keep.
 
   rewards_N  float64, all rewards of a candidate as one number, NaN where every one abstained
+  values_N   float64, what the head of the `value` that `--guide` names makes of prompt and candidate
   texts      of the candidates
   tokens     ids of each, without the token that ended it
 """
@@ -20,7 +21,7 @@ from jaxalign import types
 from jaxalign.rewards import calling
 from jaxalign.rewards import functions
 
-FIELDS = ('rewards_N', 'texts', 'tokens')
+FIELDS = ('rewards_N', 'values_N', 'texts', 'tokens')
 
 
 def reads(fn: Callable[..., int]) -> set[str]:
@@ -31,13 +32,13 @@ def reads(fn: Callable[..., int]) -> set[str]:
 def bound(fn: Callable[..., int], n: int) -> float:
   """The largest KL, in nats, from the candidates' distribution to that of the one that is chosen of n.
 
-  It is log n - (n - 1) / n where rewards alone decide, and log n for any other choice, as none makes a response more
-  than n times as likely.
+  It is log n - (n - 1) / n where rewards or values alone decide, and log n for any other choice, as none makes a
+  response more than n times as likely.
 
   References:
     Beirami et al., 2024, https://arxiv.org/abs/2401.01879 (that the first is a bound).
   """
-  return math.log(n) - ((n - 1) / n if reads(fn) <= {'rewards_N'} else 0.0)
+  return math.log(n) - ((n - 1) / n if reads(fn) <= {'rewards_N', 'values_N'} else 0.0)
 
 
 def best_of_n(rewards_N: np.ndarray) -> int:
@@ -47,6 +48,15 @@ def best_of_n(rewards_N: np.ndarray) -> int:
     Stiennon et al., 2020, https://arxiv.org/abs/2009.01325; Nakano et al., 2021, https://arxiv.org/abs/2112.09332.
   """
   return int(np.argmax(np.where(np.isnan(rewards_N), -np.inf, rewards_N)))
+
+
+def highest_value(values_N: np.ndarray) -> int:
+  """The one that promises most, the first of several: of blocks, blockwise controlled decoding.
+
+  References:
+    Mudgal et al., 2023, https://arxiv.org/abs/2310.17022, Sec. 3.3.
+  """
+  return int(np.argmax(values_N))
 
 
 def mbr(

@@ -300,6 +300,7 @@ def draw(
     is_chat: bool,
     watch: Callable[[int, list[int]], None] | None = None,
     guidance: sampling.Guidance | None = None,
+    requests: Sequence[int] | None = None,
 ) -> list[sampling.Sampled]:
   """Responses to prompts that are tokens, on the current mesh; see `sampling.sample`."""
   return sampling.sample(
@@ -311,8 +312,14 @@ def draw(
       **options.rule._asdict(),
       seed=seed,
       stop_ids=prompts_lib.stop_ids(loaded.tokenizer, is_chat),
-      stop=sampling.Stop(options.stop, lambda ids: loaded.tokenizer.decode(ids, continuation=not is_chat)),
+      stop=stop_of(loaded, options, is_chat),
       cache_dtype=options.cache_dtype,
       watch=watch,
       guidance=guidance,
+      requests=requests,
   )
+
+
+def stop_of(loaded: checkpoint.Loaded, options: Options, is_chat: bool) -> sampling.Stop:
+  """The texts that end a response."""
+  return sampling.Stop(options.stop, lambda ids: loaded.tokenizer.decode(ids, continuation=not is_chat))

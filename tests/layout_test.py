@@ -28,7 +28,7 @@ ROWS = (
     ('candidates', 'choosing', 'collapse', 'divergence', 'held_out', 'logps', 'returns'),
     ('decoding', 'forward'),
     ('guidance', 'objectives', 'reference', 'sampling'),
-    ('credit', 'episodes', 'step', 'verdicts'),
+    ('blocks', 'credit', 'episodes', 'step', 'verdicts'),
     ('environments',),
     ('judging',),
     ('rollouts',),

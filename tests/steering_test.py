@@ -193,6 +193,89 @@ class TestChosen:
     assert re.search(r'mbr: 2 kept, each of 3 candidates, .* at most 1\.099 nats', caplog.text)
 
 
+def head_of(ids):
+  """What the head of `rm` makes of the last token."""
+  return states_of(2, ids)[-1] @ HEAD[:, 0].astype(np.float64)
+
+
+class TestInBlocks:
+
+  @pytest.fixture
+  def calls(self, monkeypatch):
+    """What was sampled, call by call: what was read, the continuations, and the most tokens."""
+    seen, sample = [], sampling.sample
+
+    def noted(model, params, prompts, **options):
+      found = sample(model, params, prompts, **options)
+      seen.append(([list(p) for p in prompts], found, options['n'], options['max_new_tokens']))
+      return found
+
+    monkeypatch.setattr(sampling, 'sample', noted)
+    return seen
+
+  def test_goes_on_from_the_continuation_of_the_highest_value(self, sample, calls, models, caplog):
+    caplog.set_level('INFO')
+    flags = '--decode=cd_blockwise', '--gin=steering.Options.n=3', '--gin=steering.Options.block=4'
+    found = sample(*flags, f'--guide={models["rm"]}', '--max_new_tokens=10', '--samples_per_prompt=2')
+    assert [most for *_, most in calls] == [4, 4, 2]
+    own, others = dict(enumerate(calls[0][0])), 0
+    assert len(own) == 4
+    for read, continuations, n, _ in calls:
+      assert n == 3 and read == list(own.values())
+      for i, ids in own.items():
+        group = continuations[3 * i : 3 * i + 3]
+        best = max(group, key=lambda one: head_of([*ids, *one.ids]))
+        others += best is not group[0]
+        own[i] = [*ids, *best.ids]
+    assert others > 3
+    prompts = calls[0][0]
+    texts = [TOKENIZER.decode(ids[len(p) :], continuation=True) for p, ids in zip(prompts, own.values())]
+    assert [*found[0]['samples'], *found[1]['samples']] == texts
+    ratios = [x for record in found for x in record['log_ratios']]
+    np.testing.assert_allclose(ratios, 0, atol=1e-4)  # each continuation is the policy's own
+    limit = 3 * (np.log(3) - 2 / 3)
+    said = re.search(r'cd_blockwise: 4 kept, each of 3 candidates, in 3 blocks, KL .* at most ([\d.]+)', caplog.text)
+    np.testing.assert_allclose(float(said[1]), limit + np.mean(ratios), rtol=1e-3)
+
+  def test_of_all_tokens_is_by_brute_force_the_most_valuable_of_each(self, sample, models):
+    # So many draws of one token of the two likeliest that both are among them.
+    flags = '--decode=cd_blockwise', '--gin=steering.Options.n=24', '--gin=steering.Options.block=1', '--top_k=2'
+    found = sample(*flags, f'--guide={models["rm"]}', '--prompt=Lily', '--temperature=5', data=False)
+    ids = [TOKENIZER.bos_id, *TOKENIZER.encode('Lily')]
+    prompt = len(ids)
+    for _ in range(6):
+      logits = states_of(0, ids)[-1] @ np.asarray(params_of(0)['embed'], np.float64)[: CONFIG.vocab_size].T
+      ids.append(int(max(np.argsort(logits)[-2:], key=lambda token: head_of([*ids, token]))))
+    assert found == 'Lily' + TOKENIZER.decode(ids[prompt:], continuation=True) + '\n'
+
+  def test_as_long_as_a_response_is_best_of_n(self, sample):
+    flags = '--gin=steering.Options.n=3', '--samples_per_prompt=2', '--reward=tests.runs:vowels', '--decode=best_of_n'
+    assert sample(*flags, '--gin=steering.Options.block=6') == sample(*flags)
+    shorter = sample(*flags, '--gin=steering.Options.block=2')
+    for record in shorter:
+      assert record['scores'] == runs.vowels(record['samples'])
+
+  def test_ends_with_a_text_though_a_block_ends_within(self, sample, calls):
+    flags = '--decode=best_of_n', '--gin=steering.Options.n=1', '--reward=tests.runs:vowels', '--temperature=0'
+    whole = sample('--prompt=Lily', '--temperature=0', data=False)
+    assert sample('--prompt=Lily', *flags, '--gin=steering.Options.block=2', data=False) == whole
+    said = whole.removeprefix('Lily').rstrip('\n')
+    for at in range(1, len(said) - 2):
+      calls.clear()
+      cut = sample('--prompt=Lily', *flags, '--gin=steering.Options.block=1', f'--stop={said[at : at + 3]}', data=False)
+      assert cut == 'Lily' + said[: said.index(said[at : at + 3])] + '\n'
+      ids = [found[0].ids[0] for _, found, *_ in calls]
+      holds = [said[at : at + 3] in TOKENIZER.decode(ids[: n + 1], continuation=True) for n in range(len(ids))]
+      assert holds == [False] * (len(ids) - 1) + [True]  # nothing is written behind it
+
+  def test_draws_the_same_when_others_have_ended(self, sample):
+    flags = '--decode=best_of_n', '--gin=steering.Options.n=1', '--gin=steering.Options.block=2'
+    first, second = samples(sample(*flags, '--reward=tests.runs:vowels'))
+    stop = next(first[0][at : at + 2] for at in range(3) if first[0][at : at + 2] not in second[0])
+    ended, same = samples(sample(*flags, '--reward=tests.runs:vowels', f'--stop={stop}'))
+    assert len(ended[0]) < 3 and same == second
+
+
 class TestRefuses:
 
   @pytest.mark.parametrize(
@@ -210,6 +293,13 @@ class TestRefuses:
           (['--decode=vote', "--gin=candidates.vote.parser='x'"], "candidates.vote.parser = 'x': write MODULE"),
           (['--decode=vote', "--gin=a/candidates.vote.parser='x:y'"], 'not used by this run: a/candidates.vote.parser'),
           (['--decode=vote', '--temperature=0'], '--temperature=0 draws the same 32 times'),
+          (['--decode=vote', '--gin=steering.Options.block=-1'], r'steering.Options.block = -1: it is at least 0'),
+          (['--decode=dera', '--gin=steering.Options.block=2'], r'block = 2: it goes with a choice'),
+          (
+              ['--decode=cd_blockwise'],
+              '--guide: one --guide=DIR for each of value, in this order is wanted; given: none',
+          ),
+          (['--decode=cd_blockwise', '--guide={aligned}'], '`value` has a head that scores'),
           (['--decode=vote', '--gin=steering.Options.n=0'], r'steering.Options.n = 0: it is at least 1'),
           (['--decode=dera', "--gin=steering.Options.guides='x'"], "guides = 'x': write a list"),
           (['--decode=vote', '--combine=gated'], '--combine=gated: it goes with --reward'),
