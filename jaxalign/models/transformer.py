@@ -20,6 +20,7 @@ from jaxalign import sharding
 from jaxalign import types
 from jaxalign.models import architecture
 from jaxalign.models import attention as attention_lib
+from jaxalign.models import embedding
 from jaxalign.models import grouped
 from jaxalign.models import kv_cache
 from jaxalign.models import layers
@@ -49,29 +50,6 @@ REMAT: dict[str, Callable | None] = {
         offload_dst='pinned_host',
     ),
 }
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _look_up(dtype, table_VD, ids_BT):
-  """Rows of a table in `dtype`, gathered over the mesh in `dtype`."""
-  if table_VD.dtype != dtype:
-    # Where this lies is said before it is gathered, or the compiler gathers what it is made of.
-    table_VD = sharding.constrain(table_VD.astype(dtype), 'vocab', 'embed')
-  return jnp.take(sharding.constrain(table_VD, 'vocab', None), ids_BT, axis=0)
-
-
-def _look_up_forward(dtype, table_VD, ids_BT):
-  return _look_up(dtype, table_VD, ids_BT), (table_VD, ids_BT)
-
-
-def _look_up_backward(dtype, kept, d_BTD):
-  # In float32: of a frequent token's thousands of small terms, 16-bit sums would lose most.
-  table_VD, ids_BT = kept
-  d_VD = jnp.zeros_like(table_VD).at[ids_BT].add(d_BTD.astype(table_VD.dtype))
-  return sharding.constrain(d_VD, 'vocab', 'embed'), None
-
-
-_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 class _Repeat(nn.Module):
@@ -140,7 +118,7 @@ class Transformer(nn.Module):
       linear.param(self, 'score', nn.initializers.zeros, (c.embed_dim, c.score_outputs), ('embed', 'outputs'))
       if c.score_bias:
         linear.param(self, 'score_bias', nn.initializers.zeros, (c.score_outputs,), ('outputs',))
-    x_BTD = sharding.constrain(_look_up(self.dtype, embed_VD, inputs_BT), 'batch', 'length', 'hidden')
+    x_BTD = sharding.constrain(embedding.look_up(self.dtype, embed_VD, inputs_BT), 'batch', 'length', 'hidden')
     if c.scale_embeddings:
       x_BTD = x_BTD * jnp.asarray(c.embed_dim**0.5, self.dtype)
     seen = attention_lib.Seen(segments_BT, branches_BT, None if branches_BT is None else positions_BT)
