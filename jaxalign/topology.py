@@ -1,6 +1,7 @@
 """Devices that are not there: TPU topologies to compile for, and what is known of each kind of chip."""
 
 import dataclasses
+import math
 import os
 import re
 
@@ -50,6 +51,7 @@ CHIPS = {
     )
 }
 _GPUS = ('a100', 'h100', 'h200')
+_LARGEST = {'v4': 4096, 'v5e': 256, 'v5p': 8960, 'v6e': 256, 'tpu7x': 9216}  # chips of a slice
 _FLAT = ('v5e', 'v6e')  # whose chips form a torus of two dimensions, those of other TPUs one of three
 
 
@@ -120,6 +122,8 @@ def _parsed(text: str) -> tuple[str, str]:
     raise types.UsageError(
         f'--topology={text}: {name} has {wanted} sizes, as {name}:{"x".join("4" * wanted)}, not {count}'
     )
+  elif math.prod(map(int, sizes.split('x'))) > _LARGEST[name]:
+    raise types.UsageError(f'--topology={text}: a slice of {name} has at most {_LARGEST[name]} chips; see --num_slices')
   return name, sizes
 
 

@@ -163,6 +163,7 @@ class TestTopology:
           (['--mode=plan', '--algo=dpo', '--topology=h100:2x2'], 'of GPUs their number'),
           (['--mode=plan', '--algo=dpo', '--topology=h100:0'], 'write for example v5e:4x4, v5p:4x4x4 or h100:8'),
           (['--mode=plan', '--algo=dpo', '--topology=v5p:4x4'], 'v5p has 3 sizes, as v5p:4x4x4, not 2'),
+          (['--mode=plan', '--algo=dpo', '--topology=v5e:64x64'], 'a slice of v5e has at most 256 chips'),
           (['--mode=plan', '--algo=dpo', '--topology=v6e:2x2x2'], 'v6e has 2 sizes, as v6e:4x4, not 3'),
           (['--algo=dpo', '--topology=v5e:2x2'], '--mode=train does not read --topology; it goes with --mode=plan'),
           (['--mode=plan', '--algo=dpo', '--topology=h100:8', '--mesh=fsdp:3'], 'does not divide the 8 devices'),

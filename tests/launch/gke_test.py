@@ -185,6 +185,7 @@ class TestUsage:
           (('--name=my-run', '--cluster=C', '--delete'), '--cluster=C: lower-case letters'),
           (('--name=my-run', '--delete', '--logs'), 'one of --logs and --delete'),
           (('--name=my-run', '--delete', '--algo=dpo'), '--logs and --delete are of a workload that is there'),
+          ((*RUN, '--tpu_types=v6e-8', '--algo=dpo'), '--tpu_types: neither an option nor a flag of jaxalign'),
           ((*RUN, '--tpu_type=v6e', '--algo=dpo'), '--tpu_type=v6e: write v5litepod-16'),
           ((*RUN, '--tpu_type=h100-8', '--algo=dpo'), '--tpu_type=h100-8: the types are '),
           ((*RUN, '--tpu_type=v6e-12', '--algo=dpo'), '--tpu_type=v6e-12: there are 1, 4, 8, '),

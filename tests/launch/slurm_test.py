@@ -78,6 +78,8 @@ class Cluster:
     self.checkout = folder / 'my checkout'
     shutil.copytree(ROOT / 'launch', self.checkout / 'launch')
     (self.checkout / 'launch' / 'local.sh').write_text(LOCAL)
+    (self.checkout / 'jaxalign').mkdir()
+    shutil.copy(ROOT / 'jaxalign' / 'flag_table.py', self.checkout / 'jaxalign')
 
   def _call(self, *command):
     env = os.environ | {'PATH': f'{self.calls / "bin"}:/usr/bin:/bin', 'CALLS': str(self.calls), 'SLURM_JOB_ID': '123'}
@@ -169,6 +171,7 @@ class TestSlurm:
           (('--job_name=a b', '--algo=dpo'), '--job_name=a b: letters'),
           (('--partition', '--algo=dpo'), '--partition needs a value: --partition=...'),
           (('--algo=dpo', '--nodes=2'), '--nodes must come before the flags of jaxalign'),
+          (('--gpu=8', '--algo=dpo'), '--gpu: neither an option nor a flag of jaxalign'),
           (('dpo',), 'dpo: flags of jaxalign begin with --'),
       ],
   )

@@ -131,6 +131,7 @@ class Cloud:
     (checkout / 'jaxalign' / '__pycache__').mkdir(parents=True)
     (checkout / 'jaxalign' / '__pycache__' / 'main.pyc').touch()
     (checkout / 'jaxalign' / 'main.py').touch()
+    shutil.copy(ROOT / 'jaxalign' / 'flag_table.py', checkout / 'jaxalign')
     (checkout / 'jaxalign' / 'gin_configs').symlink_to('../gin_configs')
     programs = {'gcloud': GCLOUD, 'python3': PYTHON}
     programs |= dict.fromkeys(('nvidia-smi', 'python3.11', 'python3.12', 'python3.13'), '#!/bin/sh\nexit 9\n')
@@ -205,7 +206,7 @@ class TestTpuVm:
     run('my-tpu', 'us-x1-a', '--algo=dpo')
     there = run.calls / 'worker-1' / 'jaxalign'
     assert {path.name for path in there.iterdir()} >= {'setup.py', 'README.md', 'LICENSE', 'launch', '.venv'}
-    assert {path.name for path in (there / 'jaxalign').iterdir()} == {'main.py', 'gin_configs'}
+    assert {path.name for path in (there / 'jaxalign').iterdir()} == {'main.py', 'flag_table.py', 'gin_configs'}
     assert (there / 'jaxalign' / 'gin_configs' / 'dpo.gin').is_file()
 
   def test_leaves_no_archive_behind(self, run):
@@ -226,6 +227,8 @@ class TestTpuVm:
           (('my-tpu', 'us-x1-a', '--logs=', '--algo=dpo'), '--logs needs a value: --logs=...'),
           (('my-tpu', 'us-x1-a', '--spot=1', '--algo=dpo'), '--spot takes no value'),
           (('my-tpu', 'us-x1-a', '--algo=dpo', '--delete'), '--delete must come before the flags of jaxalign'),
+          (('my-tpu', 'us-x1-a', '--creat=v6e-8', '--algo=dpo'), '--creat: neither an option nor a flag of jaxalign'),
+          (('my-tpu', 'us-x1-a', '--algo=dpo', '--step=1'), '--step: neither an option nor a flag of jaxalign'),
           (('my-tpu', 'us-x1-a', '--restarts=x', '--algo=dpo'), '--restarts=x: it is a number'),
           (('my-tpu', 'us-x1-a', '--create=h100', '--algo=dpo'), '--create=h100: not a type that is known here'),
           (('my-tpu', 'us-x1-a', '--create=v5e-16', '--algo=dpo'), 'Google calls it v5litepod-16'),
