@@ -21,7 +21,7 @@ def param(module: nn.Module, name: str, init, shape: tuple[int, ...], axes: tupl
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int, dtype: Any):
   """A weight, kept in whatever precision, in that of the computation; at first normal of deviation 1 / sqrt(fan-in)."""
-  return quant.dequantise(param(module, name, nn.initializers.normal(fan_in**-0.5), shape, axes), dtype)
+  return quant.part(param(module, name, nn.initializers.normal(fan_in**-0.5), shape, axes), dtype, axes)
 
 
 def project(

@@ -71,6 +71,31 @@ def dequantise(x: Any, dtype: jax.typing.DTypeLike) -> types.Array:
   return x.astype(dtype)
 
 
+def part(x: Any, dtype: jax.typing.DTypeLike, axes: tuple[str, ...]) -> types.Array:
+  """The same on the current mesh, of which each device reads its part: codes are gathered over fsdp, and nothing else.
+
+  Args:
+    x: a qwix array or an array, whose axes have the logical names `axes`.
+    dtype: of the weight.
+    axes: see above.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not is_array_of(x) or mesh.empty:
+    return dequantise(x, dtype)
+  # Left to itself the compiler gathers every code, to look all of them up on each device.
+  names = tuple(None if axis == 'embed' else axis for axis in axes)
+  splits = lambda axis, size: bool(axis) and size % sharding.parts(mesh, axis) == 0
+  if any(axis and not splits(axis, size) for axis, size in zip(names, x.qvalue.shape, strict=True)):
+    return dequantise(x, dtype)
+  # A scale may be of all that devices have parts of.
+  if any(axis and size > 1 and not splits(axis, size) for axis, size in zip(names, x.scale.shape, strict=True)):
+    return dequantise(x, dtype)
+  of = lambda like: sharding.spec(*(axis if splits(axis, size) else None for axis, size in zip(names, like.shape)))
+  read = functools.partial(dequantise, dtype=dtype)
+  where = jax.tree.map(of, x)
+  return jax.shard_map(read, mesh=mesh, in_specs=(where,), out_specs=sharding.spec(*names), check_vma=False)(x)
+
+
 def _quantised(x, *, name: str, kind: str):
   outputs = _OUTPUTS[name.rpartition('/')[2]]
   last_input = x.ndim - outputs - 1

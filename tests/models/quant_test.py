@@ -61,6 +61,27 @@ class TestQuantise:
     assert [quant.is_quantised(name) for name in names] == [True, True] + [False] * 5
 
 
+class TestPart:
+
+  @pytest.mark.parametrize('kind', quant.KINDS)
+  @pytest.mark.parametrize('mesh', ['fsdp:2,tensor:2,data:2', 'tensor:8', 'fsdp:8'])
+  @pytest.mark.parametrize(
+      'name,shape,axes',
+      [
+          ('layers/0/q', (128, 8, 8), ('embed', 'heads', 'head_size')),
+          ('layers/0/o', (8, 64, 128), ('heads', 'head_size', 'embed')),
+          ('layers/0/down', (192, 128), ('mlp', 'embed')),  # 3 blocks of inputs, which not every mesh divides
+      ],
+  )
+  def test_of_all_devices_is_the_weight(self, kind, mesh, name, shape, axes):
+    mesh = sharding.make_mesh(mesh)
+    x = jax.device_put(np.asarray(weight(*shape)), sharding.named(mesh, *axes))
+    kept = quant.quantise(name, x, kind)
+    with jax.set_mesh(mesh):
+      found = jax.jit(lambda kept: quant.part(kept, jnp.float32, axes))(kept)
+    np.testing.assert_array_equal(found, quant.dequantise(kept, jnp.float32))
+
+
 class TestAbstract:
 
   @pytest.mark.parametrize('kind', quant.KINDS)
