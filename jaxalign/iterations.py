@@ -139,9 +139,9 @@ class Iterations:
     rewards = [functions.parse(spec) for spec in self._options.rewards]
     asynchronous, scorers = self._options.asynchronous, self._scorers()
     # Models need the devices, which are busy, and processes must agree on the order of what they do together.
-    beside = _at_once if scorers or jax.process_count() > 1 else _beside
+    begin = _at_once if scorers or jax.process_count() > 1 else _beside
     with functions.Panel(rewards, scorers, together=True) as panel:
-      begun = functools.partial(self._begun, panel, beside)
+      begun = functools.partial(self._begun, panel, begin)
       # What a run that is resumed had sampled before the updates that it has made.
       ahead = begun(iteration, None) if asynchronous and iteration and not update else None
       while True:
@@ -150,13 +150,13 @@ class Iterations:
         elif asynchronous:
           rollout = self._finished(iteration, ahead or begun(iteration, params()), params())
         else:
-          rollout = self._kept(iteration, self._maker.make(panel, iteration, params(), beside))
+          rollout = self._kept(iteration, self._maker.make(panel, iteration, params(), begin))
         if asynchronous:
           ahead = begun(iteration + 1, None if update else params())
         yield from self._of(rollout, iteration, update)
         iteration, update = iteration + 1, 0
 
-  def _begun(self, panel: functions.Panel, beside: '_Begun', iteration: int, params) -> '_Ahead':
+  def _begun(self, panel: functions.Panel, begin: making.Begin, iteration: int, params) -> '_Ahead':
     """What is sampled for a rollout, and who judges it meanwhile; without `params` what was kept of that."""
     path = self._folder / f'{iteration:06d}.drawn.json'
     if params is None:
@@ -164,7 +164,7 @@ class Iterations:
     else:
       drawn = self._maker.draw(iteration, params)
       self._write(path, drawn.to_text())
-    return _Ahead(drawn, beside(lambda: self._maker.judge(panel, drawn)))
+    return _Ahead(drawn, begin(lambda: self._maker.judge(panel, drawn)))
 
   def _finished(self, iteration: int, ahead: '_Ahead', params: rollouts.Params) -> episodes.Rollout:
     return self._kept(iteration, self._maker.finish(ahead.drawn, ahead.judged, params))
@@ -225,9 +225,6 @@ class _Ahead(NamedTuple):
 
   drawn: making.Drawn
   judged: Callable[[], making.Verdicts]
-
-
-_Begun = Callable[[Callable[[], making.Verdicts]], Callable[[], making.Verdicts]]
 
 
 def _at_once(work: Callable[[], making.Verdicts]) -> Callable[[], making.Verdicts]:

@@ -36,6 +36,8 @@ from jaxalign.rewards import functions
 
 # By name, as they are sampled.
 Verdicts = Mapping[str, judging.Judged]
+# Begins what it is given, beside what follows where it can; what it gives back waits for that.
+Begin = Callable[[Callable[[], Verdicts]], Callable[[], Verdicts]]
 
 OWN = 'own'  # the responses that are trained on, among all that are sampled
 
@@ -125,23 +127,17 @@ class Maker:
     self._run = jax.jit(annotate_fn(options, models), out_shardings=sharding.named(mesh))
     self._seconds: dict[str, float] = {}  # of the rollout in the making, by what they were spent on
 
-  def make(
-      self,
-      panel: functions.Panel,
-      iteration: int,
-      params: rollouts.Params,
-      begun: Callable[[Callable[[], Verdicts]], Callable[[], Verdicts]],
-  ) -> episodes.Rollout:
+  def make(self, panel: functions.Panel, iteration: int, params: rollouts.Params, begin: Begin) -> episodes.Rollout:
     """The rollout of this number: samples, scores, replaces what tells nothing, and gives credit.
 
     Args:
       panel: the rewards.
       iteration: its number.
       params: of the policy, and of what else reads the responses.
-      begun: begins what it is given, beside what follows where it can; what it gives back waits for that.
+      begin: what judges them.
     """
     drawn = self.draw(iteration, params)
-    judged = begun(lambda: self.judge(panel, drawn))
+    judged = begin(lambda: self.judge(panel, drawn))
     if not self._options.refill:
       return self.finish(drawn, judged, params)
     own = judged()[OWN]
