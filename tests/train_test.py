@@ -155,9 +155,8 @@ class TestTrain:
     assert f'stopped by SIGTERM after step {step},' in err
     assert (folder / 'both' / 'checkpoints' / str(step) / 'params').exists()
 
-  def test_of_which_a_process_is_killed_ends_soon_and_goes_on_with_more_processes(self, folder, straight):
-    args = lambda mesh: runs.flags(folder, folder / 'lost', f'--mesh={mesh}')
-    both = runs.spawn_together([x.replace('steps=12', 'steps=100000') for x in args('data:2,fsdp:2')], 2)
+  def test_of_which_a_process_is_killed_ends_soon_and_goes_on_with_more_processes(self, folder):
+    both = runs.spawn_together(constant_rate(folder, 'lost', '--mesh=data:2,fsdp:2', steps=100_000), 2)
     wait_for_lines(folder / 'lost', 5)
     both[1].send_signal(signal.SIGKILL)
     killed = time.monotonic()
@@ -167,10 +166,12 @@ class TestTrain:
     said = {75: 'jaxalign: another process of this job is gone', -signal.SIGABRT: 'indicates that another task died'}
     assert said[code] in err, err
     assert runs.finished(both[1])[0] == -signal.SIGKILL
-    for process in runs.spawn_together(args('data:2,fsdp:2,tensor:2'), 4):
+    steps = max(runs.logged(folder / 'lost')) + 2
+    for process in runs.spawn_together(constant_rate(folder, 'lost', '--mesh=data:2,fsdp:2,tensor:2', steps=steps), 4):
       code, err = runs.finished(process)
       assert code == 0, err
-    found, wanted = runs.logged(folder / 'lost'), runs.logged(straight)
+    assert runs.finished(runs.spawn(constant_rate(folder, 'kept', steps=steps)))[0] == 0
+    found, wanted = runs.logged(folder / 'lost'), runs.logged(folder / 'kept')
     assert found.keys() == wanted.keys()
     for step, line in wanted.items():
       np.testing.assert_allclose(found[step]['loss'], line['loss'], atol=1e-3)
