@@ -199,7 +199,8 @@ class TestAlgorithms:
     data = folder / 'steps.jsonl'
     record = {'prompt': 'Tom', 'completions': [' He was happy.', ' He cried.'], 'labels': [True, False]}
     data.write_text(20 * (json.dumps(record) + '\n'))
-    more = '--algo=prm', f'--data=jsonl:{data}', f'--eval_data=jsonl:{data}[:8]'
+    # At a rate of 0.01 the loss jumps about, and ends where chance has it.
+    more = '--algo=prm', f'--data=jsonl:{data}', f'--eval_data=jsonl:{data}[:8]', '--gin=optim.constant.lr = 0.001'
     assert main.main(flags(folder, tmp_path / 'w', *more, steps=40)) == 0
     found = evaluated(capsys, tmp_path / 'w')
     assert (found['eval/accuracy'], found['eval/right'], found['eval/n']) == (1, 0.5, 16)
