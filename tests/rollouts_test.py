@@ -291,7 +291,16 @@ def patient(responses):
   return runs.vowels(responses)
 
 
+def leaving(responses):
+  raise SystemExit(3)
+
+
 class TestMaker:
+
+  def test_ends_by_the_name_of_a_reward_that_would_end_the_thread_it_judges_in(self, make, loaded):
+    options = dataclasses.replace(OPTIONS, rewards=('tests.rollouts_test:leaving',))
+    with pytest.raises(types.RunError, match='reward tests.rollouts_test:leaving, .*SystemExit: 3'):
+      taken(make(options), loaded, 1)
 
   @pytest.mark.parametrize('changed', [{'epochs': 2}, {'epochs': 2, 'asynchronous': True}], ids=['turns', 'ahead'])
   def test_has_models_read_responses_while_they_are_judged(self, make, loaded, monkeypatch, changed):

@@ -130,7 +130,7 @@ def _number(value: Any, item: int) -> float:
   return number
 
 
-def told(err: Exception, fn: Callable) -> str:
+def told(err: BaseException, fn: Callable) -> str:
   """An exception in one line: what it is, and the last line of the function's own file on the way to it."""
   if isinstance(err, Unusable):
     return str(err)

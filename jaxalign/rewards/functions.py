@@ -276,7 +276,10 @@ def _called(reward: Reward, responses: Responses) -> list[float | None]:
     return calling.call(reward.fn, responses.arguments(), len(responses.responses))
   except types.UsageError:
     raise
-  except Exception as err:  # Whatever the user's function raises.
+  except (
+      Exception,
+      SystemExit,
+  ) as err:  # Whatever the user's function raises; it may run in a thread, which would end.
     item = err.item if isinstance(err, calling.Unusable) else _culprit(reward, responses)
     span = f'{responses.where[0]} to {responses.where[-1]}' if len(set(responses.where)) > 1 else responses.where[0]
     where = span if item is None else responses.where[item]
@@ -288,7 +291,7 @@ def _culprit(reward: Reward, responses: Responses) -> int | None:
   for item in range(len(responses.responses)):
     try:
       calling.call(reward.fn, responses[item].arguments(), 1)
-    except Exception:  # The same as was raised for all.
+    except (Exception, SystemExit):  # The same as was raised for all.
       return item
   return None
 
