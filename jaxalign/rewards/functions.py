@@ -279,7 +279,7 @@ def _called(reward: Reward, responses: Responses) -> list[float | None]:
   except (
       Exception,
       SystemExit,
-  ) as err:  # Whatever the user's function raises; it may run in a thread, which would end.
+  ) as err:  # Whatever the user's function raises; a thread that it is called in would end.
     item = err.item if isinstance(err, calling.Unusable) else _culprit(reward, responses)
     span = f'{responses.where[0]} to {responses.where[-1]}' if len(set(responses.where)) > 1 else responses.where[0]
     where = span if item is None else responses.where[item]
