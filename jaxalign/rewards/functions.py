@@ -276,10 +276,7 @@ def _called(reward: Reward, responses: Responses) -> list[float | None]:
     return calling.call(reward.fn, responses.arguments(), len(responses.responses))
   except types.UsageError:
     raise
-  except (
-      Exception,
-      SystemExit,
-  ) as err:  # Whatever the user's function raises; a thread that it is called in would end.
+  except (Exception, SystemExit) as err:  # Whatever the user's function raises, in a thread or not.
     item = err.item if isinstance(err, calling.Unusable) else _culprit(reward, responses)
     span = f'{responses.where[0]} to {responses.where[-1]}' if len(set(responses.where)) > 1 else responses.where[0]
     where = span if item is None else responses.where[item]
