@@ -48,7 +48,7 @@ class Options:
 
   def __post_init__(self):
     if self.keep < 1 or self.best_mode not in ('min', 'max'):
-      raise types.UsageError(f"{self}: keep must be at least 1, and best_mode 'min' or 'max'")
+      raise types.UsageError(f"checkpoint.{self}: keep must be at least 1, and best_mode 'min' or 'max'")
 
 
 class Loaded(NamedTuple):
@@ -199,7 +199,7 @@ def read_json(path: storage.Path) -> dict[str, Any]:
   try:
     return json.loads(path.read_text(encoding='utf-8'))
   except json.JSONDecodeError as err:
-    raise types.RunError(f'{path}: not valid JSON ({err}); restore it, or choose another --workdir') from err
+    raise types.RunError(f'{path}: not valid JSON ({err}); restore it, or train in another --workdir') from err
 
 
 def save_base(directory: storage.Path, ref: reference.Reference) -> None:
@@ -215,26 +215,28 @@ def is_checkpoint(path: storage.Path) -> bool:
   return any((folder / 'run.json').exists() for folder in (path, path / 'checkpoints', path.parent))
 
 
-def find(directory: str | os.PathLike) -> tuple[storage.Path, int]:
+def find(directory: str | os.PathLike, flag: str = '') -> tuple[storage.Path, int]:
   """Finds the `checkpoints` folder and the step that a user means by a workdir, that folder or one step's folder.
+
+  Args:
+    directory: any of them.
+    flag: as `--checkpoint=`, where that named it.
 
   Raises:
     UsageError: there is no checkpoint.
   """
   given = storage.absolute(directory)
-  with storage.naming(f'--checkpoint={directory}'):
+  with storage.naming(f'{flag}{directory}'):
     for folder in (given, given / 'checkpoints'):
       if (folder / 'run.json').exists():
         # In a bucket nothing is renamed when it is whole.
         steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and ocp.utils.is_checkpoint_finalized(p)]
         if not steps:
-          raise types.UsageError(f'--checkpoint={directory}: {folder} holds no finished checkpoint')
+          raise types.UsageError(f'{flag}{directory}: {folder} holds no finished checkpoint')
         return folder, max(steps)
     if given.name.isdigit() and (given.parent / 'run.json').exists() and given.exists():
       return given.parent, int(given.name)
-  raise types.UsageError(
-      f'--checkpoint={directory}: no checkpoint there (looked for run.json and checkpoints/run.json)'
-  )
+  raise types.UsageError(f'{flag}{directory}: no checkpoint there (looked for run.json and checkpoints/run.json)')
 
 
 def load(directory: str | os.PathLike, mesh: jax.sharding.Mesh, dtype: str | None = None) -> Loaded:
@@ -285,7 +287,7 @@ def merged(loaded: Loaded) -> types.PyTree:
   return lora_lib.merge(loaded.params, loaded.model.lora) if loaded.model.lora is not None else loaded.params
 
 
-def load_reference(directory: str | os.PathLike, loaded: Loaded, mesh: jax.sharding.Mesh) -> reference.Reference:
+def load_reference(directory: str | os.PathLike, loaded: Loaded) -> reference.Reference:
   """Restores what the run of a checkpoint is compared with; where only adapters were trained, `loaded` has their base.
 
   It is what the run began with, or what a reference that follows the policy had become.

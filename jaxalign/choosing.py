@@ -32,8 +32,8 @@ class Rule(NamedTuple):
   min_p: float = 0.0
   repetition_penalty: float = 1.0
 
-  def check(self) -> None:
-    """Raises UsageError where a value has no meaning."""
+  def check(self, where: str = '') -> None:
+    """Raises UsageError where a value has no meaning; `where` goes before its name."""
     wanted = {
         'temperature': ('at least 0', self.temperature >= 0),
         'top_k': ('at least 0', self.top_k >= 0),
@@ -43,7 +43,7 @@ class Rule(NamedTuple):
     }
     for name, (what, is_right) in wanted.items():
       if not is_right:
-        raise types.UsageError(f'{name} = {getattr(self, name)}: it must be {what}')
+        raise types.UsageError(f'{where}{name} = {getattr(self, name)}: it must be {what}')
 
 
 def logits(model: transformer.Transformer, params: types.PyTree, hidden_BD) -> types.Array:

@@ -24,19 +24,17 @@ _OF_SCORING = ('per', 'row_length')
 _OF_REWARDS = ('reward', 'combine')
 _OF_PLANS = ('topology', 'num_slices', 'json', 'search')
 _but = lambda names, *out: tuple(name for name in names if name not in out)
+_BUT_MODEL = _but(_OF_TRAINING, 'model', 'data')
+_BUT_PLACES = _but(_OF_DATA, 'data_dir', 'cache_dir')
 _UNREAD: dict[str, tuple[str, ...]] = {
     'train': ('checkpoint', *_OF_SAMPLING, *_OF_SCORING),
     'show': ('checkpoint', *_OF_SAMPLING, *_OF_SCORING),
     'plan': ('checkpoint', 'workdir', *_OF_SAMPLING, *_OF_SCORING, 'debug'),
     'eval': (*_OF_TRAINING, *_OF_SAMPLING, *_OF_SCORING, *_OF_REWARDS),
-    'sample': (*_but(_OF_TRAINING, 'model', 'data'), *_but(_OF_DATA, 'data_dir'), *_OF_SCORING, 'guide', 'combine'),
-    'sample --reward': (*_but(_OF_TRAINING, 'model', 'data'), *_but(_OF_DATA, 'data_dir'), *_OF_SCORING, 'guide'),
-    'sample --decode': (
-        *_but(_OF_TRAINING, 'model', 'data'),
-        *_but(_OF_DATA, 'data_dir', 'gin_file', 'gin'),
-        *_OF_SCORING,
-    ),
-    'score': (*_but(_OF_TRAINING, 'model', 'data'), *_OF_SAMPLING, 'eval_data', 'gin', 'seed', 'combine'),
+    'sample': (*_BUT_MODEL, *_BUT_PLACES, *_OF_SCORING, 'guide', 'combine'),
+    'sample --reward': (*_BUT_MODEL, *_BUT_PLACES, *_OF_SCORING, 'guide'),
+    'sample --decode': (*_BUT_MODEL, *_but(_BUT_PLACES, 'gin_file', 'gin'), *_OF_SCORING),
+    'score': (*_BUT_MODEL, *_OF_SAMPLING, 'eval_data', 'gin', 'seed', 'combine'),
     'score --reward': (
         *_but(_OF_TRAINING, 'tokenizer', 'data'),
         *_but(_OF_DATA, 'data_dir', 'skip_bad_records'),
@@ -45,7 +43,7 @@ _UNREAD: dict[str, tuple[str, ...]] = {
     ),
     'score --reward=DIR': (
         *_but(_OF_TRAINING, 'tokenizer', 'data'),
-        *_but(_OF_DATA, 'data_dir', 'skip_bad_records'),
+        *_but(_BUT_PLACES, 'skip_bad_records'),
         *_OF_SAMPLING,
         *('checkpoint', 'seed', 'per', 'debug'),
     ),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import math
+from types import MappingProxyType
 from typing import Any
 from typing import NamedTuple
 
@@ -58,7 +59,6 @@ class Samples:
     prefix: what asks for a good response where training wrote tags before prompts: it is put before each of `prompts`,
       and of held-out data those are taken that begin with it.
     suffix: the same behind each prompt.
-    ways: how else tokens are drawn, as in the rollouts of the run, see `rollouts.Options.ways`; nothing binds it.
   """
 
   prompts: Callable[[], Sequence[str]] | None = None
@@ -71,7 +71,6 @@ class Samples:
   shown: int = 8
   prefix: str = ''
   suffix: str = ''
-  ways: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     for name, least in (('count', 0), ('per_prompt', 1), ('max_new_tokens', 1)):
@@ -99,6 +98,7 @@ class Setting(NamedTuple):
     world: what answers the policy, for as many turns as it has.
     scorers: loads the models among the rewards, by name.
     template: of messages, see `chat.pick`, whose end of a turn ends a response.
+    ways: how tokens are drawn beside length and temperature, see `rollouts.Options.ways`.
   """
 
   rewards: Sequence[functions.Reward | modelled.Model] = ()
@@ -106,6 +106,7 @@ class Setting(NamedTuple):
   world: environments.Environment | None = None
   scorers: Callable[[], Mapping[str, functions.Scorer]] = dict
   template: str | None = None
+  ways: Mapping[str, Any] = MappingProxyType({})
 
 
 # (prompts, responses) -> the summed log-probability of each response under a reference, in nats
@@ -142,7 +143,7 @@ def sample(
   """
   stop_ids = prompts_lib.stop_ids(tokenizer, verdicts.are_chats(prompts), setting.template)
   how: dict[str, Any] = {'max_new_tokens': samples.max_new_tokens, 'temperature': samples.temperature}
-  how |= {'stop_ids': stop_ids, **samples.ways}
+  how |= {'stop_ids': stop_ids, **setting.ways}
   draw = lambda behind, n, turn: sampling.sample(model, params, behind, n=n, seed=seed + turn, **how)
   drawn = environments.respond(setting.world, prompts, samples.per_prompt, tokenizer, draw)
   ids = [one.ids for one in drawn]
@@ -150,7 +151,7 @@ def sample(
   responses, given = verdicts.responses(prompts, tokenizer, drawn), environments.rewards_of(drawn)
   judged = setting.rewards, setting.how, samples.pass_at, responses, len(prompts), given, setting.scorers()
   values |= verdicts.measured(*judged)
-  rule = choosing.Rule(samples.temperature, **{k: x for k, x in samples.ways.items() if k in choosing.Rule._fields})
+  rule = choosing.Rule(samples.temperature, **{k: x for k, x in setting.ways.items() if k in choosing.Rule._fields})
   if ref_logps is not None and rule == choosing.Rule():
     own = np.array([np.sum(one.logps, dtype=np.float64) for one in drawn])
     gaps = own - ref_logps([one.ids for one in prompts for _ in range(samples.per_prompt)], drawn)
@@ -256,23 +257,22 @@ class Evaluator:
     self._ref = live and live.moving
     ref_model = live.model if live is not None else reference.model_of(model)
     run = counter.counted(lambda params, batch: {'logps': forward.ref_logps(params, batch, model=ref_model)})
-    self._live, self._ref_run = live, jax.jit(run, out_shardings=sharding.named(job.mesh))
-    self._kept, self._follows = kept, recipe.sync is not None
+    self._ref_run = jax.jit(run, out_shardings=sharding.named(job.mesh))
+    self._live, self._kept, self._follows = live, kept, recipe.sync is not None
     self._packing, self._mesh = dataclasses.replace(recipe.packing, groups_per_step=None), job.mesh
     self._model, self._tokenizer, self._streams, self._seed = model, tokenizer, streams, job.seed
     self._samples, self._frozen, self._prompts, self._setting = samples, frozen, list[verdicts.Prompt](), Setting()
     if samples is not None:
       specs = sources.parse_all(job.eval_data) if streams.asked is not None else []
       records = [sources.open_source(spec, job.data_dir) for spec in specs]
-      judge = samples.judge and functions.Reward('evaluate.Samples.judge', samples.judge)
-      own: Sequence[functions.Reward | modelled.Model] = [judge] if judge else []
-      most, ways, self._setting = samples.max_new_tokens or 64, {}, Setting(own)
+      own = samples.judge and [functions.Reward('evaluate.Samples.judge', samples.judge)]
+      most, self._setting = samples.max_new_tokens or 64, Setting(own or ())
       if (its := recipe.rollouts) is not None:
         most, ways = samples.max_new_tokens or its.max_new_tokens, its.ways(tokenizer)
-        judges = own or [functions.parse(spec) for spec in its.rewards]
-        self._setting = Setting(judges, its.combine, its.world, streams.scorers, its.template)
+        judges: Sequence[functions.Reward | modelled.Model] = own or [functions.parse(spec) for spec in its.rewards]
+        self._setting = Setting(judges, its.combine, its.world, streams.scorers, its.template, ways)
       longest = most if self._setting.world is None else self._setting.world.longest(most)
-      self._samples = dataclasses.replace(samples, max_new_tokens=most, ways=ways)
+      self._samples = dataclasses.replace(samples, max_new_tokens=most)
       self._prompts = prompts_of(samples, tokenizer, streams.asked, records, model.config.max_length - longest)
 
   def held_out(self, params: types.PyTree, loss_state: types.PyTree, ref: types.PyTree = ()) -> dict[str, float]:
@@ -337,7 +337,7 @@ def evaluate(
     else:
       streams = streams_lib.open_streams(job, recipe, loaded.tokenizer, train=False)
     known = streams.reference or recipe.rollouts is not None
-    ref = checkpoint.load_reference(directory, loaded, job.mesh) if known else None
+    ref = checkpoint.load_reference(directory, loaded) if known else None
     if ref is not None and isinstance(streams, streams_lib.Streams) and streams.cached:
       streams = streams_lib.with_reference(streams, job, recipe, ref, steps=0, counter=counter)
     loss_state = checkpoint.load_loss_state(directory, streams.needs.state, job.mesh)

@@ -19,7 +19,7 @@ _COUNT = functools.partial(flags.DEFINE_integer, lower_bound=0)
 FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
     (flags.DEFINE_bool, 'help', False, 'Show this.'),
     (flags.DEFINE_bool, 'list', False, 'List the algorithms, one line each.'),
-    (flags.DEFINE_bool, 'markdown', False, 'With --list: a table with paper, gin file and test.'),
+    (flags.DEFINE_bool, 'markdown', False, 'With --list: a table with paper and test.'),
     (flags.DEFINE_string, 'mode', 'train', 'train, eval, sample, score, show or plan.'),
     (flags.DEFINE_string, 'algo', None, 'The algorithm: a file of gin_configs; --list names them.'),
     (
@@ -113,7 +113,12 @@ FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         'A gin file of your own, applied after those of the algorithm; with --mode=score after what the run bound, for'
         ' a recipe.Recipe.scored_fn of your own.',
     ),
-    (flags.DEFINE_multi_string, 'gin', [], "A gin binding, applied last, as 'preference.dpo.beta=0.2'."),
+    (
+        flags.DEFINE_multi_string,
+        'gin',
+        [],
+        "A gin binding, applied after all gin files, as 'preference.dpo.beta=0.2'; flags that bind come after it.",
+    ),
     (
         flags.DEFINE_string,
         'checkpoint',
@@ -178,8 +183,8 @@ FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         'decode',
         '',
         'For --mode=sample: alignment without training, a file of gin_configs/decode: best_of_n, mbr and vote choose'
-        ' one of several candidates; rad, cd, dera, contrastive and proxy are guided by other models; urial shows'
-        ' examples first. Its parameters are bound by --gin. Default: none.',
+        ' one of several candidates; rad, cd, cd_blockwise, dera, contrastive and proxy are guided by other models;'
+        ' urial shows examples first. Its parameters are bound by --gin. Default: none.',
     ),
     (
         flags.DEFINE_multi_string,

@@ -62,7 +62,6 @@ class Costs:
     cycles: the compiler's own estimate of all that is not a collective or a Pallas kernel.
     bytes: read from and written to HBM.
     collectives: by kind, how often one runs and how many bytes the whole arrays have.
-    dynamic_loops: loops whose length the program does not tell.
   """
 
   flops: float = 0.0
@@ -70,7 +69,6 @@ class Costs:
   cycles: float = 0.0
   bytes: float = 0.0
   collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-  dynamic_loops: int = 0
 
 
 class Module:
@@ -176,9 +174,6 @@ def costs(text: str, trips: float = 1.0) -> Costs:
     trips: turns of a loop whose length is known at run time alone.
   """
   module, found = Module(text), Costs()
-  found.dynamic_loops = sum(
-      one.op == 'while' and module.trips(one) is None for lines in module.computations.values() for one in lines
-  )
   channels: dict[tuple[str, str], tuple[float, float]] = {}
   scattered = _scattering(module)
   for number, (one, times, fused) in enumerate(module.runs(trips)):

@@ -41,7 +41,7 @@ class Options:
 
   def __post_init__(self):
     if self.steps < 1 or self.log_every < 1 or self.max_skipped < 1 or min(self.eval_every, self.save_every) < 0:
-      raise types.UsageError(f'{self}: steps, log_every and max_skipped must be at least 1, the others at least 0')
+      raise types.UsageError(f'loop.{self}: steps, log_every and max_skipped must be at least 1, the others at least 0')
 
 
 class Preemption:

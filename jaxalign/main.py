@@ -230,7 +230,7 @@ def _restored(args: flags.FlagValues) -> tuple[storage.Path, dict]:
   """The checkpoint folder of --checkpoint and its run.json."""
   if args.checkpoint is None:
     raise types.UsageError(f'--mode={args.mode} needs --checkpoint=DIR (a workdir, or one checkpoint in it)')
-  folder, _ = checkpoint.find(args.checkpoint)
+  folder, _ = checkpoint.find(args.checkpoint, '--checkpoint=')
   return folder, checkpoint.read_json(folder / 'run.json')
 
 
@@ -312,7 +312,7 @@ def _model_of(args: flags.FlagValues) -> str:
   if bool(args.checkpoint) == bool(args.model):
     raise types.UsageError(f'--mode={args.mode} needs --checkpoint=DIR, or --model=DIR of Hugging Face: one of them')
   if args.checkpoint:
-    checkpoint.find(args.checkpoint)
+    checkpoint.find(args.checkpoint, '--checkpoint=')
   return args.checkpoint or args.model
 
 

@@ -30,7 +30,7 @@ _SECONDS = 60.0  # between two times that what has grown is sent to a bucket
 
 _T = TypeVar('_T')
 
-# Peak bf16 FLOP/s of one chip, by the `device_kind` that JAX reports; vendors' data sheets.
+# Peak bf16 FLOP/s of a device, by the `device_kind` that JAX reports; vendors' data sheets. A chip of TPU7x is two.
 PEAK_FLOPS = {
     'TPU v4': 275e12,
     'TPU v5 lite': 197e12,
@@ -39,7 +39,7 @@ PEAK_FLOPS = {
     'TPU v5p': 459e12,
     'TPU v6 lite': 918e12,
     'TPU v6e': 918e12,
-    'TPU7x': 2307e12,
+    'TPU7x': 1153.5e12,
     'NVIDIA A100-SXM4-80GB': 312e12,
     'NVIDIA H100 80GB HBM3': 989e12,
     'NVIDIA H200': 989e12,

@@ -89,11 +89,6 @@ class Plan:
     """The share of the peak that the step can use at most."""
     return self.step.model_flops / (self.chip.flops * self.step.seconds) if self.step.seconds else 0.0
 
-  @property
-  def tokens_per_second(self) -> float:
-    """Of the step, at most."""
-    return self.step.tokens / self.step.seconds if self.step.seconds else 0.0
-
   def table(self) -> str:
     """In words and numbers."""
     return _table(self)

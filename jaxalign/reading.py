@@ -74,7 +74,7 @@ def of(
     raise types.UsageError(f'{spec}: {NEITHER}')
   if per == 'step':
     raise types.UsageError(f'--per=step: {spec} has no head that scores; its implicit rewards are of tokens')
-  ref = checkpoint.load_reference(path, loaded, mesh)
+  ref = checkpoint.load_reference(path, loaded)
 
   def ratios(params, batch):
     """The log-ratio to the reference of the model's run, of each token that counts."""

@@ -186,8 +186,16 @@ def asset(name: str) -> pathlib.Path:
   return pathlib.Path(str(importlib.resources.files('jaxalign').joinpath('assets', name)))
 
 
-def model_directory(spec: str) -> storage.Path:
+_A_MODEL = 'a model is a Hugging Face directory, a checkpoint of jaxalign, or a name in gin_configs/models'
+_A_TOKENIZER = 'a tokenizer is a SentencePiece .model, a tokenizer.json, or a directory with one'
+
+
+def model_directory(spec: str, wanted: str = _A_MODEL) -> storage.Path:
   """The directory that a `--model` or `--tokenizer` names: `builtin:NAME` is an asset of the package.
+
+  Args:
+    spec: as the flag has it.
+    wanted: says what it may be.
 
   Raises:
     UsageError: there is no such directory or file.
@@ -196,7 +204,6 @@ def model_directory(spec: str) -> storage.Path:
   with storage.naming(spec):
     is_there = path.exists()
   if not is_there:
-    wanted = '--model is a Hugging Face directory, a checkpoint of jaxalign, or a name in gin_configs/models'
     raise types.UsageError(f'{spec}: no such file or directory ({wanted})')
   return path
 
@@ -260,7 +267,7 @@ def open_tokenizer(job: Job) -> tokenizers.Tokenizer:
 
 def load_tokenizer(spec: str) -> tokenizers.Tokenizer:
   """Loads what `--tokenizer` names, or the tokenizer beside what `--model` names."""
-  path = model_directory(spec)
+  path = model_directory(spec, _A_TOKENIZER)
   return tokenizers.load(checkpoint.find(path)[0] / 'tokenizer' if checkpoint.is_checkpoint(path) else path)
 
 

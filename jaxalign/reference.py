@@ -48,7 +48,7 @@ class Sync:
 
   def __post_init__(self):
     if self.every < 1 or not 0 < self.alpha <= 1:
-      raise types.UsageError(f'{self}: every must be at least 1, alpha above 0 and at most 1')
+      raise types.UsageError(f'reference.{self}: every must be at least 1, alpha above 0 and at most 1')
 
   def moved(self, ref: types.PyTree, params: types.PyTree, step: types.Array) -> types.PyTree:
     """The reference of the next step after `step` steps, of which the last led to `params`.

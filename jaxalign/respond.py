@@ -274,7 +274,7 @@ def _prompts(job: recipe_lib.Job, tokenizer: tokenizers.Tokenizer, chat: bool, r
   if left:
     logging.warning('%d records left out: no prompt of 1 to %d tokens (first %s)', len(left), room, left[0])
   if len(chats) != 1:
-    raise types.RunError(f'--data={job.data}: {"prompts are text and messages" if chats else "no record is left"}')
+    raise types.UsageError(f'--data={job.data}: {"prompts are text and messages" if chats else "no record is left"}')
   return Asked(kept, chats.pop())
 
 

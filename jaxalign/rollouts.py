@@ -111,7 +111,7 @@ class Options:
       raise types.UsageError(
           f'rollouts.Options.temperature = {self.temperature}: it must be above 0, or nothing varies'
       )
-    choosing.Rule(self.temperature, self.top_k, self.top_p, self.min_p).check()
+    choosing.Rule(self.temperature, self.top_k, self.top_p, self.min_p).check('rollouts.Options.')
     sampling.check_cache_dtype(self.cache_dtype)
     sharding.check_rules(self.sampling_rules or {}, 'rollouts.Options.sampling_rules')
     if self.max_kl is not None and (self.max_kl <= 0 or self.updates == 1):

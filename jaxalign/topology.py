@@ -12,7 +12,6 @@ from jaxalign import compiling
 from jaxalign import types
 
 _GIB = 2**30
-GPU = 'gpu'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +77,7 @@ def find(text: str, num_slices: int = 1) -> Topology:
   Raises:
     UsageError: there is no such chip or topology, or libtpu is not installed.
   """
-  name, sizes = _parsed(text)
+  name, _ = _parsed(text)
   if name in _GPUS:
     if num_slices > 1:
       raise types.UsageError(f'--topology={text}: GPUs are in one slice, not {num_slices}')

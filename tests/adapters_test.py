@@ -118,7 +118,7 @@ class TestCheckpoints:
 
   def test_share_the_base_with_the_reference(self, trained):
     loaded = checkpoint.load(trained, ONE)
-    ref = checkpoint.load_reference(trained, loaded, ONE)
+    ref = checkpoint.load_reference(trained, loaded)
     assert ref.model.lora is None
     assert ref.moving == {}
     assert ref.fixed['embed'] is loaded.params['embed']

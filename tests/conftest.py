@@ -33,7 +33,7 @@ os.environ.update(
     ALLOW_MULTIPLE_LIBTPU_LOAD='1',
     TPU_ACCELERATOR_TYPE='v5litepod-16',
     TPU_WORKER_HOSTNAMES='localhost',
-    LIBTPU_INIT_ARGS='--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000',  # as `sharding.tune_compiler` says
+    LIBTPU_INIT_ARGS='--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000',  # as `compiling.tune_compiler` says
 )
 
 import hypothesis  # noqa: E402

@@ -235,7 +235,7 @@ def arrays(workdir):
   """Policy and reference of the newest checkpoint."""
   mesh = sharding.make_mesh('', devices=jax.devices()[:1])
   loaded = checkpoint.load(workdir, mesh)
-  return jax.device_get((loaded.params, checkpoint.load_reference(workdir, loaded, mesh).params))
+  return jax.device_get((loaded.params, checkpoint.load_reference(workdir, loaded).params))
 
 
 @pytest.fixture(scope='module')

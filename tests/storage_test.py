@@ -26,14 +26,14 @@ from jaxalign import storage
 from jaxalign import types
 from jaxalign.data import sources
 from jaxalign.rewards import functions
-from tests import buckets
+from tests import fake_gcs
 from tests import runs
 from tools import rollouts
 
 
 @pytest.fixture(scope='module')
 def env():
-  with buckets.serving() as env, pytest.MonkeyPatch.context() as patch:
+  with fake_gcs.serving() as env, pytest.MonkeyPatch.context() as patch:
     for name, value in env.items():
       patch.setenv(name, value)
     yield env
@@ -134,7 +134,7 @@ class TestNaming:
     with pytest.raises(types.UsageError, match='^--flag: there is no such bucket or object$'):
       with storage.naming('--flag'):
         storage.path('gs://nobucket/a').read_text()
-    with pytest.raises(types.RunError, match=f'^--flag: Forbidden: .*{buckets.DENIED}$'):
+    with pytest.raises(types.RunError, match=f'^--flag: Forbidden: .*{fake_gcs.DENIED}$'):
       with storage.naming('--flag'):
         storage.path('gs://private/a').exists()
 
@@ -152,10 +152,10 @@ class TestGrowing:
     grown.send()
     assert ((bucket / 'a.txt').read_text(), (bucket / 'c' / 'd.txt').read_text()) == ('one two', 'new')
     assert not grown.is_due(60) and grown.is_due(0)
-    before = buckets.generations(bucket / 'c')
+    before = fake_gcs.generations(bucket / 'c')
     (grown.folder / 'a.txt').write_text('cut')
     grown.close()
-    assert ((bucket / 'a.txt').read_text(), buckets.generations(bucket / 'c')) == ('cut', before)
+    assert ((bucket / 'a.txt').read_text(), fake_gcs.generations(bucket / 'c')) == ('cut', before)
     assert not grown.folder.exists()
 
   def test_is_the_folder_itself_on_a_disk(self, tmp_path):
@@ -222,7 +222,7 @@ class TestSources:
   def test_names_what_cannot_be_read(self, env):
     with pytest.raises(types.UsageError, match="data 'jsonl:gs://bucket/no': there is no file gs://bucket/no"):
       sources.open_source('jsonl:gs://bucket/no')
-    with pytest.raises(types.RunError, match=f'cannot read gs://private/no: Forbidden: .*{buckets.DENIED}'):
+    with pytest.raises(types.RunError, match=f'cannot read gs://private/no: Forbidden: .*{fake_gcs.DENIED}'):
       sources.open_source('jsonl:gs://private/no')
 
 
@@ -291,7 +291,7 @@ class TestRuns:
 
   def test_go_on_in_a_bucket_as_on_a_disk(self, inputs, bucket, tmp_path, capsys, caplog):
     assert main.main(flags(inputs, tmp_path / 'run', tmp_path)) == 0
-    buckets.put(inputs, bucket)
+    fake_gcs.put(inputs, bucket)
     args = flags(bucket, bucket / 'run', tmp_path)
     killed = runs.spawn(args, devices=8, program=('-c', KILLED))
     code, said = runs.finished(killed)
@@ -313,10 +313,10 @@ class TestRuns:
     # TensorBoard has what both processes wrote.
     assert len(list((bucket / 'run' / 'tensorboard').iterdir())) == 2
 
-    before = buckets.generations(bucket)
+    before = fake_gcs.generations(bucket)
     assert main.main(args) == 0
     assert f'{bucket / "run"} is finished: 6 steps' in caplog.text
-    assert json.loads(capsys.readouterr().out) == summary and buckets.generations(bucket) == before
+    assert json.loads(capsys.readouterr().out) == summary and fake_gcs.generations(bucket) == before
 
     assert main.main(['jaxalign', '--mode=eval', f'--checkpoint={bucket / "run"}', f'--cache_dir={tmp_path}']) == 0
     assert json.loads(capsys.readouterr().out)['eval/loss'] == summary['eval/loss']
@@ -329,7 +329,7 @@ class TestRuns:
     mesh = sharding.make_mesh('', devices=jax.devices()[:1])
     loaded = recipe.load(str(recipe.asset('stories260K')), mesh)
     checkpoint.save_imported(tmp_path / 'a', loaded.params, loaded.model, None, loaded.tokenizer)
-    buckets.put(tmp_path / 'a', bucket)
+    fake_gcs.put(tmp_path / 'a', bucket)
     assert checkpoint.find(bucket) == (bucket, 0)
     runs.assert_same(recipe.load(str(bucket), mesh).params, loaded.params)
     fsspec.filesystem('gcs').get(f'{bucket}/', f'{tmp_path / "b"}/', recursive=True)
@@ -363,9 +363,9 @@ class TestRuns:
       'flag, code, said',
       [
           ('--workdir=gs://nobucket/a', 2, '--workdir=gs://nobucket/a: there is no such bucket or object'),
-          ('--workdir=gs://private/a', 1, f'--workdir=gs://private/a: Forbidden: [^ ]+ {buckets.DENIED}'),
+          ('--workdir=gs://private/a', 1, f'--workdir=gs://private/a: Forbidden: [^ ]+ {fake_gcs.DENIED}'),
           ('--model=gs://bucket/none', 2, 'gs://bucket/none: no such file or directory .*'),
-          ('--model=gs://private/none', 1, f'gs://private/none: Forbidden: [^ ]+ {buckets.DENIED}'),
+          ('--model=gs://private/none', 1, f'gs://private/none: Forbidden: [^ ]+ {fake_gcs.DENIED}'),
           ('--tokenizer=gs://bucket/none', 2, 'gs://bucket/none: no such file or directory .*'),
           ('--data=jsonl:gs://bucket/none', 2, "data 'jsonl:gs://bucket/none': there is no file gs://bucket/none"),
           ('--cache_dir=gs://bucket/a', 2, '--cache_dir=gs://bucket/a: .*'),

@@ -29,6 +29,7 @@ from jaxalign import recipe
 from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign import storage
+from jaxalign import types
 from jaxalign.data import examples
 from jaxalign.models import transformer
 from jaxalign.rewards import rules
@@ -142,8 +143,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   offline = (a for a in catalog.algorithms() if not catalog.is_online(a))
   policies = [a for a in offline if a not in _LEFT_OUT and not a.startswith('rm')]
   algos = policies if args.algos == 'all' else args.algos.split(',')
-  for algo in algos:
-    catalog.check_algorithm(algo)
+  try:
+    for algo in algos:
+      catalog.check_algorithm(algo)
+  except types.UsageError as err:
+    print(f'frontier: {err}', file=sys.stderr)
+    return 2
   args.output.mkdir(parents=True, exist_ok=True)
   mesh = sharding.make_mesh()
   found: dict[str, dict] = {}

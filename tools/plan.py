@@ -20,6 +20,7 @@ import subprocess
 import sys
 from typing import Any
 
+from jaxalign import catalog
 from jaxalign import storage
 from jaxalign import topology as topology_lib
 from jaxalign import types
@@ -31,7 +32,6 @@ _TOPOLOGIES = {
     'llama3_1_70b': ('v5e:16x16', 'v5p:4x8x8', 'v6e:16x16'),
 }
 _ALGOS = ('sft', 'dpo', 'ppo', 'grpo')
-_ONLINE = ('ppo', 'grpo')
 
 
 def points(args: argparse.Namespace) -> Iterator[dict[str, str]]:
@@ -52,7 +52,7 @@ def flags(point: dict[str, str], args: argparse.Namespace) -> list[str]:
       'loader.Packing.micro_batches': max(1, args.rows_per_device // args.rows_at_once),
       'loader.Packing.row_length': args.row_length,
   }
-  if point['algo'] in _ONLINE:
+  if catalog.is_online(point['algo']):
     # As many responses as rows, of half a row each.
     bound |= {'rollouts.Options.max_new_tokens': args.row_length // 2, 'rollouts.Options.samples': 8}
     bound['rollouts.Options.prompts'] = max(1, count * args.rows_per_device // 8)

@@ -29,7 +29,7 @@ def known(record: Record, columns: Mapping[str, str] | None) -> dict[str, Any]:
   columns = columns or {}
   unknown = sorted(set(columns) - set(COLUMNS))
   if unknown:
-    raise types.UsageError(f'columns: {unknown[0]!r} is not one of {", ".join(COLUMNS)}')
+    raise types.UsageError(f'columns of an example function: {unknown[0]!r} is not one of {", ".join(COLUMNS)}')
   values = {name: record.get(columns.get(name, name)) for name in COLUMNS}
   return {name: value for name, value in values.items() if value is not None}
 

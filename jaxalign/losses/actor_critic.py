@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxalign import masked
 from jaxalign import types
-from jaxalign.losses import policy_parts as parts
+from jaxalign.losses import policy_parts
 
 Loss = Callable[..., types.LossOut]
 
@@ -213,7 +213,7 @@ def adaptive(
     target: float,
     horizon: float,
     beta: float = 0.0,
-    kl: parts.Estimator = parts.kl_penalty,
+    kl: policy_parts.Estimator = policy_parts.kl_penalty,
 ) -> types.LossOut:
   """A divergence from the reference whose coefficient is steered so that responses stay at a target.
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import types
-from jaxalign.losses import policy_parts as parts
+from jaxalign.losses import policy_parts
 
 _of = functools.partial
 
@@ -69,7 +69,7 @@ def ppo(
     Schulman et al., 2017, https://arxiv.org/abs/1707.06347, Eq. 7.
   """
   del ref
-  x_BT = parts.log_ratio(policy, labels)
+  x_BT = policy_parts.log_ratio(policy, labels)
   return _clipped(policy, labels, state, x_BT, clip_eps, clip_eps_high, dual_clip=dual_clip, max_ratio=max_ratio)
 
 
@@ -95,7 +95,7 @@ def regularised(
     loss: Callable[..., types.LossOut],
     weights: Sequence[Callable[..., types.Array]] = (),
     beta: float = 0.0,
-    kl: parts.Estimator = parts.kl_penalty,
+    kl: policy_parts.Estimator = policy_parts.kl_penalty,
 ) -> types.LossOut:
   """Another loss, weighed token by token, and a divergence from the reference.
 
@@ -127,7 +127,7 @@ def regularised(
 
 
 def grpo(
-    policy, ref, labels, *, state=(), clip_eps: float, beta: float, kl: parts.Estimator = parts.kl_penalty
+    policy, ref, labels, *, state=(), clip_eps: float, beta: float, kl: policy_parts.Estimator = policy_parts.kl_penalty
 ) -> types.LossOut:
   """Group Relative Policy Optimization.
 
@@ -156,7 +156,7 @@ def gspo(policy, ref, labels, *, state=(), clip_eps: float, clip_eps_high: float
     Zheng et al., 2025, https://arxiv.org/abs/2507.18071, Eq. 5 and 7.
   """
   del ref
-  x_BT = parts.response_mean(parts.log_ratio(policy, labels), policy)
+  x_BT = policy_parts.response_mean(policy_parts.log_ratio(policy, labels), policy)
   return _clipped(policy, labels, state, x_BT, clip_eps, clip_eps_high)
 
 
@@ -172,7 +172,11 @@ def gspo_token(policy, ref, labels, *, state=(), clip_eps: float, clip_eps_high:
   """
   del ref
   sg = jax.lax.stop_gradient
-  x_BT = sg(parts.response_mean(parts.log_ratio(policy, labels), policy)) + policy.logps_BT - sg(policy.logps_BT)
+  x_BT = (
+      sg(policy_parts.response_mean(policy_parts.log_ratio(policy, labels), policy))
+      + policy.logps_BT
+      - sg(policy.logps_BT)
+  )
   return _clipped(policy, labels, state, x_BT, clip_eps, clip_eps_high)
 
 
@@ -185,7 +189,7 @@ def luspo(policy, ref, labels, *, state=(), clip_eps: float, clip_eps_high: floa
     Liu et al., 2026, https://arxiv.org/abs/2602.05261, derived from TRL's definition.
   """
   out = gspo(policy, ref, labels, state=state, clip_eps=clip_eps, clip_eps_high=clip_eps_high)
-  length_BT = parts.response_sum(jnp.ones_like(policy.logps_BT), policy)
+  length_BT = policy_parts.response_sum(jnp.ones_like(policy.logps_BT), policy)
   return types.LossOut(length_BT * out.per_item, out.metrics, out.state)
 
 
@@ -202,7 +206,7 @@ def rloo(policy, ref, labels, *, state=(), clip_eps: float) -> types.LossOut:
     Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740; the ratio is TRL's.
   """
   del ref
-  x_BT = parts.response_sum(parts.log_ratio(policy, labels), policy)
+  x_BT = policy_parts.response_sum(policy_parts.log_ratio(policy, labels), policy)
   return _clipped(policy, labels, state, x_BT, clip_eps)
 
 
@@ -217,11 +221,11 @@ def gmpo(policy, ref, labels, *, state=(), clip_eps: float) -> types.LossOut:
     Zhao et al., 2025, https://arxiv.org/abs/2507.20673, derived from verl's definition.
   """
   del ref
-  advantages_BT, x_BT = labels['advantages'], parts.log_ratio(policy, labels)
+  advantages_BT, x_BT = labels['advantages'], policy_parts.log_ratio(policy, labels)
   held_BT = jnp.where(advantages_BT > 0, jnp.minimum(x_BT, clip_eps), jnp.maximum(x_BT, -clip_eps))
-  ratio_BT = parts.ratio(parts.response_mean(held_BT, policy))
+  ratio_BT = policy_parts.ratio(policy_parts.response_mean(held_BT, policy))
   past_BT = (held_BT != x_BT).astype(jnp.float32)
-  metrics = {'val/ratio': ratio_BT, 'policy/approxkl_avg': parts.k2(x_BT), 'clip_ratio/region_mean': past_BT}
+  metrics = {'val/ratio': ratio_BT, 'policy/approxkl_avg': policy_parts.k2(x_BT), 'clip_ratio/region_mean': past_BT}
   return types.LossOut(-advantages_BT * ratio_BT, metrics, state)
 
 
@@ -237,11 +241,11 @@ def cispo(policy, ref, labels, *, state=(), max_ratio: float, min_ratio: float =
     MiniMax, 2025, https://arxiv.org/abs/2506.13585, Eq. 4 and 5.
   """
   del ref
-  advantages_BT, x_BT = labels['advantages'], parts.log_ratio(policy, labels)
-  ratio_BT = jax.lax.stop_gradient(parts.ratio(x_BT))
+  advantages_BT, x_BT = labels['advantages'], policy_parts.log_ratio(policy, labels)
+  ratio_BT = jax.lax.stop_gradient(policy_parts.ratio(x_BT))
   loss_BT = -jnp.clip(ratio_BT, min_ratio, max_ratio) * advantages_BT * policy.logps_BT
   above_BT = ((ratio_BT > max_ratio) & (advantages_BT > 0)).astype(jnp.float32)
-  metrics = {'val/ratio': ratio_BT, 'policy/approxkl_avg': parts.k2(x_BT), 'cispo_clip_ratio': above_BT}
+  metrics = {'val/ratio': ratio_BT, 'policy/approxkl_avg': policy_parts.k2(x_BT), 'cispo_clip_ratio': above_BT}
   return types.LossOut(loss_BT, metrics, state)
 
 
@@ -256,10 +260,10 @@ def sapo(policy, ref, labels, *, state=(), tau_positive: float, tau_negative: fl
     Gao et al., 2025, https://arxiv.org/abs/2511.20347, derived from TRL's definition.
   """
   del ref
-  advantages_BT, x_BT = labels['advantages'], parts.log_ratio(policy, labels)
-  ratio_BT = parts.ratio(x_BT)
+  advantages_BT, x_BT = labels['advantages'], policy_parts.log_ratio(policy, labels)
+  ratio_BT = policy_parts.ratio(x_BT)
   tau_BT = jnp.where(advantages_BT > 0, tau_positive, tau_negative)
-  metrics = {'val/ratio': ratio_BT, 'policy/approxkl_avg': parts.k2(x_BT)}
+  metrics = {'val/ratio': ratio_BT, 'policy/approxkl_avg': policy_parts.k2(x_BT)}
   return types.LossOut(-4 / tau_BT * jax.nn.sigmoid(tau_BT * (ratio_BT - 1)) * advantages_BT, metrics, state)
 
 
@@ -284,13 +288,13 @@ def vespo(
     Shen et al., 2026, https://arxiv.org/abs/2602.10693, derived from TRL's definition.
   """
   del ref
-  advantages_BT, x_BT = labels['advantages'], parts.log_ratio(policy, labels)
-  log_w_BT = parts.response_sum(x_BT, policy)
-  w_BT = parts.ratio(log_w_BT)
+  advantages_BT, x_BT = labels['advantages'], policy_parts.log_ratio(policy, labels)
+  log_w_BT = policy_parts.response_sum(x_BT, policy)
+  w_BT = policy_parts.ratio(log_w_BT)
   k_BT = jnp.where(advantages_BT >= 0, k_positive, k_negative)
   lam_BT = jnp.where(advantages_BT >= 0, lam_positive, lam_negative)
   phi_BT = jax.lax.stop_gradient(jnp.exp(lam_BT + k_BT * log_w_BT - lam_BT * w_BT))
-  metrics = {'val/ratio': w_BT, 'policy/approxkl_avg': parts.k2(x_BT), 'vespo/phi_seq_mean': phi_BT}
+  metrics = {'val/ratio': w_BT, 'policy/approxkl_avg': policy_parts.k2(x_BT), 'vespo/phi_seq_mean': phi_BT}
   return types.LossOut(-phi_BT * advantages_BT * policy.logps_BT, metrics, state)
 
 
@@ -305,17 +309,17 @@ def kl_cov(policy, ref, labels, *, state=(), share: float, coef: float) -> types
     Cui et al., 2025, https://arxiv.org/abs/2505.22617, Eq. 13, as verl has it.
   """
   del ref
-  x_BT = parts.log_ratio(policy, labels)
-  ratio_BT = parts.ratio(x_BT)
-  covariance_BT, counted_BT = parts.covariances(policy, labels)
-  held_BT = parts.largest(jnp.where(counted_BT > 0, covariance_BT, -jnp.inf), share * jnp.sum(counted_BT))
-  metrics = {'val/ratio': ratio_BT, 'policy/approxkl_avg': parts.k2(x_BT), 'kl_cov/held_mean': held_BT}
+  x_BT = policy_parts.log_ratio(policy, labels)
+  ratio_BT = policy_parts.ratio(x_BT)
+  covariance_BT, counted_BT = policy_parts.covariances(policy, labels)
+  held_BT = policy_parts.largest(jnp.where(counted_BT > 0, covariance_BT, -jnp.inf), share * jnp.sum(counted_BT))
+  metrics = {'val/ratio': ratio_BT, 'policy/approxkl_avg': policy_parts.k2(x_BT), 'kl_cov/held_mean': held_BT}
   return types.LossOut(-ratio_BT * labels['advantages'] + coef * held_BT * jnp.abs(x_BT), metrics, state)
 
 
 def _clipped(policy, labels, state, x_BT, low: float, high: float | None = None, **options) -> types.LossOut:
   """PPO's surrogate of the ratio e^x, whatever x is."""
   high = low if high is None else high
-  ratio_BT = parts.ratio(x_BT)
-  loss_BT = parts.clipped(ratio_BT, labels['advantages'], low=low, high=high, **options)
-  return types.LossOut(loss_BT, parts.ratio_metrics(policy, labels, ratio_BT, low=low, high=high), state)
+  ratio_BT = policy_parts.ratio(x_BT)
+  loss_BT = policy_parts.clipped(ratio_BT, labels['advantages'], low=low, high=high, **options)
+  return types.LossOut(loss_BT, policy_parts.ratio_metrics(policy, labels, ratio_BT, low=low, high=high), state)

@@ -21,10 +21,8 @@ from jaxalign import types
 
 KERNELS = ('xla', 'cudnn', 'splash')
 RESULT = 'attention'  # name of what attention gives, and of what the splash kernel's backward pass reads beside it
-_QUERIES, _BLOCKS = (
-    64,
-    8,
-)  # least queries of a block, most blocks: up to 7/16 of the products are masked and not computed
+_QUERIES = 64  # of a block, at least
+_BLOCKS = 8  # at most: up to 7/16 of the products are masked and not computed
 _CUDNN_LENGTH = 4096  # beyond it the dense mask takes more memory than the kernel saves
 _SPLASH_BLOCKS = (512, 256, 128)
 _BRANCH_BITS, _APART = 10, -(2.0**15)  # of the number of a branch; what a bit that differs adds to a logit

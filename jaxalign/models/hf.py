@@ -160,7 +160,7 @@ def read_json(path: storage.Path) -> dict[str, Any]:
     values = json.loads(path.read_text(encoding='utf-8'))
   except storage.errors() as err:
     raise types.RunError(
-        f'{path}: cannot be read ({storage.reason(err)}); --model is a Hugging Face directory'
+        f'{path}: cannot be read ({storage.reason(err)}); a model is a Hugging Face directory'
     ) from err
   except ValueError as err:
     raise types.RunError(f'{path}: not JSON ({err})') from err

@@ -18,17 +18,6 @@ from jaxalign import sharding
 from jaxalign import types
 from jaxalign.data import loader
 
-_ARRAYS = (
-    'inputs_BT',
-    'targets_BT',
-    'mask_BT',
-    'positions_BT',
-    'segments_BT',
-    'responses_BT',
-    'group_BS',
-    'slot_BS',
-)
-
 
 def _mesh(devices=8, text=''):
   return sharding.make_mesh(text, devices=jax.devices()[:devices])

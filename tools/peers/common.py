@@ -12,7 +12,7 @@ from typing import Any
 
 
 def read() -> dict[str, Any]:
-  """The work that the command line names, see works.prepare."""
+  """The work that the command line names, see prepare.py."""
   return json.loads(pathlib.Path(sys.argv[1]).read_text(encoding='utf-8'))
 
 
