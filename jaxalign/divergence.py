@@ -19,7 +19,7 @@ def kl(
     mask_BT: jax.Array,
     *,
     vocab_size: int,
-    chunk: int = 512,
+    chunk: int = vocab.CHUNK,
     softcap: float = 0.0,
     temperature: float = 1.0,
 ) -> jax.Array:
@@ -129,7 +129,7 @@ def rivals(
     *,
     vocab_size: int,
     among: int,
-    chunk: int = 512,
+    chunk: int = vocab.CHUNK,
     softcap: float = 0.0,
 ) -> jax.Array:
   """Draws at each target another token, from the softmax over the likeliest that are not the target.

@@ -30,7 +30,7 @@ def token_stats(
     mask_BT: jax.Array,
     *,
     vocab_size: int,
-    chunk: int = 512,
+    chunk: int = vocab.CHUNK,
     dense: tuple[str, ...] = (),
     softcap: float = 0.0,
     temperature: float = 1.0,
@@ -101,64 +101,133 @@ _token_stats.defvjp(_forward, _backward)
 
 
 def _forward_local(static, axes, hidden, head, targets, mask):
-  shape, chunk = targets.shape, min(static.output.chunk, targets.size)
   head = vocab.whole(axes, head)
+  local = functools.partial(_forward_in_blocks, static, axes)
+  return vocab.in_blocks(local, head.shape[1], hidden, head, targets, mask)
+
+
+def _forward_in_blocks(static, axes, block, hidden, head, targets, mask):
+  shape, chunk = targets.shape, min(static.output.chunk, targets.size)
   hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
   index, chunks = vocab.chunks(axes, mask, chunk)
-  columns = vocab.columns(axes, head.shape[1])
-  total = functools.partial(vocab.total, axes)
 
-  def body(i, out):
-    rows = jax.lax.dynamic_slice(index, (i * chunk,), (chunk,))
-    logits = vocab.logits(static.output, vocab.take(hidden, rows), head, columns)
-    is_target = columns == vocab.take(targets, rows)[:, None]
-    top = vocab.top(axes, logits)
-    # Differences to the largest logit lose nothing where logits are large and the result is small.
-    shifted = logits - top[:, None]
-    exp = jnp.exp(shifted)
-    sum_exp = total(exp)
-    log_sum = jnp.log(sum_exp)
-    chosen = total(jnp.where(is_target, shifted, 0.0))
-    new = [chosen - log_sum, top + log_sum]
-    if 'correct' in static.dense:
-      new.append((chosen >= 0).astype(jnp.float32))
-    if 'mean_logit' in static.dense:
-      new.append(total(jnp.where(logits > vocab.MASKED_LOGIT, logits, 0.0)) / static.output.vocab_size)
-    if 'sharpness' in static.dense:
-      new.append(jnp.log(total(exp * exp)) - 2 * log_sum)
-    if 'entropy' in static.dense:
-      new.append(log_sum - total(exp * shifted) / sum_exp)
-    return tuple(o.at[rows].set(x, mode='drop') for o, x in zip(out, new))
+  def of_block(sums, _, part, ids):
+    def of_chunk(i, sums):
+      at = (i * chunk,)
+      rows = jax.lax.dynamic_slice(index, at, (chunk,))
+      logits = vocab.logits(static.output, vocab.take(hidden, rows), part, ids)
+      is_target = ids == vocab.take(targets, rows)[:, None]
+      old = {name: jax.lax.dynamic_slice(x, at, (chunk,)) for name, x in sums.items()}
+      new = _added(old, logits, is_target)
+      return {name: jax.lax.dynamic_update_slice(x, new[name], at) for name, x in sums.items()}
 
-  zeros = (jnp.zeros(targets.size, jnp.float32),) * (2 + len(static.dense))
-  return tuple(x.reshape(shape) for x in jax.lax.fori_loop(0, chunks, body, zeros))
+    return jax.lax.fori_loop(0, chunks, of_chunk, sums)
+
+  nothing = {name: jnp.zeros(index.size, jnp.float32) for name in _sums(static.dense)}
+  nothing['top'] += vocab.MASKED_LOGIT
+  sums = vocab.fold(of_block, nothing, head, vocab.columns(axes, head.shape[1]), block)
+  found = _of_sums(static, _everywhere(axes, sums))
+  zeros = jnp.zeros(targets.size, jnp.float32)
+  return tuple(zeros.at[index].set(x, mode='drop').reshape(shape) for x in found)
 
 
-def _backward_local(static, axes, hidden, head, targets, normaliser, entropy, d_logps, d_entropy, mask):
+# What is summed up over the vocabulary, in words of l = logit - top. Differences to the largest logit lose nothing
+# where logits are large and the result is small.
+#   top max logit   target its logit   exp sum e^l   logits sum logit   squares sum e^2l   shifted sum l e^l
+def _sums(dense: tuple[str, ...]) -> list[str]:
+  of = {'mean_logit': 'logits', 'sharpness': 'squares', 'entropy': 'shifted'}
+  return ['top', 'target', 'exp', *(of[name] for name in dense if name in of)]
+
+
+def _added(sums, logits, is_target):
+  """The sums with those over further columns `[c, v]`."""
+  top = jnp.maximum(sums['top'], jnp.max(logits, axis=1))
+  shifted = logits - top[:, None]
+  exp = jnp.exp(shifted)
+  of = {
+      'target': lambda: jnp.where(is_target, logits, 0.0),
+      'exp': lambda: exp,
+      'logits': lambda: jnp.where(logits > vocab.MASKED_LOGIT, logits, 0.0),
+      'squares': lambda: exp * exp,
+      'shifted': lambda: exp * shifted,
+  }
+  sums = _moved(sums, top)
+  return {name: x if name == 'top' else x + jnp.sum(of[name](), axis=1) for name, x in sums.items()}
+
+
+def _moved(sums, top):
+  """The same sums where another logit is called the top."""
+  lower = sums['top'] - top
+  scale = jnp.exp(lower)
+  moved = sums | {'top': top, 'exp': scale * sums['exp']}
+  if 'squares' in sums:
+    moved['squares'] = scale * scale * sums['squares']
+  if 'shifted' in sums:
+    moved['shifted'] = scale * (sums['shifted'] + lower * sums['exp'])
+  return moved
+
+
+def _everywhere(axes, sums):
+  """The sums over the columns of all devices."""
+  if not axes.vocab:
+    return sums
+  top = jax.lax.pmax(sums['top'], axes.vocab)
+  sums = _moved(sums, top)
+  return {name: x if name == 'top' else jax.lax.psum(x, axes.vocab) for name, x in sums.items()}
+
+
+def _of_sums(static, sums):
+  """Log-probabilities, the logarithm of the normaliser, and the dense statistics that are asked for."""
+  # Where no target was counted nothing was summed.
+  exp = jnp.where(sums['exp'] > 0, sums['exp'], 1.0)
+  log_sum, chosen = jnp.log(exp), sums['target'] - sums['top']
+  of = {
+      'correct': lambda: (chosen >= 0).astype(jnp.float32),
+      'mean_logit': lambda: sums['logits'] / static.output.vocab_size,
+      'sharpness': lambda: jnp.log(sums['squares']) - 2 * log_sum,
+      'entropy': lambda: log_sum - sums['shifted'] / exp,
+  }
+  return [chosen - log_sum, sums['top'] + log_sum, *(of[name]() for name in static.dense)]
+
+
+def _backward_local(static, axes, hidden, head, *rest):
+  local = functools.partial(_backward_in_blocks, static, axes)
+  return vocab.in_blocks(local, head.shape[1], hidden, head, *rest)
+
+
+def _backward_in_blocks(static, axes, block, hidden, head, targets, normaliser, entropy, d_logps, d_entropy, mask):
   shape, chunk = hidden.shape, min(static.output.chunk, targets.size)
   hidden = hidden.reshape(-1, shape[-1])
   per_token = [x.reshape(-1) for x in (targets, normaliser, entropy, d_logps, d_entropy)]
   index, chunks = vocab.chunks(axes, mask, chunk)
 
-  def body(head, columns, i, carry):
-    d_hidden, d_head = carry
+  def of_chunk(part, ids, i, carry):
+    d_hidden, d_part = carry
     rows = jax.lax.dynamic_slice(index, (i * chunk,), (chunk,))
     h = vocab.take(hidden, rows)
     y, z, ent, d_lp, d_ent = (vocab.take(x, rows) for x in per_token)
-    logits = vocab.logits(static.output, h, head, columns)
-    is_target = columns == y[:, None]
+    logits = vocab.logits(static.output, h, part, ids)
+    is_target = ids == y[:, None]
     logp = logits - z[:, None]
     p = jnp.where(logits > vocab.MASKED_LOGIT, jnp.exp(logp), 0.0)
     # d logps = 1[target] - p;  d entropy = -p (log p + entropy).
     d_logits = d_lp[:, None] * (is_target - p)
     if 'entropy' in static.dense:
       d_logits -= d_ent[:, None] * p * (logp + ent[:, None])
-    d_h, d_w = vocab.pull_back(static.output, logits, d_logits, h, head)
-    return d_hidden.at[rows].set(d_h, mode='drop'), d_head + d_w
+    d_h, d_w = vocab.pull_back(static.output, logits, d_logits, h, part)
+    d_h += jax.lax.dynamic_slice(d_hidden, (i * chunk, 0), d_h.shape)
+    return jax.lax.dynamic_update_slice(d_hidden, d_h, (i * chunk, 0)), d_part + d_w
 
-  def local(head, columns):
-    zeros = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32)
-    return jax.lax.fori_loop(0, chunks, functools.partial(body, head, columns), zeros)
+  def of_block(carry, start, part, ids):
+    d_hidden, d_head = carry
+    d_part = jax.lax.dynamic_slice_in_dim(d_head, start, part.shape[1], axis=1)
+    d_hidden, d_part = jax.lax.fori_loop(0, chunks, functools.partial(of_chunk, part, ids), (d_hidden, d_part))
+    return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_part, start, axis=1)
 
-  d_hidden, d_head = vocab.gradients_in_parts(axes, local, hidden, head)
-  return d_hidden.reshape(shape).astype(hidden.dtype), d_head.astype(head.dtype)
+  def local(head, ids):
+    zeros = jnp.zeros((index.size, shape[-1]), jnp.float32), jnp.zeros(head.shape, jnp.float32)
+    return vocab.fold(of_block, zeros, head, ids, block)
+
+  d_compact, d_head = vocab.gradients_in_parts(axes, local, (index.size, shape[-1]), head)
+  d_hidden = jnp.zeros(hidden.shape, hidden.dtype).at[index].set(d_compact.astype(hidden.dtype), mode='drop')
+  return d_hidden.reshape(shape), d_head.astype(head.dtype)

@@ -32,6 +32,7 @@ from jaxalign import step as step_lib
 from jaxalign import streams as streams_lib
 from jaxalign import tracing
 from jaxalign import types
+from jaxalign import vocab
 from jaxalign.data import dataset
 from jaxalign.data import rows as rows_lib
 from jaxalign.data import tokenizers
@@ -110,7 +111,7 @@ def of_run(
     if recipe.rollouts is not None:
       return [*found, *_rollout(job, recipe, tokenizer, of)]
     if of.needs.reference and of.own is None:
-      found.append(_cached_reference(job, recipe, of))
+      found.append(_cached_reference(job, of))
     if job.eval_data:
       found.append(_evaluation(job, recipe, of))
     return found
@@ -204,8 +205,7 @@ def resident(programs: list[Program]) -> Mapping[str, types.PyTree]:
 def _loops(of: Abstract, mesh: jax.sharding.Mesh) -> float:
   """Turns of the loop over chunks of targets, where all of them count."""
   _, rows, length = of.batch.inputs_BT.shape
-  tokens = rows * length // (sharding.parts(mesh, 'batch') * sharding.parts(mesh, 'length'))
-  return math.ceil(tokens / 512)
+  return math.ceil(rows * length / (sharding.parts(mesh, 'batch') * sharding.parts(mesh, 'length')) / vocab.CHUNK)
 
 
 def _of_tokens(of: Abstract, mesh, config: architecture.Config, passes: str) -> float:
@@ -237,7 +237,7 @@ def _step(job, recipe, optimizer: optim.Optimizer, of: Abstract) -> Program:
   )
 
 
-def _cached_reference(job, recipe, of: Abstract) -> Program:
+def _cached_reference(job, of: Abstract) -> Program:
   model = reference.model_of(of.model)
   run = jax.jit(functools.partial(forward.ref_logps, model=model), out_shardings=sharding.named(job.mesh))
   whole = lora.join(forward.divided(of.trained)[0], of.frozen)

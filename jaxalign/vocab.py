@@ -1,7 +1,8 @@
 """The way from hidden states to the vocabulary, a chunk of tokens at a time, on the device's part of it.
 
 What `logps` and `divergence` share: only targets that the mask counts are computed, compacted to the front, and the
-largest array with a vocabulary axis is `[chunk, V / tensor]`. Their loops run under `shard_map`.
+largest array with a vocabulary axis is `[chunk, V / tensor]`, of which CPUs take a block of columns after another.
+Their loops run under `shard_map`.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,10 @@ from jaxalign import sharding
 from jaxalign import types
 
 MASKED_LOGIT = -1e30  # finite, so that 0 * logit is 0
+CHUNK = 512
 _ALIGNED = 1024
+_CPU_BLOCK = 2048  # columns of which what is made for a chunk stays in the caches of a CPU
+_NO_TOKEN = jnp.iinfo(jnp.int32).max
 _MOST = 2**27  # numbers of a gradient of the head that a device holds at once, where in the end it has a part of it
 
 
@@ -38,7 +42,7 @@ class Output(NamedTuple):
   """
 
   vocab_size: int
-  chunk: int = 512
+  chunk: int = CHUNK
   softcap: float = 0.0
   temperature: float = 1.0
 
@@ -102,6 +106,36 @@ def logits(output: Output, hidden, head, columns):
   return jnp.where(columns < output.vocab_size, raw, MASKED_LOGIT)
 
 
+def in_blocks(local: Callable, width: int, *args):
+  """`local(block, *args)`, with as many columns of a head that is `width` wide as a platform takes at once.
+
+  Accelerators take all of them: their compilers fuse what is done with a chunk. CPUs write it to memory.
+  """
+  whole = functools.partial(local, width)
+  if width <= _CPU_BLOCK:
+    return whole(*args)
+  return jax.lax.platform_dependent(*args, cpu=functools.partial(local, _CPU_BLOCK), default=whole)
+
+
+def fold(body: Callable, carry, head, ids, block: int):
+  """`body(carry, start, part of the head, its token ids)` for each block of columns, in turn.
+
+  All blocks are as wide. The last one begins with columns of that before it where it would end beyond the head; their
+  ids are no token's.
+  """
+  width = head.shape[1]
+  if width <= block:
+    return body(carry, 0, head, ids)
+
+  def step(i, carry):
+    start = jnp.minimum(i * block, width - block)
+    part, its = (jax.lax.dynamic_slice_in_dim(x, start, block, axis=1) for x in (head, ids))
+    is_new = start + jnp.arange(block)[None, :] >= i * block
+    return body(carry, start, part, jnp.where(is_new, its, _NO_TOKEN))
+
+  return jax.lax.fori_loop(0, -(-width // block), step, carry)
+
+
 def total(axes: Axes, x):
   """The sum over the vocabulary, of all devices: `[c]`."""
   here = jnp.sum(x, axis=1)
@@ -129,22 +163,22 @@ def gradients(axes: Axes, d_hidden, d_head):
   return d_hidden, jax.lax.psum(d_head, replicas) if replicas else d_head
 
 
-def gradients_in_parts(axes: Axes, local: Callable, hidden, head):
+def gradients_in_parts(axes: Axes, local: Callable, shape: tuple[int, int], head):
   """The same of a function of some columns, which are taken one part after another where the head is split by width.
 
   Such a head is whole only while it is used, and so is its gradient: 2.1 GB in float32 at Llama 3.1 8B.
 
   Args:
     axes: of the mesh.
-    local: (whole columns `[D, v]` of the head, their ids) -> float32 gradients of `hidden` and of those columns.
-    hidden: `[n, D]`.
+    local: (whole columns `[D, v]` of the head, their ids) -> float32 gradients of hidden states and of those columns.
+    shape: of the hidden states.
     head: this device's part.
   """
   count = -(-head.size * jax.lax.axis_size(axes.embed) // _MOST) if axes.embed else 1
   # Tiles of TPUs are 128 numbers wide.
   width = -(-head.shape[1] // (count * _ALIGNED)) * _ALIGNED
   ids = columns(axes, head.shape[1])
-  d_hidden = jnp.zeros(hidden.shape, jnp.float32)
+  d_hidden = jnp.zeros(shape, jnp.float32)
   found: list[jax.Array] = []
   for start in range(0, head.shape[1], width):
     at = slice(start, start + width)

@@ -273,6 +273,34 @@ class TestTokenStats:
     for got, want in zip(found, _gold_gradients(*data, *weights), strict=True):
       _close(got, want, 1e-5)
 
+  # 384 columns are 4 blocks, or 2 of a device's half, the last of which begins within that before it.
+  @pytest.mark.parametrize('mesh', ['', 'fsdp:2,tensor:2,context:2'])
+  def test_blocks_of_columns_are_all_columns_at_once(self, mesh, monkeypatch):
+    monkeypatch.setattr(vocab, '_CPU_BLOCK', 100)
+    data, weights, chunk = _data(), _weights(), 11
+    stats, gold = _stats(data, mesh, chunk, (*DENSE, 'sharpness')), _gold(*data)
+    for name in gold:
+      _close(stats[name], gold[name], 1e-6)
+    _close(stats['sharpness'], _stats(data, dense=('sharpness',))['sharpness'], 1e-6)
+    for got, want in zip(_gradients(data, *weights, mesh, chunk), _gold_gradients(*data, *weights), strict=True):
+      _close(got, want, 1e-5)
+
+  def test_blocks_are_finite_where_logits_are_extreme(self, monkeypatch):
+    monkeypatch.setattr(vocab, '_CPU_BLOCK', 100)
+    hidden_BTD, head_DV, targets_BT, mask_BT = _data()
+    data = hidden_BTD * np.float32(1e4), head_DV, targets_BT, mask_BT
+    assert all(np.all(np.isfinite(x)) for x in _stats(data, chunk=12).values())
+    assert all(np.all(np.isfinite(x)) for x in _gradients(data, *_weights(), chunk=12))
+
+  def test_only_cpus_take_blocks(self):
+    local = lambda block, x: x + block
+    lower = (
+        lambda platform: jax.jit(lambda x: vocab.in_blocks(local, 10_000, x))
+        .trace(0)
+        .lower(lowering_platforms=(platform,))
+    )
+    assert ['10000' in lower(platform).as_text() for platform in ('cpu', 'tpu', 'cuda')] == [False, True, True]
+
   def test_devices_with_different_numbers_of_targets_agree(self):
     hidden_BTD, head_DV, targets_BT, _ = _data()
     mask_BT = np.zeros((B, T), np.float32)
