@@ -16,7 +16,8 @@ responses become those of all of their tokens.
   finished_GK       1 where the response ended by itself
   greedy_G          the reward of the response that temperature 0 gives to the prompt, NaN where all abstained
   ref_rewards_GN    rewards of `rollouts.Options.ref_samples` responses of the reference, likewise
-  logps_BT          log-probabilities under the policy that wrote them, by the program that trains
+  logps_BT          log-probabilities by the program that trains, under the policy that updates begin with: the one that
+                    wrote them, but of asynchronous rollouts a later one
   log_ratio_BT      the same less those under the reference
   critic_ratio_BT   log-probabilities under a critic that writes, less those under the reference
   values_BT         what the critic gives where it has read what comes before a token

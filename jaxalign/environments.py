@@ -6,11 +6,9 @@ read by the policy and never learned from.
 
 from collections.abc import Callable
 from collections.abc import Sequence
-import contextlib
 import copy
 import inspect
 import math
-import sys
 from typing import Any
 from typing import NamedTuple
 
@@ -101,9 +99,9 @@ class Environment:
       RunError: the function failed, or returned something else; it names the function and the record.
     """
     try:
-      with contextlib.redirect_stdout(sys.stderr):
+      with calling.to_stderr():
         return _checked(self._fn(state, text))
-    except Exception as err:  # Whatever the user's function raises.
+    except calling.FAILURES as err:
       raise types.RunError(f'environment {self.name}, {where}: {calling.told(err, self._fn)}') from err
 
   def play(

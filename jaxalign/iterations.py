@@ -177,10 +177,11 @@ class Iterations:
     for epoch in range(options.epochs):
       order = np.argsort(np.random.default_rng([self._seed, iteration, epoch]).random(options.prompts))
       parts = order.reshape(options.minibatches, -1)
-      steps = loader.ordered(np.concatenate([parts, texts], axis=1).reshape(-1).tolist())
-      if len(steps) != options.minibatches:
-        raise types.RunError(f'rollout {iteration} does not fit a step: raise loader.Packing.rows')
-      for _, batch in steps:
+      for part in np.concatenate([parts, texts], axis=1):
+        steps = loader.ordered(part.tolist())
+        if len(steps) != 1:
+          raise types.RunError(f'rollout {iteration} does not fit a step: raise loader.Packing.rows')
+        ((_, batch),) = steps
         number += 1
         if number > update:
           place = (iteration, number) if number < options.updates else (iteration + 1, 0)
@@ -241,6 +242,9 @@ def _beside(work: Callable[[], making.Verdicts]) -> Callable[[], making.Verdicts
       done.set_result(work())
     except Exception as err:  # Whatever it is, it is raised where it is waited for.
       done.set_exception(err)
+    finally:
+      if not done.done():
+        done.set_exception(types.RunError('a reward ended the thread that judges, which said why'))
 
   threading.Thread(target=run, daemon=True).start()
   return done.result

@@ -137,7 +137,8 @@ def run(
     tools: what to call.
 
   Raises:
-    RunError: too many consecutive steps were not finite, or a checkpoint could not be written.
+    RunError: too many consecutive steps were not finite, or a checkpoint could not be written, or there is no next
+      batch, as a reward failed; then the steps before it are saved.
     Preempted: SIGTERM came, and the step that was running, or the last before it, is saved.
   """
   first = step = int(state.step)
@@ -148,8 +149,9 @@ def run(
   waiting: _Interval | None = None
   evaluated: Mapping[str, float] = {}
   saving = stopping = False
+  failures: list[types.RunError] = []
   with contextlib.closing(metrics.Progress(step, options.steps)) as progress, Preemption() as preemption:
-    for data_state, batch in preemption.until(tools.clock.waiting(batches)):
+    for data_state, batch in preemption.until(tools.clock.waiting(_until_failure(batches, failures))):
       with jax.transfer_guard('disallow') if tools.debug and step > first else contextlib.nullcontext():
         state, measured = tools.step_fn(state, batch)
       if waiting is not None:
@@ -172,13 +174,24 @@ def run(
         tools.clock.start()
       if stopping or step >= options.steps:
         break
-    if step > first and not saving:  # The signal came behind a step that was not saved.
+    if step > first and not saving:  # The signal, or the failure, came behind a step that was not saved.
       if waiting or running:
         _write(step, _fetch(waiting or _Interval(step, data_state, running), tools), options, tools, progress)
       _save(tools, state, step, data_state, evaluated)
+  if failures:
+    tools.store.wait()
+    raise failures[0]
   if stopping or step < options.steps:
     raise _stopped(step, step > first, tools.store)
   return state
+
+
+def _until_failure(batches: Iterator[_T], failures: list[types.RunError]) -> Iterator[_T]:
+  """The same, ended by what fails in making them, which is put among `failures`."""
+  try:
+    yield from batches
+  except types.RunError as err:
+    failures.append(err)
 
 
 def _pause(

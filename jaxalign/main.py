@@ -200,6 +200,7 @@ def _start(args: flags.FlagValues) -> None:
 
 
 def _train(args: flags.FlagValues) -> None:
+  stdout = sys.stdout  # What judges a rollout that nobody waits for may still send it elsewhere.
   recipe = _configure(args)
   config.check_reachable('train.train', 'recipe.Recipe')
   if recipe.rollouts is not None:
@@ -213,7 +214,7 @@ def _train(args: flags.FlagValues) -> None:
     configured = lambda: (bindings, config.checked_operative())
     summary = config.get('train.train')(job, recipe=recipe, config=configured)
   if jax.process_index() == 0:
-    sys.stdout.write(json.dumps(summary, indent=1) + '\n')
+    stdout.write(json.dumps(summary, indent=1) + '\n')
 
 
 def _check_judged(args: flags.FlagValues, data: str) -> None:

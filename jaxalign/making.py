@@ -123,6 +123,9 @@ class Maker:
     self._asked = functools.partial(verdicts.of_record, prompts, records)
     self._stop_ids = functools.cache(lambda is_chat: prompts_lib.stop_ids(tokenizer, is_chat, options.template))
     self._judge = judging.Judge(options.rewards, options.combine, tokenizer, options.world)
+    outputs = max(1, (models.critic or models.policy).config.score_outputs)
+    # Of one response of one token, shapes do not tell.
+    self._of_responses, _ = options.credit.names(options.samples, self._judge.weights_R.size, outputs)
     self._wanted = wanted(options)
     self._run = jax.jit(annotate_fn(options, models), out_shardings=sharding.named(mesh))
     self._seconds: dict[str, float] = {}  # of the rollout in the making, by what they were spent on
@@ -250,13 +253,16 @@ class Maker:
     known = lambda x: np.nan_to_num(x).astype(np.float32)
     token_rewards_BT = credit_lib.table(judged.tokens, self._options.most_sampled)
     rows = credit_lib.rows(lengths, samples, self._options.most_sampled)
+    outcomes_GK = self._judge.outcomes(judged).reshape(-1, samples)
+    # A verifier that abstains says nothing, though rewards of tokens always do.
+    abstains_GK = np.isnan(outcomes_GK if 'outcomes_GK' in self._options.credit.reads else rollout.rewards_GK)
     return {
         'rewards_GK': known(rollout.rewards_GK),
-        'valid_GK': (~np.isnan(rollout.rewards_GK)).astype(np.float32),
+        'valid_GK': (~np.isnan(rollout.rewards_GK) & ~abstains_GK).astype(np.float32),
         'rewards_RGK': known(judged.values_RN).reshape(len(judged.values_RN), -1, samples),
         'valid_RGK': (~np.isnan(judged.values_RN)).astype(np.float32).reshape(len(judged.values_RN), -1, samples),
         'weights_R': self._judge.weights_R,
-        'outcomes_GK': known(self._judge.outcomes(judged)).reshape(-1, samples),
+        'outcomes_GK': known(outcomes_GK),
         'token_rewards_BT': known(token_rewards_BT),
         'token_marks_BT': (~np.isnan(token_rewards_BT)) * rows.mask_BT,
         'tokens_GK': np.array(lengths, np.float32).reshape(-1, samples),
@@ -284,7 +290,7 @@ class Maker:
     """The rollout with labels of responses and of tokens."""
     of_responses, of_tokens, most = {}, {}, self._options.most_sampled
     for name, x in made.items():
-      if x.shape == rollout.rewards_GK.shape and name != 'advantages':
+      if name in self._of_responses:
         of_responses[name] = x
       else:
         rows_BT = np.repeat(x.reshape(-1, 1), most, axis=1) if x.shape == rollout.rewards_GK.shape else x

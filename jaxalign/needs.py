@@ -9,9 +9,11 @@ from jaxalign import credit as credit_lib
 from jaxalign import objectives
 from jaxalign import recipe as recipe_lib
 from jaxalign import rollouts as rollouts_lib
+from jaxalign import step
 from jaxalign import tracing
 from jaxalign import types
 from jaxalign.models import transformer
+from jaxalign.rewards import functions
 
 
 def labels_of(recipe: recipe_lib.Recipe, options: rollouts_lib.Options) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -56,6 +58,12 @@ def of_rollouts(recipe: recipe_lib.Recipe, options: rollouts_lib.Options) -> tra
   if options.updates > 1 and 'labels.advantages' in needs.fields and 'labels.old_logps' not in needs.fields:
     problem = 'the loss has no ratio to the policy that sampled, which the first update changes; bind 1, or policy.ppo'
     raise types.UsageError(f'rollouts.Options.epochs x minibatches = {options.updates}: {problem}')
+  if options.max_kl is not None and step.DRIFT not in needs.metrics:
+    problem = f'the loss has no metric {step.DRIFT}; choose one with a ratio'
+    raise types.UsageError(f'rollouts.Options.max_kl = {options.max_kl}: {problem}')
+  if 'token_rewards_BT' in options.credit.reads and not any(map(functions.is_model, options.rewards)):
+    problem = 'reads rewards of tokens, which models give: give --reward=DIR, a run of dpo or of prm'
+    raise types.UsageError(f'rollouts.Options.advantage_fn {problem}')
   if recipe.sync is not None and not (needs.reference or options.credit.reads & credit_lib.OF_REFERENCE):
     raise types.UsageError('recipe.Recipe.sync: neither loss nor advantages compare with a reference; leave it out')
   if options.asynchronous and 'labels.sampler_logps' not in needs.fields:

@@ -306,16 +306,15 @@ def of_first(make: Callable[[], np.ndarray], shape: Sequence[int]) -> np.ndarray
   """
   if jax.process_count() == 1:
     return make()
-  told, problem = np.zeros(1 + math.prod(shape)), None
-  if jax.process_index() == 0:
-    try:
-      told[1:] = make().reshape(-1)
-    except Exception as err:  # The others wait: they are told before it is raised.
-      told[0], problem = 1.0, err
+  told = np.zeros(1 + math.prod(shape))
   # As pairs of 32 bits, as JAX would round doubles.
-  told = multihost_utils.broadcast_one_to_all(told.view(np.uint32)).view(np.float64)
-  if problem is not None:
-    raise problem
-  if told[0]:
+  tell = lambda: multihost_utils.broadcast_one_to_all(told.view(np.uint32)).view(np.float64)
+  if jax.process_index() == 0:
+    told[0] = 1.0
+    try:
+      told[:] = 0.0, *make().reshape(-1)
+    finally:  # The others wait, and are told whatever it ended by.
+      told = tell()
+  elif (told := tell())[0]:
     raise types.RunError('process 0 failed, and says why')
   return told[1:].reshape(shape)

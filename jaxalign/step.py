@@ -20,6 +20,8 @@ from jaxalign import reference as reference_lib
 from jaxalign import sharding
 from jaxalign import types
 
+DRIFT = 'policy/approxkl_avg'  # the metric by which `max_kl` knows how far the policy has moved
+
 
 @struct.dataclass
 class TrainState:
@@ -167,7 +169,7 @@ def make_step(
   total weight follows, so the result does not depend on A or on the number of devices. Where the loss or the gradient's
   norm is not finite, parameters, optimizer and loss state stay as they were and the step is counted as skipped. So they
   do where the policy is more than `max_kl` nats a token from the one that was sampled from, by the metric
-  `policy/approxkl_avg`: further updates by that rollout, which find it there, change nothing.
+  `DRIFT`: further updates by that rollout, which find it there, change nothing.
   """
   gradients = _of_whole_step(objective) if objective.whole_step else _of_micro_batches(objective)
 
@@ -180,7 +182,7 @@ def make_step(
     grads = jax.tree.map(lambda g: g / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny), grads)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics['loss'].sum)
-    near = jnp.ones((), bool) if max_kl is None else _mean_of(metrics, 'policy/approxkl_avg') <= max_kl
+    near = jnp.ones((), bool) if max_kl is None else metrics[DRIFT].mean() <= max_kl
     tx = optax.with_extra_args_support(optimizer.tx)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, good=finite & near)
     new = optax.apply_updates(state.params, updates), opt_state, loss_state
@@ -227,12 +229,6 @@ def jitted(step: Callable, mesh: jax.sharding.Mesh, state: TrainState, *, donate
 def _chosen(good, new, old):
   # Moments that are on the host again were chosen where they were made.
   return new if jax.typeof(new).memory_space == jax.memory.Space.Host else jnp.where(good, new, old)
-
-
-def _mean_of(metrics, name: str) -> jax.Array:
-  if name not in metrics:
-    raise types.UsageError(f'rollouts.Options.max_kl: the loss has no metric {name}; choose one with a ratio')
-  return metrics[name].mean()
 
 
 def _of_micro_batches(objective: objectives.Objective) -> Callable:

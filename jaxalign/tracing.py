@@ -23,11 +23,13 @@ class Needs(NamedTuple):
     fields: that it reads: 'policy.logps_GK', 'ref.logratios_GK', 'labels.margin', ...
     state: its first state, zeros; `()` for most losses.
     of_tokens: whether it gives a value per token, or else per group; None where that was not traced.
+    metrics: names of those that it gives.
   """
 
   fields: frozenset[str] = frozenset()
   state: types.PyTree = ()
   of_tokens: bool | None = None
+  metrics: frozenset[str] = frozenset()
 
   @property
   def reference(self) -> bool:
@@ -135,7 +137,7 @@ def trace(
   if outputs > 1 and 'policy.values_GK' in found:
     raise types.UsageError(f'the loss reads policy.values_GK of a head with one output, and this one has {outputs}')
   state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out.state)
-  return Needs(frozenset(found), state, len(out.per_item.shape) == 2)
+  return Needs(frozenset(found), state, len(out.per_item.shape) == 2, frozenset(out.metrics))
 
 
 def check_read(needs: Needs, labels: tuple[str, ...], group_size: int) -> None:

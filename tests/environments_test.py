@@ -35,6 +35,10 @@ def failing(state, text):
   return state['unknown']
 
 
+def leaving(state, text):
+  raise SystemExit(0)
+
+
 def returned(state, text):
   del text
   table = {'tuple': 3, 'text': (1, 0.0, True), 'number': ('', float('nan'), True), 'truth': ('', 0.0, 1)}
@@ -119,6 +123,7 @@ class TestPlay:
   @pytest.mark.parametrize(
       'name,record,said',
       [
+          ('leaving', {}, 'leaving, here: SystemExit: 0'),
           ('failing', {}, r"failing, here: KeyError: 'unknown' \(environments_test.py:\d+: return state"),
           (
               'returned',

@@ -29,7 +29,8 @@ class TestOfRollouts:
     of_critic['value_outputs'] = options.pop('outputs', 0)
     recipe = pytypes.SimpleNamespace(loss_fn=loss_fn, score_outputs=0, sync=None, **of_critic)
     advantage_fn = options.pop('advantage_fn', advantages.mean_centred)
-    made = rollouts.Options(2, options.pop('samples', 2), 4, ('tests.runs:vowels',), advantage_fn, **options)
+    rewards = options.pop('rewards', ('tests.runs:vowels',))
+    made = rollouts.Options(2, options.pop('samples', 2), 4, rewards, advantage_fn, **options)
     return needs_lib.of_rollouts(recipe, made)
 
   @pytest.mark.parametrize('options', [{'epochs': 2}, {'minibatches': 2}], ids=str)
@@ -67,6 +68,19 @@ class TestOfRollouts:
     with pytest.raises(types.UsageError, match='the critic has 1 outputs, and returns.lagrangian reads values of a'):
       self.needs(policy.reinforce, advantage_fn=two, outputs=1)
     assert self.needs(policy.reinforce, advantage_fn=one, outputs=1, critic='policy').fields
+
+  def test_say_what_a_bound_on_the_divergence_is_read_from(self):
+    options = {'epochs': 2, 'max_kl': 0.1}
+    blind = lambda policy, ref, labels, *, state: types.LossOut(labels['advantages'] * labels['old_logps'], {}, state)
+    with pytest.raises(types.UsageError, match='max_kl = 0.1: the loss has no metric policy/approxkl_avg'):
+      self.needs(blind, **options)
+    assert self.needs(functools.partial(policy.ppo, clip_eps=0.2), **options).metrics
+
+  def test_want_a_model_where_rewards_of_tokens_are_read(self, tmp_path):
+    with pytest.raises(types.UsageError, match='reads rewards of tokens, which models give: give --reward=DIR'):
+      self.needs(policy.reinforce, advantage_fn=returns.process_supervised)
+    found = self.needs(policy.reinforce, advantage_fn=returns.process_supervised, rewards=(str(tmp_path),))
+    assert 'labels.advantages' in found.fields
 
   def test_of_several_updates_want_it_of_what_texts_are_put_around(self):
     options = {'epochs': 2, 'texts': 1, 'texts_data': 'builtin:stories', 'texts_fn': print}

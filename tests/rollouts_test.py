@@ -17,6 +17,7 @@ from jaxalign import advantages
 from jaxalign import decoding
 from jaxalign import episodes
 from jaxalign import iterations
+from jaxalign import judging
 from jaxalign import main
 from jaxalign import making
 from jaxalign import masked
@@ -255,6 +256,11 @@ class TestTexts:
       assert float(jnp.sum(batch.mask_BT)) > 12
       assert not np.any(batch.labels_BT['advantages'] * is_text)
 
+  def test_are_as_many_in_each_update_where_rows_have_room_for_those_of_the_next(self, make, loaded, prompts):
+    options = dataclasses.replace(OPTIONS, prompts=4, minibatches=2, texts=2, texts_data='own', texts_fn=of_vowels)
+    found = taken(make(options, dataclasses.replace(PACKING, rows=16), texts=prompts[0]), loaded, 2)
+    assert [float(jnp.sum(batch.labels_BT['is_text'] * batch.mask_BT)) for _, batch in found] == [2, 2]
+
   def test_stand_in_groups_of_their_own_beside_what_was_sampled(self):
     sampled = examples.Sequence(np.arange(5), np.arange(5) > 2, {'advantages': np.ones(2, np.float32)})
     text = examples.Sequence(np.arange(4), np.arange(4) > 0, {})
@@ -288,6 +294,16 @@ BEGUN = threading.Event()
 
 def patient(responses):
   assert BEGUN.wait(60)
+  return runs.vowels(responses)
+
+
+CALLS: list[int] = []
+
+
+def busy_at_third(responses):
+  CALLS.append(len(responses))
+  if len(CALLS) == 3:
+    raise ConnectionError('busy')
   return runs.vowels(responses)
 
 
@@ -380,6 +396,29 @@ class TestMaker:
     with pytest.raises(types.UsageError, match='no --reward says anything of the tokens that were sampled'):
       taken(make(options), loaded, 1)
 
+  def test_gives_no_credit_where_the_outcome_is_not_known(self, make, loaded, monkeypatch):
+    def outcomes(outcomes_GK, token_rewards_BT, valid_GK, rows):
+      del outcomes_GK, token_rewards_BT
+      return {'advantages': masked.to_tokens(valid_GK, rows), 'known': valid_GK}
+
+    # Two rewards: of tokens, always there, and of outcomes, which abstains on the second of three.
+    def judged(self, panel, asked, drawn):
+      values_RN = np.stack([np.ones(len(drawn)), np.tile([1.0, np.nan, 0.0], len(drawn) // 3)])
+      tokens = [np.ones(len(one.ids)) for one in drawn]
+      return judging.Judged(list(drawn), values_RN, tokens, np.array([True, False]))
+
+    monkeypatch.setattr(judging.Judge, '__call__', judged)
+    both = ('tests.rollouts_test:of_vowels', 'tests.rollouts_test:of_length')
+    ((_, batch),) = taken(make(dataclasses.replace(OPTIONS, advantage_fn=outcomes, rewards=both)), loaded, 1)
+    known_GK = masked.to_table(batch.labels_BS['known'][0], jax.tree.map(lambda x: x[0], batch))
+    np.testing.assert_array_equal(known_GK[:2], [[1, 0, 1], [1, 0, 1]])
+
+  def test_tells_labels_of_tokens_from_those_of_a_response_of_one_token(self, make, loaded):
+    told = lambda rewards_GK, logps_BT: {'advantages': logps_BT, 'mine': logps_BT, 'score': rewards_GK}
+    options = dataclasses.replace(OPTIONS, advantage_fn=told, samples=1, max_new_tokens=1)
+    ((_, batch),) = taken(make(options), loaded, 1)
+    assert (set(batch.labels_BS), 'mine' in batch.labels_BT) == ({'score'}, True)
+
   def test_counts_the_time_of_all_that_was_sampled_for_a_rollout(self, make, loaded, monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(making, 'time', pytypes.SimpleNamespace(perf_counter=lambda: float(next(clock))))
@@ -465,6 +504,20 @@ class TestRuns:
     (tmp_path / 'p.jsonl').write_text(json.dumps({'prompt': [{'role': 'user', 'content': 'Hello'}]}) + '\n')
     assert main.main(['jaxalign', *args, "--gin=rollouts.Options.template = 'hh'"]) == 0
     assert 'Human: Hello' in capsys.readouterr().out
+
+  def test_of_which_a_reward_fails_keep_the_steps_before_it(self, tmp_path, capsys):
+    options = 'prompts = 2', 'samples = 2', 'max_new_tokens = 4', 'asynchronous = {}'
+    for asynchronous in (False, True):
+      workdir, reward = tmp_path / str(asynchronous), '--reward=tests.rollouts_test:busy_at_third'
+      gin = [f'--gin=rollouts.Options.{one}'.format(asynchronous) for one in options]
+      args = ['jaxalign', '--algo=grpo', f'--workdir={workdir}', '--steps=4', '--log_every=3', '--eval_data=', reward]
+      args += ['--gin=train.train.samples = None', *gin]
+      CALLS.clear()
+      assert main.main(args) == 1
+      assert 'ConnectionError: busy' in capsys.readouterr().err.splitlines()[-1]
+      assert sorted(runs.logged(workdir)) == [1, 2] and (workdir / 'checkpoints' / '2').exists()
+      assert main.main(args) == 0  # It is not busy any more.
+      assert json.loads(capsys.readouterr().out)['steps'] == 4
 
   def test_are_evaluated_as_they_go_from_where_they_began(self, tmp_path, capsys):
     args = [

@@ -88,9 +88,9 @@ def _draw(size: int, start: int, stop: int, seed: int, source: int) -> np.ndarra
 
 def in_turn(sizes: Sequence[int], weights: Sequence[float], seed: int, start: int, count: int) -> list[int]:
   """Records number `start` and on of epochs that follow one another, each in an order of its own, see `order`."""
-  found: list[int] = []
+  found, per_epoch = list[int](), sum(draws_per_epoch(sizes, weights))
   while len(found) < count:
-    epoch, first = divmod(start + len(found), sum(sizes))
+    epoch, first = divmod(start + len(found), per_epoch)
     found += order(sizes, weights, seed, epoch)[first : first + count - len(found)].tolist()
   return found
 

@@ -248,7 +248,8 @@ def adaptive(
     kl_GK = labels['kl']
   count = jnp.sum(policy.valid_GK)
   mean = jax.lax.stop_gradient(jnp.sum(kl_GK * policy.valid_GK) / jnp.maximum(count, 1.0))
-  step = jnp.log1p(jnp.clip(mean / target - 1, -0.2, 0.2) * count / horizon)
+  # A step of more responses than horizons would make the coefficient negative.
+  step = jnp.log1p(jnp.maximum(jnp.clip(mean / target - 1, -0.2, 0.2) * count / horizon, -0.5))
   metrics['objective/kl_coef'] = jnp.full_like(loss_BT, jnp.exp(log_c))
   return types.LossOut(loss_BT, metrics, {'log_coefficient': log_c + step})
 
@@ -260,7 +261,8 @@ def constrained(
 
     log lambda <- log lambda + rate lambda (mean cost - limit)
 
-  The mean is over the responses of a step whose cost is known. The paper's rate is 0.1 with the limit 0 or below.
+  The mean is over the responses of a step whose cost is known; where none is, lambda stays. The paper's rate is 0.1
+  with the limit 0 or below.
 
   Args:
     policy: read by the loss, and `valid_GK`.
@@ -280,6 +282,6 @@ def constrained(
   known_GK = policy.valid_GK * labels['cost_known']
   mean = jnp.sum(labels['cost'] * known_GK) / jnp.maximum(jnp.sum(known_GK), 1.0)
   multiplier = jnp.exp(log_lambda)
-  moved = log_lambda + rate * multiplier * (mean - limit)
+  moved = log_lambda + rate * multiplier * jnp.where(jnp.sum(known_GK) > 0, mean - limit, 0.0)
   metrics = dict(out.metrics) | {'objective/lambda': jnp.full_like(out.per_item, multiplier)}
   return types.LossOut(out.per_item, metrics, {'log_lambda': jnp.minimum(moved, jnp.log(most))})

@@ -203,13 +203,12 @@ def _counted(policy) -> types.Array:
 
 
 def off_policy_mask(policy, ref, labels, *, max_drift: float) -> types.Array:
-  """0 for tokens with A < 0 of responses that have become unlikely: mean_t(log old - log pi) > max_drift; else 1.
+  """0 for tokens with A < 0 of responses that have become unlikely: mean_t(log sampler - log pi) > max_drift; else 1.
 
-  DeepSeek-AI, 2025 (V3.2), https://arxiv.org/abs/2512.02556, whose old policy is the sampler's. TRL's documentation
-  suggests 0.5.
+  DeepSeek-AI, 2025 (V3.2), https://arxiv.org/abs/2512.02556. TRL's documentation suggests 0.5.
   """
   del ref
-  drift_BT = response_mean(-log_ratio(policy, labels), policy)
+  drift_BT = response_mean(jax.lax.stop_gradient(labels['sampler_logps'] - policy.logps_BT), policy)
   return 1.0 - ((labels['advantages'] < 0) & (drift_BT > max_drift)).astype(jnp.float32)
 
 

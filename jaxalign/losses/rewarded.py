@@ -2,7 +2,7 @@
 
 Contract of `losses.preference`, for lists of any length. r is the label `score` of a response, its reward; z its
 log-ratio to the reference, or for `rebel` to the policy that wrote it. `rebel` and `a_star_po` leave out responses of
-which the label `score_known` is 0.
+which the label `score_known` is 0, and those without a token that counts, as they were cut.
 """
 
 import jax
@@ -30,9 +30,13 @@ def rebel(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
   z_GK = masked.totals(policy.logps_BT - labels['old_logps'], policy.rows)
   gap_G = labels['score'][:, 0] - labels['score'][:, 1]
   margin_G = beta * (z_GK[:, 0] - z_GK[:, 1])
-  both_G = jnp.min((policy.valid_GK * labels['score_known'])[:, :2], axis=1)
+  both_G = jnp.min(_known(policy, labels)[:, :2], axis=1)
   right_G = masked.Weighted((margin_G * gap_G > 0).astype(jnp.float32) * both_G, both_G)
   return types.LossOut(jnp.square(margin_G - gap_G) * both_G, {'rewards/accuracies': right_G}, state)
+
+
+def _known(policy, labels) -> types.Array:
+  return policy.valid_GK * labels['score_known'] * (policy.tokens_GK > 0).astype(jnp.float32)
 
 
 def a_star_po(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
@@ -49,7 +53,7 @@ def a_star_po(policy, ref, labels, *, state=(), beta: float) -> types.LossOut:
   """
   rewards_GK = beta * ref.logratios_GK
   wanted_GK = labels['score'] - labels['optimal_value']
-  loss_G = _over_responses(jnp.square(rewards_GK - wanted_GK), policy.valid_GK * labels['score_known'])
+  loss_G = _over_responses(jnp.square(rewards_GK - wanted_GK), _known(policy, labels))
   return types.LossOut(loss_G, {'rewards': rewards_GK, 'rewards/wanted': wanted_GK}, state)
 
 

@@ -5,6 +5,7 @@ It imports the standard library alone, so that a worker starts at once and touch
 
 import asyncio
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
 import functools
@@ -17,9 +18,13 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import traceback
 from typing import Any
 from typing import SupportsFloat
+
+# What a user's function may end by; of `asyncio` and of `sys.exit`, what is no Exception.
+FAILURES = (Exception, SystemExit, asyncio.CancelledError)
 
 
 class Unusable(Exception):
@@ -96,7 +101,7 @@ def call(fn: Callable, arguments: Mapping[str, Any], count: int) -> list[float |
   fixed = fn.keywords if isinstance(fn, functools.partial) else {}  # options, before columns of the same name
   arguments = {name: value for name, value in arguments.items() if name not in fixed}
   missing = [name for name in needed if name not in arguments and name not in fixed]
-  with contextlib.redirect_stdout(sys.stderr):
+  with to_stderr():
     try:
       found = fn(**{name: value for name, value in arguments.items() if takes_any or name in names})
     except TypeError as err:
@@ -106,6 +111,27 @@ def call(fn: Callable, arguments: Mapping[str, Any], count: int) -> list[float |
     if inspect.isawaitable(found):
       found = asyncio.run(_finished(found))
   return _numbers(found, count)
+
+
+_SHARED = threading.Lock(), list[contextlib.redirect_stdout]()
+
+
+@contextlib.contextmanager
+def to_stderr() -> Iterator[None]:
+  """What any thread prints meanwhile goes to stderr; of several threads within, until the last one leaves."""
+  lock, within = _SHARED
+  redirected = contextlib.redirect_stdout(sys.stderr)
+  with lock:
+    if not within:
+      redirected.__enter__()
+    within.append(within[0] if within else redirected)
+  try:
+    yield
+  finally:
+    with lock:
+      redirected = within.pop()
+      if not within:
+        redirected.__exit__(None, None, None)
 
 
 async def _finished(waiting):
@@ -159,7 +185,7 @@ def serve(connection: connection_lib.Connection) -> None:
     answer: tuple[list[float | None], str]
     try:
       answer = call(fn, arguments, count), ''
-    except Exception as err:  # Whatever the user's function raises.
+    except FAILURES as err:
       answer = [], told(err, fn)
     connection.send(answer)
 

@@ -61,11 +61,12 @@ class Responses:
     ids = {} if self.ids is None else {'ids': self.ids}
     return {**self.fields, 'prompts': self.prompts, 'responses': self.responses, **ids}
 
-  def __getitem__(self, item: int) -> 'Responses':
-    one = lambda values: values[item : item + 1]
-    fields = {name: one(values) for name, values in self.fields.items()}
-    rest = [None if values is None else one(values) for values in (self.ids, self.prompt_ids, self.finished)]
-    return Responses(one(self.prompts), one(self.responses), fields, one(self.where), *rest)
+  def part(self, start: int, stop: int) -> 'Responses':
+    """Those from `start` to before `stop`."""
+    of = lambda values: values[start:stop]
+    fields = {name: of(values) for name, values in self.fields.items()}
+    rest = [None if values is None else of(values) for values in (self.ids, self.prompt_ids, self.finished)]
+    return Responses(of(self.prompts), of(self.responses), fields, of(self.where), *rest)
 
 
 class Scores(NamedTuple):
@@ -263,7 +264,7 @@ class Panel(contextlib.AbstractContextManager):
     table = []
     for reward in self._functions:
       if reward.name in self._pools:
-        each = [responses[item].arguments() for item in range(len(responses.responses))]
+        each = [responses.part(item, item + 1).arguments() for item in range(len(responses.responses))]
         found = self._pools[reward.name].map(each, responses.where)
       else:
         found = _called(reward, responses)
@@ -276,7 +277,7 @@ def _called(reward: Reward, responses: Responses) -> list[float | None]:
     return calling.call(reward.fn, responses.arguments(), len(responses.responses))
   except types.UsageError:
     raise
-  except (Exception, SystemExit) as err:  # Whatever the user's function raises, in a thread or not.
+  except calling.FAILURES as err:
     item = err.item if isinstance(err, calling.Unusable) else _culprit(reward, responses)
     span = f'{responses.where[0]} to {responses.where[-1]}' if len(set(responses.where)) > 1 else responses.where[0]
     where = span if item is None else responses.where[item]
@@ -284,13 +285,20 @@ def _called(reward: Reward, responses: Responses) -> list[float | None]:
 
 
 def _culprit(reward: Reward, responses: Responses) -> int | None:
-  """The first response that the function fails on by itself too, None where there is none."""
-  for item in range(len(responses.responses)):
+  """A response that the function fails on alone too, None where halving finds none; each is judged once more."""
+
+  def fails(start: int, stop: int) -> bool:
     try:
-      calling.call(reward.fn, responses[item].arguments(), 1)
-    except (Exception, SystemExit):  # The same as was raised for all.
-      return item
-  return None
+      calling.call(reward.fn, responses.part(start, stop).arguments(), stop - start)
+    except calling.FAILURES:
+      return True
+    return False
+
+  start, stop = 0, len(responses.responses)
+  while stop - start > 1:
+    middle = (start + stop) // 2
+    start, stop = (start, middle) if fails(start, middle) else (middle, stop)
+  return start if fails(start, stop) else None
 
 
 def check_how(how: str) -> None:

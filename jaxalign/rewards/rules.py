@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import functools
 import json
 import re
+import threading
 from typing import Any
 
 from vaderSentiment import vaderSentiment
@@ -106,7 +107,7 @@ def math_answer(
   r"""1 where the response's answer equals the reference as mathematics (1/2, \frac{1}{2}, 0.5), else 0; None without.
 
   Sets, intervals, equations and expressions are compared by the library math-verify. A response that it cannot read is
-  wrong. It sets an alarm, so it runs in the main thread of a process only.
+  wrong. In the main thread of a process each takes at most some seconds; `math_answer(processes=2)` runs it there.
 
   Args:
     responses: texts, LaTeX in them in $...$ or \boxed{...}.
@@ -122,12 +123,17 @@ def math_answer(
   except ModuleNotFoundError as err:
     raise types.UsageError(f'math_answer needs math-verify: pip install "jaxalign[math]" ({err})') from err
 
+  # Its alarms are for a main thread alone.
+  is_main = threading.current_thread() is threading.main_thread()
+  parse = functools.partial(math_verify.parse, **({} if is_main else {'parsing_timeout': None}))
+  verify = functools.partial(math_verify.verify, **({} if is_main else {'timeout_seconds': None}))
+
   def judge(response, reference):
     text = str(reference)
-    gold = math_verify.parse(text if '$' in text or '\\boxed' in text else f'${text}$')
+    gold = parse(text if '$' in text or '\\boxed' in text else f'${text}$')
     if not gold:
       raise ValueError(f'the reference {text[:80]!r} is no mathematics that math-verify reads')
-    return float(math_verify.verify(gold, math_verify.parse(response)))
+    return float(verify(gold, parse(response)))
 
   return _judged(judge, responses, answer, target)
 

@@ -39,6 +39,17 @@ class TestDrawsPerEpoch:
     assert packing.draws_per_epoch([10, 10], [1, 1e-9]) == [20, 1]
 
 
+class TestInTurn:
+
+  @pytest.mark.parametrize(
+      'sizes,weights', [([10, 3], [1, 1]), ([4, 3, 3], [1, 1, 1]), ([10, 5], [0.7, 0.3]), ([7], [1])]
+  )
+  def test_goes_on_with_the_next_epoch_where_one_ends(self, sizes, weights):
+    whole = np.concatenate([packing.order(sizes, weights, 5, epoch) for epoch in range(4)]).tolist()
+    for start, count in ((0, len(whole)), (1, 3), (sum(sizes) - 2, 4), (sum(sizes), 2)):
+      assert packing.in_turn(sizes, weights, 5, start, count) == whole[start : start + count]
+
+
 class TestOrder:
 
   def test_one_source_is_a_permutation_in_each_epoch(self):

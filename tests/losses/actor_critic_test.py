@@ -118,8 +118,17 @@ class TestAdaptive:
       np.testing.assert_allclose(out.state['log_coefficient'], self.steered(kl, 0.0), rtol=1e-4)
       np.testing.assert_allclose(out.per_item[MASK > 0], _ppo()[MASK > 0], rtol=1e-5)
 
+  def test_keeps_the_coefficient_positive_where_a_step_has_more_responses_than_the_horizon(self):
+    out = _run(_of(actor_critic.adaptive, loss=PPO, target=5.0, horizon=0.2), kl=jnp.zeros((1, 2)))
+    np.testing.assert_allclose(out.state['log_coefficient'], np.log(0.5), rtol=1e-6)
+
 
 class TestConstrained:
+
+  def test_leaves_the_multiplier_where_no_cost_is_known(self):
+    loss = _of(actor_critic.constrained, loss=PPO, limit=0.5, rate=0.1, state={'log_lambda': jnp.float32(0.4)})
+    out = _run(loss, cost=jnp.zeros((1, 2)), cost_known=jnp.zeros((1, 2)))
+    np.testing.assert_array_equal(out.state['log_lambda'], np.float32(0.4))
 
   def test_raises_the_multiplier_where_the_cost_is_above_the_limit(self):
     loss = _of(actor_critic.constrained, loss=PPO, limit=0.5, rate=0.1)

@@ -54,7 +54,7 @@ def _band(x, low, high):
 
 
 def _drifted(d, most):
-  return 0.0 if d.a[0] < 0 and -d.x.mean() > most else 1.0
+  return 0.0 if d.a[0] < 0 and (d.gen - d.lp).mean() > most else 1.0
 
 
 _PPO = _of(policy.ppo, clip_eps=0.2)

@@ -97,6 +97,8 @@ class TestLists:
     if name == 'a_star_po':  # so with a response that nobody judged
       unknown = labels | {'score_known': labels['score_known'].at[1, 2].set(0.0)}
       np.testing.assert_array_equal(loss(policy, ref, unknown).per_item, found)
+      cut = dataclasses.replace(policy, tokens_GK=policy.tokens_GK.at[1, 2].set(0.0))  # and of which no token counts
+      np.testing.assert_array_equal(loss(cut, ref, labels).per_item, found)
 
   def test_of_one_response_are_nothing_to_rebel(self):
     w = world_lib.world(groups=6, size=2)
@@ -106,6 +108,8 @@ class TestLists:
     found = rewarded.rebel(short, ref, labels, beta=0.7)
     unknown = labels | {'score_known': labels['score_known'].at[1, 1].set(0.0)}
     np.testing.assert_array_equal(rewarded.rebel(policy, ref, unknown, beta=0.7).per_item, found.per_item)
+    cut = dataclasses.replace(policy, tokens_GK=policy.tokens_GK.at[1, 1].set(0.0))
+    np.testing.assert_array_equal(rewarded.rebel(cut, ref, labels, beta=0.7).per_item, found.per_item)
     right = w.h * (w.score[:, 0] - w.score[:, 1]) > 0
     assert found.per_item[1] == 0 and np.all(found.per_item[np.array([0, 2, 3, 4, 5])] > 0)
     accuracy = found.metrics['rewards/accuracies']
@@ -134,7 +138,8 @@ class TestRewarded:
     labels |= {'optimal_value': jnp.full((1, len(picked)), np.float32(value))} | _known(labels)
 
     def total(logps_BT):
-      policy = types.Stats(logps_BT=logps_BT, logps_GK=logps_BT, rows=rows, valid_GK=jnp.ones((1, len(picked))))
+      ones = jnp.ones((1, len(picked)))
+      policy = types.Stats(logps_BT=logps_BT, logps_GK=logps_BT, tokens_GK=ones, rows=rows, valid_GK=ones)
       return loss(policy, types.Stats(logratios_GK=logps_BT - ref[None]), labels, beta=self.BETA).per_item[0]
 
     return jax.value_and_grad(total)(jnp.asarray(logps[picked], jnp.float32)[None])

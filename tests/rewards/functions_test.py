@@ -1,5 +1,6 @@
 """Rewards that are functions of a user's own file: how they are found, called, refused and combined."""
 
+import asyncio
 import functools
 import math
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxalign import types
+from jaxalign.rewards import calling
 from jaxalign.rewards import functions
 from jaxalign.rewards import modelled
 
@@ -239,6 +241,63 @@ class TestPanel:
   def test_names_the_line_of_the_users_file_that_led_to_it(self, mine):
     with pytest.raises(types.RunError, match=r'TypeError: .* \(mine.py:[0-9]+: return mine_helper.of\(None, resp'):
       judged(f'{mine}:deep', responses('a'))
+
+  def test_finds_the_one_of_many_by_halves(self, mine):
+    calls = []
+
+    def fails(responses):
+      calls.append(len(responses))
+      return [1 / len(one) for one in responses]
+
+    with pytest.raises(types.RunError, match='reward r, d.jsonl:11: ZeroDivisionError'):
+      with functions.Panel([functions.Reward('r', fails)]) as panel:
+        panel(responses(*'aaaaaaaaaa', '', *'aaaaa'))
+    assert calls == [16, 8, 4, 2, 1, 1]
+
+  def test_does_not_ask_one_by_one_again_where_what_fails_comes_and_goes(self):
+    calls = []
+
+    def fails(responses):
+      calls.append(len(responses))
+      if len(calls) == 1:
+        raise ConnectionError('busy')
+      return [0.0] * len(responses)
+
+    with pytest.raises(types.RunError, match='reward r, d.jsonl:1 to d.jsonl:64: ConnectionError: busy'):
+      with functions.Panel([functions.Reward('r', fails)]) as panel:
+        panel(responses(*'a' * 64))
+    assert sum(calls[1:]) == 64 and len(calls) == 8
+
+  def test_names_a_coroutine_that_was_cancelled(self):
+    async def cancelled(responses):
+      raise asyncio.CancelledError
+
+    with pytest.raises(types.RunError, match='reward r, d.jsonl:1: CancelledError'):
+      with functions.Panel([functions.Reward('r', cancelled)]) as panel:
+        panel(responses('a'))
+
+  def test_gives_stdout_back_whatever_order_threads_leave_in(self):
+    before, events = sys.stdout, [threading.Event() for _ in range(3)]
+
+    def waits(mine, other):
+      def judge(responses):
+        events[mine].set()
+        assert events[other].wait(60) and sys.stdout is sys.stderr
+        return [0.0] * len(responses)
+
+      return judge
+
+    # The first in is the first out; the second is in before, and out behind it.
+    first = threading.Thread(target=lambda: calling.call(waits(0, 1), {'responses': ['a']}, 1))
+    second = threading.Thread(target=lambda: calling.call(waits(1, 2), {'responses': ['a']}, 1))
+    first.start()
+    assert events[0].wait(60)
+    second.start()
+    first.join()
+    assert sys.stdout is sys.stderr
+    events[2].set()
+    second.join()
+    assert sys.stdout is before
 
   def test_names_all_records_where_each_by_itself_is_fine(self, mine):
     with pytest.raises(types.RunError, match=r'by_batch, d.jsonl:1 to d.jsonl:3: RuntimeError: of several \(mine.py:'):
