@@ -124,13 +124,13 @@ def to_stderr() -> Iterator[None]:
   with lock:
     if not within:
       redirected.__enter__()
-    within.append(within[0] if within else redirected)
+    within.append(redirected)
   try:
     yield
   finally:
     with lock:
       redirected = within.pop()
-      if not within:
+      if not within:  # It is the one that was entered.
         redirected.__exit__(None, None, None)
 
 
