@@ -290,6 +290,17 @@ class TestReadme:
     text = loaded.tokenizer.decode([best], continuation=True)
     assert capsys.readouterr().out == f'Once upon a time{text}\n'
 
+  def test_names_bindings_that_there_are(self, capsys):
+    text = README.read_text(encoding='utf-8').partition('### Learning rate')[2].partition('###')[0]
+    bindings = re.findall(r'`(\w+\.[\w.]+ = [^`]+)`', text)
+    assert len(bindings) > 15
+    assert (
+        call('--mode=show', '--algo=dpo', '--data=builtin:sentiment[:200]', *(f'--gin={one}' for one in bindings)) == 0
+    )
+    capsys.readouterr()
+    assert call('--mode=show', '--algo=dpo', '--gin=optim.adamw.beta2 = 0.95') == 2
+    assert 'it has ' in capsys.readouterr().err
+
   @pytest.mark.parametrize('cwd,gin_file', [('mine', 'my.gin'), ('elsewhere', '../mine/my.gin')])
   def test_runs_a_loss_of_the_users_own(self, blocks, tmp_path, cwd, gin_file):
     for folder in ('mine', 'elsewhere'):
