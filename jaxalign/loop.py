@@ -47,12 +47,13 @@ class Options:
 class Preemption:
   """Whether the machine is about to be taken away, which SIGTERM announces; with `with`, the signal does nothing else.
 
-  In a job of several processes JAX listens, and all of them learn of it at the same step. In a job of one, the wait for
-  a batch ends at once: a rollout may take longer than the machine is left.
+  The wait for a batch ends: a rollout may take longer than the machine is left. In a job of one process it does so at
+  once. In a job of several JAX listens, and all of them learn of it at the same step, or the same call of `between`.
   """
 
   def __init__(self):
     self._told = self._waits = False
+    self._asked = 0
 
   def __enter__(self) -> 'Preemption':
     if jax.process_count() == 1:
@@ -80,9 +81,17 @@ class Preemption:
           return
         yield batch
 
-  def reached(self, step: int) -> bool:
-    """Whether to save and stop after `step`; called at every step."""
-    return self._told or multihost_utils.reached_preemption_sync_point(step)
+  def reached(self) -> bool:
+    """Whether to save and stop; called at every step."""
+    self._asked += 1
+    if multihost_utils.reached_preemption_sync_point(self._asked):
+      self._told = True
+    return self._told
+
+  def between(self) -> None:
+    """Ends the wait for a batch where it is time; called by what makes one, as often in every process."""
+    if self.reached():
+      raise _Told
 
 
 class _Told(BaseException):
@@ -105,6 +114,7 @@ class Tools:
     flops_per_token: of the model, forward and backward, for its utilisation.
     after_first_step: called when everything that a step uses has been called once.
     debug: forbid implicit transfers between host and device.
+    preemption: tells when to stop.
   """
 
   step_fn: Callable[[step_lib.TrainState, types.Batch], tuple[step_lib.TrainState, step_lib.Packed]]
@@ -117,6 +127,7 @@ class Tools:
   flops_per_token: float
   after_first_step: Callable[[], None]
   debug: bool = False
+  preemption: Preemption = dataclasses.field(default_factory=Preemption)
 
 
 def run(
@@ -150,7 +161,7 @@ def run(
   evaluated: Mapping[str, float] = {}
   saving = stopping = False
   failures: list[types.RunError] = []
-  with contextlib.closing(metrics.Progress(step, options.steps)) as progress, Preemption() as preemption:
+  with contextlib.closing(metrics.Progress(step, options.steps)) as progress, tools.preemption as preemption:
     for data_state, batch in preemption.until(tools.clock.waiting(_until_failure(batches, failures))):
       with jax.transfer_guard('disallow') if tools.debug and step > first else contextlib.nullcontext():
         state, measured = tools.step_fn(state, batch)
@@ -160,7 +171,7 @@ def run(
       running.append(measured)
       step += 1
       progress.advance()
-      stopping = preemption.reached(step)
+      stopping = preemption.reached()
       saving = stopping or due(options.save_every)
       pausing = saving or step == first + 1 or due(options.eval_every)
       if pausing or due(options.log_every):

@@ -104,6 +104,7 @@ class Maker:
       tokenizer: tokenizers.Tokenizer,
       mesh: jax.sharding.Mesh,
       seed: int,
+      between: Callable[[], None] | None = None,
   ):
     """Keeps what all rollouts share.
 
@@ -117,8 +118,9 @@ class Maker:
       tokenizer: of the policy.
       mesh: where they lie.
       seed: of the order of prompts and of sampling.
+      between: see `sampling.sample`.
     """
-    self._options, self._prompts, self._weights = options, prompts, list(weights)
+    self._options, self._prompts, self._weights, self._between = options, prompts, list(weights), between
     self._packing, self._models, self._tokenizer, self._mesh, self._seed = packing, models, tokenizer, mesh, seed
     self._asked = functools.partial(verdicts.of_record, prompts, records)
     self._stop_ids = functools.cache(lambda is_chat: prompts_lib.stop_ids(tokenizer, is_chat, options.template))
@@ -325,6 +327,7 @@ class Maker:
           **options.ways(self._tokenizer),
           seed=_seed(self._seed, (*name, 'turn', turn) if turn else name),
           stop_ids=stop_ids,
+          between=self._between,
       )
 
     return list(environments.respond(options.world, asked, count, self._tokenizer, draw))

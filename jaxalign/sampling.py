@@ -25,6 +25,7 @@ from jaxalign.models import transformer
 ROWS = 128  # responses that are written at once, if nothing else is said
 _AT_FIRST = 64  # tokens behind the longest prompt that there is room for at first
 _LOOK = 8  # tokens between looks at texts
+_PAUSE = 64  # tokens of a row, at most, between calls of `between`
 
 
 class Sampled(NamedTuple):
@@ -112,6 +113,7 @@ def sample(
     told_at: float = 1.0,
     rows: int = ROWS,
     watch: Callable[[int, list[int]], None] | None = None,
+    between: Callable[[], None] | None = None,
     rules: Mapping[str, Sequence[str]] | None = None,
     **rule: Any,
 ) -> list[Sampled]:
@@ -132,6 +134,7 @@ def sample(
     told_at: the temperature of the log-probabilities that are told beside those of the draw.
     rows: responses that are written at once; more where the mesh does not divide them.
     watch: called with the number of a response (i * n + k) and its tokens so far, every few tokens.
+    between: called every now and then, as often in every process of a job; what it raises ends the sampling.
     rules: of sharding for the policy's parameters meanwhile, see `sharding.RULES`; None leaves them in place.
     **rule: temperature, top_k, top_p, min_p and repetition_penalty, see `choosing.Rule`.
 
@@ -155,6 +158,7 @@ def sample(
       jax.random.key(seed),
       stop or Stop((), lambda ids: ''),
       watch,
+      between,
   ).all()
 
 
@@ -208,10 +212,11 @@ def prepared(model: transformer.Transformer) -> transformer.Transformer:
 class _Run:
   """The queue of a call: what waits, what was read, and who holds which row."""
 
-  def __init__(self, program, params, prompts, limits, requests, n: int, rows: int, key, stop: Stop, watch):
+  def __init__(self, program, params, prompts, limits, requests, n: int, rows: int, key, stop: Stop, watch, between):
     self._program, self._params, self._prompts, self._limits = program, params, prompts, limits
     self._reader = program._replace(process=None)  # Another process reads the same, by what is compiled already.
-    self._requests, self._n, self._key, self._stop, self._watch = requests, n, key, stop, watch
+    self._requests, self._n, self._key, self._stop = requests, n, key, stop
+    self._watch, self._between = watch, between
     sizes, total = buckets.Sizes.of([max(map(len, one)) for one in prompts], limits, n, rows), len(limits) * n
     self._size, self._together, self._most, longest = sizes.rows, sizes.together, sizes.most, sizes.longest
     # Prompts of like length are read together.
@@ -230,6 +235,8 @@ class _Run:
     compiled = decoding.compilations.count
     self._fill()
     while self._active():
+      if self._between is not None:
+        self._between()
       self._write()
       self._fill()
     found = [one for one in self._found if one is not None]
@@ -292,7 +299,7 @@ class _Run:
     room = tuple(size if count < size else min(most, buckets.bucket(count * 3 // 2)) for most, size, count in sizes)
     if room != self._room:
       self._room, self._rows = room, decoding.grow(room, self._rows)
-    most = _LOOK if self._stop.texts or self._watch else max(self._limits)
+    most = _LOOK if self._stop.texts or self._watch else max(self._limits) if self._between is None else _PAUSE
     most = min(most, *(size - count for size, count in zip(self._room, longest)))
     waits = bool(self._ready or self._waiting)
     enough = self._size - len(active) + max(1, self._size // 16) if waits else self._size

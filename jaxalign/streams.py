@@ -152,6 +152,7 @@ def open_prompts(
     critic: transformer.Transformer | None = None,
     *,
     scored: bool = True,
+    between: Callable[[], None] | None = None,
 ) -> Online:
   """Opens the prompts in `--data` for rollouts of `model`, and those in `--eval_data`.
 
@@ -162,6 +163,7 @@ def open_prompts(
     model: of the policy.
     critic: gives values where it has parameters of its own.
     scored: whether rewards are asked, so that models among them are wanted.
+    between: see `sampling.sample`.
 
   Raises:
     UsageError: loss or advantages read what a rollout does not give, or it fits no step of the mesh, or none judges it.
@@ -190,6 +192,7 @@ def open_prompts(
           critic and transformer.without_dropout(critic),
           recipe_lib.reference_of(recipe, job.mesh, model).model if ref else None,
       ),
+      between=between,
       **shared,
   )
   asked = dataset.Joined(held_sets) if held_sets else None

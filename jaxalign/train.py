@@ -61,8 +61,9 @@ def train(
   """
   with jax.set_mesh(job.mesh):
     tokenizer = recipe_lib.open_tokenizer(job)
-    counter, follows = metrics.Compilations(), recipe.sync is not None
-    model, objective, streams, (trained, frozen), critic = _open(job, recipe, tokenizer, options.steps, counter)
+    counter, follows, preemption = metrics.Compilations(), recipe.sync is not None, loop.Preemption()
+    opened = _open(job, recipe, tokenizer, options.steps, counter, preemption)
+    model, objective, streams, (trained, frozen), critic = opened
     store = checkpoint.Store(job.workdir / 'checkpoints', checkpoints)
     ref = reference.Reference.of(model, trained, frozen)
     base = _keep_base(job, store, ref) if streams.reference or frozen or recipe.rollouts is not None else ''
@@ -102,6 +103,7 @@ def train(
         ),
         after_first_step=functools.partial(_save_run, job, recipe, model, tokenizer, base, streams.needs, config),
         debug=job.debug,
+        preemption=preemption,
     )
     if job.debug:
       _show_shapes(state)
@@ -177,14 +179,20 @@ class _Opened(NamedTuple):
 
 
 def _open(
-    job, recipe: recipe_lib.Recipe, tokenizer: tokenizers.Tokenizer, steps: int, counter: metrics.Compilations
+    job,
+    recipe: recipe_lib.Recipe,
+    tokenizer: tokenizers.Tokenizer,
+    steps: int,
+    counter: metrics.Compilations,
+    preemption: loop.Preemption,
 ) -> _Opened:
   """Model, objective, data and parameters; what does not go together is refused before a weight is read."""
   model, params = opening.open_model(job, recipe, tokenizer)
   critic_model, critic_params = opening.open_critic(job, recipe, tokenizer)
   streams: streams_lib.Streams | streams_lib.Online
   if recipe.rollouts is not None:
-    streams = streams_lib.open_prompts(job, recipe, tokenizer, model, critic_model)
+    between = preemption.between if jax.process_count() > 1 else None
+    streams = streams_lib.open_prompts(job, recipe, tokenizer, model, critic_model, between=between)
   else:
     streams = streams_lib.open_streams(job, recipe, tokenizer, train=True)
   ref_model = recipe_lib.reference_of(recipe, job.mesh, model).model if streams.live else None

@@ -155,6 +155,22 @@ class TestTrain:
     assert f'stopped by SIGTERM after step {step},' in err
     assert (folder / 'both' / 'checkpoints' / str(step) / 'params').exists()
 
+  def test_told_to_one_of_several_processes_while_a_rollout_is_made_saves_the_step_before_it(self, tmp_path):
+    (tmp_path / 'prompts.jsonl').write_text(''.join(json.dumps({'prompt': f'Tom {i}'}) + '\n' for i in range(8)))
+    # Some 800 tokens of a row each: the next rollout is far from its end when the step by the first is logged.
+    sizes = (
+        f'--gin=rollouts.Options.{one}' for one in ('prompts = 2', 'samples = 4', 'max_new_tokens = 400', 'rows = 4')
+    )
+    more = *sizes, '--gin=loader.Packing.row_length = 512', '--mesh=data:2,fsdp:2', '--reward=tests.runs:vowels'
+    args = [x for x in constant_rate(tmp_path, 'long', *more, steps=50) if not x.startswith(('--data', '--algo'))]
+    both = runs.spawn_together([*args, '--algo=grpo', f'--data=jsonl:{tmp_path / "prompts.jsonl"}'], 2)
+    wait_for_lines(tmp_path / 'long', 1)
+    both[1].send_signal(signal.SIGTERM)
+    for process in both:
+      code, err = runs.finished(process)
+      assert code == 75 and 'stopped by SIGTERM after step 1, which is saved' in err, err
+    assert list(runs.logged(tmp_path / 'long')) == [1] and (tmp_path / 'long' / 'checkpoints' / '1').exists()
+
   def test_of_which_a_process_is_killed_ends_soon_and_goes_on_with_more_processes(self, folder):
     both = runs.spawn_together(constant_rate(folder, 'lost', '--mesh=data:2,fsdp:2', steps=100_000), 2)
     wait_for_lines(folder / 'lost', 5)
