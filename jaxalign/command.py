@@ -37,7 +37,7 @@ _UNREAD: dict[str, tuple[str, ...]] = {
     'score': (*_BUT_MODEL, *_OF_SAMPLING, 'eval_data', 'gin', 'seed', 'combine'),
     'score --reward': (
         *_but(_OF_TRAINING, 'tokenizer', 'data'),
-        *_but(_OF_DATA, 'data_dir', 'skip_bad_records'),
+        *_but(_BUT_PLACES, 'skip_bad_records'),
         *_OF_SAMPLING,
         *('checkpoint', 'mesh', 'dcn_mesh', 'seed', 'per', 'row_length', 'debug'),
     ),

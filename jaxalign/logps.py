@@ -179,7 +179,7 @@ def _everywhere(axes, sums):
 def _of_sums(static, sums):
   """Log-probabilities, the logarithm of the normaliser, and the dense statistics that are asked for."""
   # Where no target was counted nothing was summed.
-  exp = jnp.where(sums['exp'] > 0, sums['exp'], 1.0)
+  exp = jnp.where(sums['exp'] == 0, 1.0, sums['exp'])
   log_sum, chosen = jnp.log(exp), sums['target'] - sums['top']
   of = {
       'correct': lambda: (chosen >= 0).astype(jnp.float32),

@@ -148,8 +148,8 @@ def run(
     tools: what to call.
 
   Raises:
-    RunError: too many consecutive steps were not finite, or a checkpoint could not be written, or there is no next
-      batch, as a reward failed; then the steps before it are saved.
+    RunError: too many consecutive steps were not finite, or a checkpoint could not be written, or a reward failed; in
+      a job of one process the steps before it are saved then.
     Preempted: SIGTERM came, and the step that was running, or the last before it, is saved.
   """
   first = step = int(state.step)
@@ -160,7 +160,7 @@ def run(
   waiting: _Interval | None = None
   evaluated: Mapping[str, float] = {}
   saving = stopping = False
-  failures: list[types.RunError] = []
+  failures: list[Exception] = []
   with contextlib.closing(metrics.Progress(step, options.steps)) as progress, tools.preemption as preemption:
     for data_state, batch in preemption.until(tools.clock.waiting(_until_failure(batches, failures))):
       with jax.transfer_guard('disallow') if tools.debug and step > first else contextlib.nullcontext():
@@ -178,12 +178,12 @@ def run(
         waiting, running = _Interval(step, data_state, running), []
       if pausing and waiting is not None:
         values, waiting = _fetch(waiting, tools), None
-        evaluated = _pause(state, tools, step == first + 1, due(options.eval_every), values) or evaluated
+        evaluated = _pause(state, tools, step == first + 1, due(options.eval_every), values, failures) or evaluated
         _write(step, values, options, tools, progress)
         if saving:
           _save(tools, state, step, data_state, evaluated)
         tools.clock.start()
-      if stopping or step >= options.steps:
+      if stopping or failures or step >= options.steps:
         break
     if step > first and not saving:  # The signal, or the failure, came behind a step that was not saved.
       if waiting or running:
@@ -197,22 +197,37 @@ def run(
   return state
 
 
-def _until_failure(batches: Iterator[_T], failures: list[types.RunError]) -> Iterator[_T]:
-  """The same, ended by what fails in making them, which is put among `failures`."""
+@contextlib.contextmanager
+def _collecting(failures: list[Exception]) -> Iterator[None]:
+  """Puts what fails among `failures`, so that steps can be saved first.
+
+  Not in a job of several processes: one of them alone may have failed, and would wait for the others to save with it.
+  """
   try:
-    yield from batches
-  except types.RunError as err:
+    yield
+  except (types.RunError, types.UsageError) as err:
+    if jax.process_count() > 1:
+      raise
     failures.append(err)
 
 
+def _until_failure(batches: Iterator[_T], failures: list[Exception]) -> Iterator[_T]:
+  """The same, ended by what fails in making them."""
+  with _collecting(failures):
+    yield from batches
+
+
 def _pause(
-    state: step_lib.TrainState, tools: Tools, is_first: bool, evaluates: bool, values: dict
+    state: step_lib.TrainState, tools: Tools, is_first: bool, evaluates: bool, values: dict, failures: list[Exception]
 ) -> Mapping[str, float]:
   """Stops the clock; metrics of held-out data where they are due, which become some of `values`."""
   tools.clock.pause()
   if is_first:
     tools.after_first_step()
-  found = tools.evaluate(state) if evaluates else {}
+  found: Mapping[str, float] = {}
+  if evaluates:
+    with _collecting(failures):
+      found = tools.evaluate(state)
   values |= found
   return found
 

@@ -18,7 +18,7 @@ from jaxalign import types
 MASKED_LOGIT = -1e30  # finite, so that 0 * logit is 0
 CHUNK = 512
 _ALIGNED = 1024
-_CPU_BLOCK = 2048  # columns of which what is made for a chunk stays in the caches of a CPU
+_CPU_BLOCK = 2048  # columns, at most, of which what is made for a chunk stays in the caches of a CPU
 _NO_TOKEN = jnp.iinfo(jnp.int32).max
 _MOST = 2**27  # numbers of a gradient of the head that a device holds at once, where in the end it has a part of it
 
@@ -112,9 +112,10 @@ def in_blocks(local: Callable, width: int, *args):
   Accelerators take all of them: their compilers fuse what is done with a chunk. CPUs write it to memory.
   """
   whole = functools.partial(local, width)
-  if width <= _CPU_BLOCK:
+  blocks = -(-width // _CPU_BLOCK)
+  if blocks == 1:
     return whole(*args)
-  return jax.lax.platform_dependent(*args, cpu=functools.partial(local, _CPU_BLOCK), default=whole)
+  return jax.lax.platform_dependent(*args, cpu=functools.partial(local, -(-width // blocks)), default=whole)
 
 
 def fold(body: Callable, carry, head, ids, block: int):

@@ -519,6 +519,15 @@ class TestRuns:
       assert main.main(args) == 0  # It is not busy any more.
       assert json.loads(capsys.readouterr().out)['steps'] == 4
 
+  def test_of_which_a_reward_fails_in_evaluation_keep_the_step_that_is_evaluated(self, tmp_path, capsys):
+    gin = [f'--gin=rollouts.Options.{one}' for one in ('prompts = 2', 'samples = 2', 'max_new_tokens = 4')]
+    args = ['jaxalign', '--algo=grpo', f'--workdir={tmp_path / "w"}', '--steps=3', '--eval_every=1', *gin]
+    args += ['--reward=tests.rollouts_test:busy_at_third', '--gin=evaluate.Samples.count = 2', '--log_every=1']
+    CALLS.clear()  # The first evaluation, the first rollout, and the evaluation of the step by it.
+    assert main.main(args) == 1
+    assert 'ConnectionError: busy' in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(runs.logged(tmp_path / 'w')) == [1] and (tmp_path / 'w' / 'checkpoints' / '1').exists()
+
   def test_are_evaluated_as_they_go_from_where_they_began(self, tmp_path, capsys):
     args = [
         'jaxalign',

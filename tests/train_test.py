@@ -72,7 +72,8 @@ def constant_rate(folder, name, *more, steps):
 
 def wait_for_lines(workdir, count):
   metrics, until = workdir / 'metrics.jsonl', time.monotonic() + 150
-  while time.monotonic() < until and (not metrics.exists() or metrics.read_text().count('\n') < count):
+  while not metrics.exists() or metrics.read_text().count('\n') < count:
+    assert time.monotonic() < until, f'{metrics} has not got {count} lines'
     time.sleep(0.005)
 
 
