@@ -147,19 +147,10 @@ def sample(
   program, models_params, guides_prompts = _opened(model, params, stop_ids, guidance, cache_dtype, told_at, rules, rule)
   if not prompts:
     return []
-  return _Run(
-      program,
-      models_params,
-      [prompts, *(own or prompts for own in guides_prompts)],
-      _limits(max_new_tokens, len(prompts), n, rows),
-      range(len(prompts)) if requests is None else requests,
-      n,
-      rows,
-      jax.random.key(seed),
-      stop or Stop((), lambda ids: ''),
-      watch,
-      between,
-  ).all()
+  read = [prompts, *(own or prompts for own in guides_prompts)]
+  limits, key = _limits(max_new_tokens, len(prompts), n, rows), jax.random.key(seed)
+  requests, stop = range(len(prompts)) if requests is None else requests, stop or Stop((), lambda ids: '')
+  return _Run(program, models_params, read, limits, requests, n, rows, key, stop, watch, between).all()
 
 
 def _limits(max_new_tokens: int | Sequence[int], prompts: int, n: int, rows: int) -> list[int]:

@@ -187,11 +187,7 @@ def open_prompts(
       prompts,
       [sources.open_source(spec, job.data_dir) for spec, _ in mixture],
       weights=[weight for _, weight in mixture],
-      models=rollouts.Models(
-          transformer.without_dropout(model),
-          critic and transformer.without_dropout(critic),
-          recipe_lib.reference_of(recipe, job.mesh, model).model if ref else None,
-      ),
+      models=_models(job, recipe, model, critic, bool(ref)),
       between=between,
       **shared,
   )
@@ -207,6 +203,12 @@ def open_prompts(
     )
   report, share = _report(datasets, held_sets), options.prompts / len(prompts)
   return Online(made, needs, has_reference, asked, report, share, models)
+
+
+def _models(job: recipe_lib.Job, recipe: recipe_lib.Recipe, model, critic, compared: bool) -> rollouts.Models:
+  """Those that a rollout is made with."""
+  ref = recipe_lib.reference_of(recipe, job.mesh, model).model if compared else None
+  return rollouts.Models(transformer.without_dropout(model), critic and transformer.without_dropout(critic), ref)
 
 
 def _texts(job: recipe_lib.Job, options: rollouts.Options, tokenizer, row_length: int) -> dataset.Joined | None:

@@ -41,13 +41,14 @@ class TestSample:
 
   def draw(self, model_and_params, tokenizer, **options):
     judge, records = options.pop('judge', None), options.pop('records', [{}, {}, {}])
-    ref_logps = options.pop('ref_logps', None)
+    ref_logps, ways = options.pop('ref_logps', None), options.pop('ways', {})
     samples = evaluate.Samples(**({'max_new_tokens': 6, 'per_prompt': 2} | options))
     texts = ('Once upon a time', 'The cat', 'Tom')
     ids = [examples.prompt_ids(tokenizer, text) for text in texts]
     prompts = [verdicts.Prompt(one, record, f'here {n}') for n, (one, record) in enumerate(zip(ids, records))]
     rewards = [functions.Reward('judge', judge)] if judge is not None else []
-    return evaluate.sample(*model_and_params, tokenizer, samples, prompts, 1, evaluate.Setting(rewards), ref_logps)
+    setting = evaluate.Setting(rewards, ways=ways)
+    return evaluate.sample(*model_and_params, tokenizer, samples, prompts, 1, setting, ref_logps)
 
   def test_judges_every_response_and_shows_the_first_of_each_prompt(self, model_and_params, tokenizer):
     judged = []
