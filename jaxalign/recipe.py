@@ -262,12 +262,12 @@ def load(spec: str, mesh: jax.sharding.Mesh, dtype: str | None = None) -> checkp
 
 def open_tokenizer(job: Job) -> tokenizers.Tokenizer:
   """Loads `--tokenizer`, or the tokenizer beside the model."""
-  return load_tokenizer(job.tokenizer or job.model)
+  return load_tokenizer(job.tokenizer, _A_TOKENIZER) if job.tokenizer else load_tokenizer(job.model)
 
 
-def load_tokenizer(spec: str) -> tokenizers.Tokenizer:
-  """Loads what `--tokenizer` names, or the tokenizer beside what `--model` names."""
-  path = model_directory(spec, _A_TOKENIZER)
+def load_tokenizer(spec: str, wanted: str = _A_MODEL) -> tokenizers.Tokenizer:
+  """Loads what `--tokenizer` names, or the tokenizer beside what `--model` names; see `model_directory`."""
+  path = model_directory(spec, wanted)
   return tokenizers.load(checkpoint.find(path)[0] / 'tokenizer' if checkpoint.is_checkpoint(path) else path)
 
 

@@ -71,7 +71,7 @@ class TestMain:
 
   def test_says_what_is_wrong(self, tmp_path, capsys):
     assert convert_hf.main([f'--checkpoint={tmp_path}', f'--output={tmp_path / "out"}']) == 2
-    assert 'convert_hf: --checkpoint=' in capsys.readouterr().err
+    assert f'convert_hf: {tmp_path}: no checkpoint there' in capsys.readouterr().err
     assert convert_hf.main([f'--model={tmp_path}']) == 1
     assert 'config.json: cannot be read' in capsys.readouterr().err
     with pytest.raises(SystemExit):
