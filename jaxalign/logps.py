@@ -201,7 +201,7 @@ def _backward_in_blocks(static, axes, block, hidden, head, targets, normaliser, 
   per_token = [x.reshape(-1) for x in (targets, normaliser, entropy, d_logps, d_entropy)]
   index, chunks = vocab.chunks(axes, mask, chunk)
 
-  def of_chunk(part, ids, i, carry):
+  def of_chunk(part, ids, several, i, carry):
     d_hidden, d_part = carry
     rows = jax.lax.dynamic_slice(index, (i * chunk,), (chunk,))
     h = vocab.take(hidden, rows)
@@ -215,13 +215,15 @@ def _backward_in_blocks(static, axes, block, hidden, head, targets, normaliser, 
     if 'entropy' in static.dense:
       d_logits -= d_ent[:, None] * p * (logp + ent[:, None])
     d_h, d_w = vocab.pull_back(static.output, logits, d_logits, h, part)
-    d_h += jax.lax.dynamic_slice(d_hidden, (i * chunk, 0), d_h.shape)
+    if several:  # To what the blocks before have given.
+      d_h += jax.lax.dynamic_slice(d_hidden, (i * chunk, 0), d_h.shape)
     return jax.lax.dynamic_update_slice(d_hidden, d_h, (i * chunk, 0)), d_part + d_w
 
   def of_block(carry, start, part, ids):
     d_hidden, d_head = carry
+    several = part.shape[1] < d_head.shape[1]
     d_part = jax.lax.dynamic_slice_in_dim(d_head, start, part.shape[1], axis=1)
-    d_hidden, d_part = jax.lax.fori_loop(0, chunks, functools.partial(of_chunk, part, ids), (d_hidden, d_part))
+    d_hidden, d_part = jax.lax.fori_loop(0, chunks, functools.partial(of_chunk, part, ids, several), (d_hidden, d_part))
     return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_part, start, axis=1)
 
   def local(head, ids):
