@@ -187,7 +187,7 @@ def asset(name: str) -> pathlib.Path:
 
 
 _A_MODEL = 'a model is a Hugging Face directory, a checkpoint of jaxalign, or a name in gin_configs/models'
-_A_TOKENIZER = 'a tokenizer is a SentencePiece .model, a tokenizer.json, or a directory with one'
+A_TOKENIZER = 'a tokenizer is a SentencePiece .model, a tokenizer.json, or a directory with one'
 
 
 def model_directory(spec: str, wanted: str = _A_MODEL) -> storage.Path:
@@ -262,7 +262,7 @@ def load(spec: str, mesh: jax.sharding.Mesh, dtype: str | None = None) -> checkp
 
 def open_tokenizer(job: Job) -> tokenizers.Tokenizer:
   """Loads `--tokenizer`, or the tokenizer beside the model."""
-  return load_tokenizer(job.tokenizer, _A_TOKENIZER) if job.tokenizer else load_tokenizer(job.model)
+  return load_tokenizer(job.tokenizer, A_TOKENIZER) if job.tokenizer else load_tokenizer(job.model)
 
 
 def load_tokenizer(spec: str, wanted: str = _A_MODEL) -> tokenizers.Tokenizer:

@@ -188,7 +188,8 @@ def by_rewards(
   rewards = [functions.parse(spec) for spec in specs]
   encode = None
   if tokenizer:
-    encode = functools.partial(examples.to_ids, recipe_lib.load_tokenizer(tokenizer), continuation=True, special=False)
+    loaded = recipe_lib.load_tokenizer(tokenizer, recipe_lib.A_TOKENIZER)
+    encode = functools.partial(examples.to_ids, loaded, continuation=True, special=False)
   found, kept = [], []
   with contextlib.ExitStack() as stack:
     models: Mapping[str, functions.Scorer] = {}
