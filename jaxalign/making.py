@@ -256,11 +256,12 @@ class Maker:
     token_rewards_BT = credit_lib.table(judged.tokens, self._options.most_sampled)
     rows = credit_lib.rows(lengths, samples, self._options.most_sampled)
     outcomes_GK = self._judge.outcomes(judged).reshape(-1, samples)
-    # A verifier that abstains says nothing, though rewards of tokens always do.
-    abstains_GK = np.isnan(outcomes_GK if 'outcomes_GK' in self._options.credit.reads else rollout.rewards_GK)
+    judged_GK = ~np.isnan(rollout.rewards_GK)
+    if 'outcomes_GK' in self._options.credit.reads:  # Of a verifier that abstains, though rewards of tokens never do.
+      judged_GK &= ~np.isnan(outcomes_GK)
     return {
         'rewards_GK': known(rollout.rewards_GK),
-        'valid_GK': (~np.isnan(rollout.rewards_GK) & ~abstains_GK).astype(np.float32),
+        'valid_GK': judged_GK.astype(np.float32),
         'rewards_RGK': known(judged.values_RN).reshape(len(judged.values_RN), -1, samples),
         'valid_RGK': (~np.isnan(judged.values_RN)).astype(np.float32).reshape(len(judged.values_RN), -1, samples),
         'weights_R': self._judge.weights_R,
