@@ -9,13 +9,14 @@ from typing import Any
 from absl import flags
 
 from jaxalign import flag_table
+from jaxalign import profiling
 from jaxalign import respond
 from jaxalign import types
 from jaxalign.models import lora
 from jaxalign.rewards import functions
 
 # Flags that a mode does not read are refused. (What trains is also what is shown.)
-_OPTIMIZING = ('workdir', 'steps', 'log_every', 'eval_every', 'save_every')
+_OPTIMIZING = ('workdir', 'steps', 'log_every', 'eval_every', 'save_every', 'profile')
 _OF_TRAINING = ('algo', 'model', 'tokenizer', 'data', 'lora', 'environment', *_OPTIMIZING)
 _OF_DATA = ('eval_data', 'data_dir', 'cache_dir', 'skip_bad_records', 'gin_file', 'gin')
 _OF_DRAWING = ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'stop', 'cache_dtype')
@@ -107,6 +108,17 @@ def reward_bindings(args: flags.FlagValues, options: str = 'rollouts.Options') -
   if args.reward or args.environment:  # which rewards of its own, so that those of the data are not wanted
     bindings.append(f'{options}.rewards = {tuple(args.reward)!r}')
   return bindings + ([f'{options}.combine = {args.combine!r}'] if args['combine'].present else [])
+
+
+def loop_bindings(args: flags.FlagValues) -> list[str]:
+  """The gin bindings of how long, how often, and which steps are profiled.
+
+  Raises:
+    UsageError: `--profile` names no steps.
+  """
+  often = ('steps', 'log_every', 'eval_every', 'save_every')
+  bindings = [f'loop.Options.{flag} = {args[flag].value}' for flag in often if args[flag].value is not None]
+  return bindings + ([f'loop.Options.profile = {profiling.parse(args.profile)}'] if args.profile else [])
 
 
 def sampling_options(args: flags.FlagValues) -> respond.Options:

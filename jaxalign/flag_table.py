@@ -107,6 +107,12 @@ FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
     (_COUNT, 'eval_every', None, 'Steps between evaluations; 0: only before and after.'),
     (_COUNT, 'save_every', None, 'Steps between checkpoints; 0: only the last.'),
     (
+        flags.DEFINE_string,
+        'profile',
+        '',
+        "Steps that JAX's profiler records, FIRST:LAST, as 3:5; TensorBoard or xprof shows `profile` in --workdir.",
+    ),
+    (
         flags.DEFINE_multi_string,
         'gin_file',
         [],

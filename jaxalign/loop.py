@@ -31,6 +31,7 @@ class Options:
     eval_every: steps between evaluations on held-out data; 0 evaluates only before and after.
     save_every: steps between checkpoints; 0 saves only the last.
     max_skipped: consecutive steps that were not finite after which the run stops.
+    profile: the first and the last step that JAX's profiler records; None for none.
   """
 
   steps: int
@@ -38,10 +39,13 @@ class Options:
   eval_every: int = 0
   save_every: int = 0
   max_skipped: int = 10
+  profile: tuple[int, int] | None = None
 
   def __post_init__(self):
     if self.steps < 1 or self.log_every < 1 or self.max_skipped < 1 or min(self.eval_every, self.save_every) < 0:
       raise types.UsageError(f'loop.{self}: steps, log_every and max_skipped must be at least 1, the others at least 0')
+    if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1] <= self.steps:
+      raise types.UsageError(f'--profile={self.profile[0]}:{self.profile[1]}: the run has {self.steps} steps')
 
 
 class Preemption:

@@ -35,6 +35,7 @@ from jaxalign import checkpoint
 from jaxalign import command
 from jaxalign import compiling
 from jaxalign import config
+from jaxalign import profiling
 from jaxalign import recipe as recipe_lib
 from jaxalign import respond
 from jaxalign import resume
@@ -109,8 +110,7 @@ def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
     raise types.UsageError(f'--algo is needed: {", ".join(catalog.algorithms())} (--list describes them)')
   catalog.check_algorithm(args.algo)
   bindings = [*args.gin, *command.lora_bindings(args.lora), *command.reward_bindings(args)]
-  often = ('steps', 'log_every', 'eval_every', 'save_every')
-  bindings += [f'loop.Options.{flag} = {args[flag].value}' for flag in often if args[flag].value is not None]
+  bindings += command.loop_bindings(args)
   parse = lambda files: config.parse(args.algo, files=files, user_files=args.gin_file, bindings=bindings)
   files = catalog.own_files('models', [args.model or recipe_lib.DEFAULT_MODEL])
   parse(files)
@@ -207,6 +207,8 @@ def _train(args: flags.FlagValues) -> None:
     _check_judged(args, args.data or recipe.data)
   _start(args)
   job = _job(args, _of(recipe))
+  if args.profile:
+    profiling.folder(job.workdir)
   bindings = config.bindings()
   summary = resume.finished(job, bindings, config.query('loop.Options.steps'))
   if summary is None:

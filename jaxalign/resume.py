@@ -19,6 +19,7 @@ _RESUMABLE = (
     'loop.Options.log_every',
     'loop.Options.eval_every',
     'loop.Options.save_every',
+    'loop.Options.profile',
     'checkpoint.Options.keep',
 )
 

@@ -21,6 +21,7 @@ from jaxalign import needs as needs_lib
 from jaxalign import objectives
 from jaxalign import opening
 from jaxalign import optim
+from jaxalign import profiling
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
 from jaxalign import rollouts
@@ -110,6 +111,9 @@ def train(
     place = data_state['epoch'], data_state['step']
     newest = _Newest(tools.step_fn, state, frozen, live, recipe.sync)
     batches = streams.training_batches(place, newest.params)
+    if options.profile is not None:
+      into = profiling.folder(job.workdir)
+      batches = profiling.recorded(batches, options.profile, into, done=int(state.step), wait=newest.wait)
     with contextlib.closing(tools.writer):
       state = loop.run(state, batches, options, dataclasses.replace(tools, step_fn=newest))
       after = whole(state)
@@ -151,6 +155,10 @@ class _Newest:
   def __call__(self, state: step_lib.TrainState, batch: types.Batch):
     self._state, measured = self._step_fn(state, batch)
     return self._state, measured
+
+  def wait(self) -> None:
+    """Until the step that returned the state is over."""
+    jax.block_until_ready(self._state)
 
   def params(self) -> rollouts.Params:
     """Those of all models, as the next step begins with them."""

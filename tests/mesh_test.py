@@ -119,6 +119,20 @@ class TestStepZero:
     np.testing.assert_allclose(first['rewards/margins'], 0, atol=tolerance)
 
 
+class TestExperts:
+
+  @pytest.mark.parametrize('lora', ['', '--lora=rank:2'])
+  def test_are_made_and_trained_alike_on_meshes(self, tmp_path, folder, lora):
+    experts = [f'--gin=architecture.Config.{name}' for name in ('num_experts=4', 'experts_per_token=2')]
+    losses = {}
+    for mesh in ('data:8', 'fsdp:4,expert:2'):
+      more = f'--mesh={mesh}', f'--workdir={tmp_path / mesh}', *experts, *filter(None, [lora])
+      assert main.main([x.replace('--steps=20', '--steps=4') for x in flags(folder, 'unused', *more)]) == 0
+      losses[mesh] = [line['loss'] for line in runs.logged(tmp_path / mesh).values()]
+    assert len(set(losses['data:8'])) == 4
+    np.testing.assert_allclose(losses['fsdp:4,expert:2'], losses['data:8'], atol=1e-5)
+
+
 class TestLoad:
 
   def test_gives_the_same_parameters_on_any_mesh(self, single):

@@ -16,11 +16,12 @@ The works (--work):
   rollouts  --prompts responses of --response_tokens to prompts of --prompt_tokens, temperature 1, top-k 50; tokens per
             second, of TRL by transformers' `generate`
 
-Weights are random, in float32. Every repeat is a process of its own for jaxalign and then one for the peer, so that a
-busy machine slows both; its first --warm_up steps do not count. One JSON object is printed, and a table on stderr: of
-each side the median of the repeats, quartiles and range, and the largest memory of its processes (maximum RSS); the
-ratio of the medians, and the median and range of the ratios of neighbours. For jaxalign `host_ms_per_step` is what the
-thread that trains computes itself, `input_ms_per_step` how long it waits for a batch.
+Weights are random, in float32; products have the dtype of the model's gin file. Every repeat is a process of its own
+for jaxalign and then one for the peer, so that a busy machine slows both; its first --warm_up steps do not count. One
+JSON object is printed, and a table on stderr: of each side the median of the repeats, quartiles and range, and the most
+memory of its processes (maximum RSS, or what arrays took on the GPU); the ratio of the medians, and the median and
+range of the ratios of neighbours. For jaxalign `host_ms_per_step` is what the thread that trains computes itself,
+`input_ms_per_step` how long it waits for a batch.
 
 --start measures another thing: seconds from the start of `python -m jaxalign.main --algo=dpo` until its first step is
 logged, once with empty caches, then with full ones. Of the other flags it reads --repeats and --gin.
@@ -141,12 +142,12 @@ def compare(asked: Mapping[str, Any], pythons: Mapping[str, str], folder: pathli
 def table(found: Mapping[str, Any]) -> str:
   """The same for people."""
   lines = [f'{found["work"]}, {found["unit"]}, {found["repeats"]} repeats']
-  lines.append(f'{"":10}{"median":>10}{"quartiles":>20}{"range":>20}{"s/step":>9}{"peak RSS":>11}')
+  lines.append(f'{"":10}{"median":>10}{"quartiles":>20}{"range":>20}{"s/step":>9}{"memory":>11}')
   between = lambda of, a, b: f'{of[a]:.4g} .. {of[b]:.4g}'
   for side, of in found.items():
     if isinstance(of, Mapping) and 'peak_rss_bytes' in of:
       spans = f'{between(of, "quartile_1", "quartile_3"):>20}{between(of, "min", "max"):>20}'
-      memory = f'{of["peak_rss_bytes"] / 1e6:.0f} MB'
+      memory = f'{of.get("peak_memory_bytes", of["peak_rss_bytes"]) / 1e6:.0f} MB'
       lines.append(f'{side:10}{of["median"]:>10.4g}{spans}{of["median_step_s"]:>9.3g}{memory:>11}')
   if 'ratio' in found:
     of = found['ratio']

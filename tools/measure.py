@@ -1,16 +1,16 @@
 """Measures how models are read: how near to transformers, how alike by sampler and trainer, in how much memory.
 
   python tools/measure.py parity
-  python tools/measure.py sampler [--mesh=fsdp:4,tensor:2] [--dtype=bfloat16]
+  python tools/measure.py sampler [--mesh=fsdp:4,tensor:2] [--dtype=bfloat16] [--rank=4]
   python tools/measure.py import --model=DIR [--dtype=bfloat16] [--mesh=fsdp:4,tensor:2]
   python tools/measure.py import --gigabytes=4.2
 
 `parity` prints a table: the worst difference of float32 logits from those in tests/goldens, of whole sequences and of
 packed and padded rows; how many of 64 greedy tokens are the same; the median difference in bfloat16 in standard
 deviations. `sampler` prints for the same models, on one device or a mesh, the worst and the mean difference in nats
-between what the sampler says of the tokens that it draws and what the training program does. `import` prints a JSON
-object: bytes of anonymous memory at the peak, beyond those before, and of the parameters (--gigabytes makes up a Llama
-of that size first, one file a layer).
+between what the sampler says of the tokens that it draws and what the training program does, with --rank of adapters
+that have learned something. `import` prints a JSON object: bytes of anonymous memory at the peak, beyond those before,
+and of the parameters (--gigabytes makes up a Llama of that size first, one file a layer).
 """
 
 import argparse
@@ -64,7 +64,8 @@ def _opened(name, mesh_text=''):
 @functools.partial(jax.jit, static_argnums=0)
 def _run(model, params, ids, positions, segments):
   hidden = model.apply({'params': params}, ids, positions, segments)
-  logits = hidden @ transformer.output_matrix(params).astype(hidden.dtype)
+  head = transformer.output_matrix(params).astype(hidden.dtype)
+  logits = jax.numpy.matmul(hidden, head, precision=types.precision(hidden))
   return vocab.soften(logits.astype('float32'), model.config.final_softcap)[..., : model.config.vocab_size]
 
 
@@ -140,11 +141,12 @@ def drift(name, *, mesh='', dtype='float32', lora=None):
   return np.max(apart), np.mean(apart)
 
 
-def show_drift(mesh: str, dtype: str) -> None:
+def show_drift(mesh: str, dtype: str, rank: int) -> None:
   """Prints the table of all goldens."""
+  lora = lora_lib.Lora(rank=rank, alpha=2.0 * rank) if rank else None
   print(f'{"model":16} {"worst":>9} {"mean":>9}')
   for name in CASES:
-    print('{:16} {:9.1e} {:9.1e}'.format(name, *drift(name, mesh=mesh, dtype=dtype)), flush=True)
+    print('{:16} {:9.1e} {:9.1e}'.format(name, *drift(name, mesh=mesh, dtype=dtype, lora=lora)), flush=True)
 
 
 def show_parity() -> None:
@@ -221,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   of_import.add_argument('--dtype', choices=('float32', 'bfloat16'), default='bfloat16', help='what it is read as')
   of_sampler = commands.add_parser('sampler')
   of_sampler.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='of the products')
+  of_sampler.add_argument('--rank', type=int, default=0, help='of low-rank adapters; 0: without')
   for command in (of_import, of_sampler):
     command.add_argument('--mesh', default='', help='as for jaxalign.main')
   args = parser.parse_args(argv)
@@ -228,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == 'parity':
       show_parity()
     elif args.command == 'sampler':
-      show_drift(args.mesh, args.dtype)
+      show_drift(args.mesh, args.dtype, args.rank)
     elif args.model:
       print(json.dumps(measure_import(recipe.model_directory(str(args.model)), args.dtype, args.mesh)))
     else:

@@ -65,9 +65,11 @@ def feed_forward(
     return out_ND.reshape(x_BTD.shape)
 
   def split_over(of_embed, *args):
-    # Of rows that are written a token is read alone, whatever length is split over.
-    length = None if x_BTD.shape[1] % sharding.parts(mesh, 'length') else 'length'
-    embed, tokens = 'embed' if of_embed else None, sharding.spec('batch', length, None)
+    # Of rows that are written a token is read alone, and parameters are made for one row, whatever is split over.
+    over = [
+        name if size % sharding.parts(mesh, name) == 0 else None for name, size in zip(('batch', 'length'), x_BTD.shape)
+    ]
+    embed, tokens = 'embed' if of_embed else None, sharding.spec(*over, None)
     wide, narrow = sharding.spec('experts', embed, 'mlp'), sharding.spec('experts', 'mlp', embed)
     specs = tokens, sharding.spec(None, None), wide, wide, narrow
     run = functools.partial(local, of_embed)

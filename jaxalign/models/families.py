@@ -149,25 +149,28 @@ def _rope(keys: _Keys) -> dict[str, Any]:
   return found | {'rope_scaling': _scaling(keys, scaling)}
 
 
+# What `rope_scaling` calls the fields of `architecture.RopeScaling`.
+SCALING = {
+    'factor': 'factor',
+    'original_max_position_embeddings': 'original_length',
+    'low_freq_factor': 'low_freq_factor',
+    'high_freq_factor': 'high_freq_factor',
+    'beta_fast': 'beta_fast',
+    'beta_slow': 'beta_slow',
+    'attention_factor': 'attention_factor',
+    'truncate': 'truncate',
+}
+
+
 def _scaling(keys: _Keys, values: dict[str, Any]) -> architecture.RopeScaling | None:
   kind = values.pop('rope_type', None) or values.pop('type', None) or 'default'
   values.pop('type', None)
   if kind == 'default':
     return None
-  names = {
-      'factor': 'factor',
-      'original_max_position_embeddings': 'original_length',
-      'low_freq_factor': 'low_freq_factor',
-      'high_freq_factor': 'high_freq_factor',
-      'beta_fast': 'beta_fast',
-      'beta_slow': 'beta_slow',
-      'attention_factor': 'attention_factor',
-      'truncate': 'truncate',
-  }
-  unknown = [name for name, value in values.items() if name not in names and value is not None]
+  unknown = [name for name, value in values.items() if name not in SCALING and value is not None]
   if kind not in ('linear', 'llama3', 'yarn') or unknown:
     raise keys.refused('rope_scaling', {'rope_type': kind, **{name: values[name] for name in unknown}})
-  given = {names[name]: value for name, value in values.items() if value is not None}
+  given = {SCALING[name]: value for name, value in values.items() if value is not None}
   if kind == 'yarn':
     given.setdefault('original_length', keys.number('max_position_embeddings', int, 2048))
   try:

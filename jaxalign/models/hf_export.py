@@ -18,6 +18,12 @@ from jaxalign.models import hf
 
 DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16), 'float16': np.dtype(np.float16)}
 _SHARD_BYTES = 4 * 2**30
+# What each kind of `architecture.RopeScaling` reads beside its factor.
+_SCALING_FIELDS = {
+    'linear': (),
+    'llama3': ('original_length', 'low_freq_factor', 'high_freq_factor'),
+    'yarn': ('original_length', 'beta_fast', 'beta_slow', 'attention_factor', 'truncate'),
+}
 _WITHOUT_TOKEN_HEADS = ('gemma3_text', 'olmo2')  # families whose tokens transformers 5 cannot classify
 
 
@@ -67,6 +73,7 @@ def _llama_json(config: architecture.Config) -> dict[str, Any]:
       rope_theta=config.rope_theta,
       norm_eps=config.norm_eps,
       tie_embeddings=config.tie_embeddings,
+      rope_scaling=config.rope_scaling,
       score_outputs=config.score_outputs,
       score_bias=config.score_bias,
   )
@@ -89,7 +96,16 @@ def _llama_json(config: architecture.Config) -> dict[str, Any]:
       'rms_norm_eps': config.norm_eps,
       'rope_theta': config.rope_theta,
       'tie_word_embeddings': config.tie_embeddings,
+      **({} if config.rope_scaling is None else {'rope_scaling': _scaling_json(config.rope_scaling)}),
   }
+
+
+def _scaling_json(scaling: architecture.RopeScaling) -> dict[str, Any]:
+  fields = 'factor', *_SCALING_FIELDS[scaling.kind]
+  values = {name: getattr(scaling, field) for name, field in families.SCALING.items() if field in fields}
+  if not scaling.attention_factor:
+    values.pop('attention_factor', None)  # transformers has the same default where there is none
+  return {'rope_type': scaling.kind, **values}
 
 
 def tensors(

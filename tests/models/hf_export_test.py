@@ -84,8 +84,18 @@ class TestWrite:
     config, origin = dataclasses.replace(config, score_outputs=1), origin | {'pad_token_id': None}
     assert hf_export.config_json(config, origin, 'float32', 7)['pad_token_id'] == 7
 
-  def test_writes_a_random_model_as_a_llama(self, tmp_path):
-    config = architecture.Config(50, 2, 16, 4, 2, 4, 24, 64)
+  @pytest.mark.parametrize(
+      'scaling',
+      [
+          None,
+          architecture.RopeScaling('linear', 2.0),
+          architecture.RopeScaling('llama3', 8.0, 32, 1.5, 3.0),
+          architecture.RopeScaling('yarn', 4.0, 16, beta_fast=20.0, beta_slow=2.0, truncate=False),
+          architecture.RopeScaling('yarn', 4.0, 16, attention_factor=1.25),
+      ],
+  )
+  def test_writes_a_random_model_as_a_llama(self, scaling, tmp_path):
+    config = architecture.Config(50, 2, 16, 4, 2, 4, 24, 64, rope_scaling=scaling)
     mesh = sharding.make_mesh('', devices=jax.devices()[:1])
     params = transformer.init_params(transformer.build(config, mesh, length=8), jax.random.key(0), mesh)
     hf_export.write(tmp_path / 'out', params, config, None, 'float32')

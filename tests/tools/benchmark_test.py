@@ -168,6 +168,14 @@ class TestPrepare:
     assert work['units_per_slot'] == pytest.approx(20 / (3 + 6 + 6))  # The prompt's last token begins each response.
     assert prepare.prepare(asked('--no-share_prompts'), tmp_path)['units_per_slot'] == pytest.approx(10 / 9)
     assert work['hf_config']['hidden_size'] > 0
+    assert (work['dtype'], work['remat']) == ('float32', 'dots')
+
+  def test_says_how_jaxalign_computes(self, tmp_path):
+    work = prepare.prepare(
+        asked('--work=rollouts', '--model=llama3_2_1b', "--gin=recipe.Recipe.remat = 'none'"), tmp_path
+    )
+    assert (work['dtype'], work['remat']) == ('bfloat16', 'none')
+    assert work['hf_config']['rope_scaling']['factor'] == 32
 
   def test_wants_real_pairs_for_real_work(self, tmp_path, capsys):
     (tmp_path / 'asked.json').write_text(json.dumps(asked('--work=hh')))

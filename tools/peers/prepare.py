@@ -18,6 +18,7 @@ import tokenizers as hf_tokenizers
 
 from jaxalign import catalog
 from jaxalign import config
+from jaxalign import recipe
 from jaxalign import types
 from jaxalign.data import examples
 from jaxalign.data import sources
@@ -104,27 +105,31 @@ def widths(pairs: Sequence[Pair]) -> tuple[int, int]:
   return prompt, response
 
 
-def model_of(name: str) -> architecture.Config:
-  """The sizes of a model of gin_configs/models or of a directory of Hugging Face."""
-  if not catalog.exists(f'models/{name}.gin'):
-    return hf.read_config(pathlib.Path(name))
-  config.parse('sft', files=[f'models/{name}.gin'], user_files=[], bindings=[])
-  sizes = config.recipe().model
-  if sizes is None:
+def model_of(asked: Mapping[str, Any]) -> tuple[architecture.Config, recipe.Recipe]:
+  """The sizes of a model of gin_configs/models or of a directory of Hugging Face, and how jaxalign computes with it."""
+  name = asked['model']
+  is_named = catalog.exists(f'models/{name}.gin')
+  files = [f'models/{name}.gin'] if is_named else []
+  config.parse(asked['algo'], files=files, user_files=[], bindings=asked['gin'])
+  how = config.recipe()
+  if not is_named:
+    return hf.read_config(pathlib.Path(name)), how
+  if how.model is None:
     raise types.UsageError(f'--model={name}: it has a tokenizer of its own; choose one of random weights')
-  return sizes
+  return how.model, how
 
 
 def prepare(asked: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
   """Writes tokenizer and data to `folder`, and returns what the scripts of this folder read of a work.
 
   Its fields: what was asked for (`work`, `steps`, `warm_up`, `pairs`, ...); `hf_config`, a config.json of Hugging Face;
-  `folder`, with `tokenizer.json` and `data.jsonl`; `widths` of prompts and responses, for a peer of fixed widths; and
-  `units_per_slot`, what is measured for each token slot that is filled.
+  `dtype` of products and `remat`, see `recipe.Recipe`; `folder`, with `tokenizer.json` and `data.jsonl`; `widths` of
+  prompts and responses, for a peer of fixed widths; and `units_per_slot`, what is measured for each token slot that is
+  filled.
   """
-  sizes = model_of(asked['model'])
+  sizes, how = model_of(asked)
   work = {**asked, 'folder': str(folder), 'hf_config': hf_export.config_json(sizes, None, 'float32', None)}
-  work['vocab_size'] = asked['vocab_size'] or sizes.vocab_size
+  work |= {'vocab_size': asked['vocab_size'] or sizes.vocab_size, 'dtype': how.dtype, 'remat': how.remat}
   if asked['work'] == 'rollouts':
     return work
   is_sft, count = asked['work'] == 'sft', asked['pairs'] * (asked['warm_up'] + asked['steps'] + 1)

@@ -75,7 +75,7 @@ def roll_out(work: dict[str, Any]) -> None:
   prompts, length, new = work['prompts'], work['prompt_tokens'], work['response_tokens']
   mesh, seconds = sharding.make_mesh(work['mesh']), []
   with jax.set_mesh(mesh):
-    model, params = rollout_speed.open_model(work['model'], mesh, 'float32')
+    model, params = rollout_speed.open_model(work['model'], mesh, work['dtype'])
     ids = np.random.default_rng(work['seed']).integers(10, model.config.vocab_size, (prompts, length)).tolist()
     for turn in range(work['warm_up'] + work['steps']):
       start = time.perf_counter()

@@ -1,7 +1,8 @@
 """Runs a work by TRL's trainers, or by transformers' `generate`, which is TRL's way of sampling without vLLM.
 
-What TRL does by default stands, but for what makes it faster on CPUs without changing the work: every core computes,
-and SFT is packed. Reading and collating a batch is not counted.
+What TRL does by default stands, but for what makes it faster without changing the work: every core computes, and SFT is
+packed. Where torch finds a GPU it is used, with 16-bit products where jaxalign has them; activations are computed again
+(checkpointing) where jaxalign computes all of them again. Reading and collating a batch is not counted.
 """
 
 import os
@@ -29,6 +30,12 @@ def model_of(work):
   return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+def finish():
+  """Waits for the GPU, where there is one."""
+  if torch.cuda.is_available():
+    torch.cuda.synchronize()
+
+
 def timed(trainer_class):
   """The trainer, which notes of every step when it began and ended, and how many tokens it read that are no padding."""
 
@@ -41,6 +48,7 @@ def timed(trainer_class):
       self.starts.append(time.perf_counter())
 
     def on_step_end(self, *_, **__):
+      finish()
       self.ends.append(time.perf_counter())
 
   class Timed(trainer_class):
@@ -62,13 +70,14 @@ def timed(trainer_class):
 
 def options_of(work, folder):
   """What both trainers are told."""
+  has_gpu = torch.cuda.is_available()
   return {
       'output_dir': folder,
       'max_steps': work['warm_up'] + work['steps'],
-      'bf16': False,
+      'bf16': has_gpu and work['dtype'] == 'bfloat16',
       'fp16': False,
-      'use_cpu': True,
-      'gradient_checkpointing': False,
+      'use_cpu': not has_gpu,
+      'gradient_checkpointing': work['remat'] == 'full',
       'report_to': [],
       'save_strategy': 'no',
       'logging_steps': 1000,
@@ -99,27 +108,31 @@ def train(work, folder):
   watch, first = trainer.watch, work['warm_up']
   seconds = [end - start for start, end in zip(watch.starts, watch.ends)][first:]
   per_step = {'hh': [work['pairs']] * len(seconds)}.get(work['work'], trainer.tokens[first:])
-  common.report(seconds, per_step, versions=versions())
+  common.report(seconds, per_step, **more())
 
 
 def roll_out(work):
   """Responses of a fixed length to random prompts."""
-  model, seconds = model_of(work).eval(), []
-  prompts = torch.randint(10, work['vocab_size'], (work['prompts'], work['prompt_tokens']))
+  device = 'cuda' if torch.cuda.is_available() else 'cpu'
+  model, seconds = model_of(work).to(device, getattr(torch, work['dtype'])).eval(), []
+  prompts = torch.randint(10, work['vocab_size'], (work['prompts'], work['prompt_tokens']), device=device)
   new = work['response_tokens']
   how = {'do_sample': True, 'temperature': 1.0, 'top_k': 50, 'max_new_tokens': new, 'min_new_tokens': new}
   for _ in range(work['warm_up'] + work['steps']):
     start = time.perf_counter()
     with torch.no_grad():
       model.generate(prompts, attention_mask=torch.ones_like(prompts), pad_token_id=0, eos_token_id=2, **how)
+    finish()
     seconds.append(time.perf_counter() - start)
   seconds = seconds[work['warm_up'] :]
-  common.report(seconds, [work['prompts'] * new] * len(seconds), versions=versions())
+  common.report(seconds, [work['prompts'] * new] * len(seconds), **more())
 
 
-def versions():
-  """Of what was measured."""
-  return {'trl': trl.__version__, 'transformers': transformers.__version__, 'torch': torch.__version__}
+def more():
+  """What was measured, and the most memory that tensors took on a GPU."""
+  versions = {'trl': trl.__version__, 'transformers': transformers.__version__, 'torch': torch.__version__}
+  memory = {'peak_memory_bytes': torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
+  return {'versions': versions, **memory}
 
 
 if __name__ == '__main__':

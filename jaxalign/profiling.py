@@ -1,0 +1,79 @@
+"""Records some steps of a run with JAX's profiler."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import pathlib
+from typing import TypeVar
+
+from absl import logging
+import jax
+
+from jaxalign import storage
+from jaxalign import types
+
+_T = TypeVar('_T')
+
+Steps = tuple[int, int]  # the first and the last
+
+
+def parse(text: str) -> Steps:
+  """The steps that `--profile` names.
+
+  Raises:
+    UsageError: it is not FIRST:LAST, with numbers from 1 on.
+  """
+  first, _, last = text.partition(':')
+  if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+    raise types.UsageError(f'--profile={text}: it is FIRST:LAST, the steps to record, as 3:5')
+  return int(first), int(last)
+
+
+def folder(workdir: storage.Path) -> pathlib.Path:
+  """Where what is recorded goes.
+
+  Raises:
+    UsageError: the run is kept in a bucket, where the profiler cannot write.
+  """
+  if storage.is_remote(workdir):
+    raise types.UsageError(f'--profile: the profiler writes to a disk; --workdir={workdir} is none')
+  return pathlib.Path(workdir) / 'profile'
+
+
+def recorded(
+    batches: Iterator[_T], steps: Steps, into: pathlib.Path, *, done: int, wait: Callable[[], None]
+) -> Iterator[_T]:
+  """The same batches; while those of `steps` are made and trained on, the profiler records host and devices.
+
+  Args:
+    batches: of the steps that follow.
+    steps: the first and the last step to record.
+    into: what TensorBoard's profile plugin, or xprof, is told to show.
+    done: steps that are over.
+    wait: returns when the devices have done what was dispatched.
+  """
+  first, last = steps
+  if done >= first:
+    logging.warning('--profile=%d:%d records nothing: the run goes on behind step %d', first, last, done)
+    yield from batches
+    return
+  step, is_on, batches = done, False, iter(batches)
+  try:
+    while True:
+      step += 1
+      if step == first:
+        wait()
+        jax.profiler.start_trace(into)
+        is_on = True
+      for batch in batches:
+        yield batch
+        break
+      else:
+        return
+      if step == last:
+        wait()
+        break
+  finally:
+    if is_on:
+      jax.profiler.stop_trace()
+      logging.info('profile of steps %d to %d: %s (tensorboard --logdir, or xprof)', first, min(step, last), into)
+  yield from batches
