@@ -23,7 +23,7 @@ IGNORED = {'build', 'dist', 'runs', 'jaxalign.egg-info'}
 ROWS = (
     ('types',),
     ('compiling', 'masked', 'moments', 'storage'),
-    ('losses', 'sharding'),
+    ('losses', 'profiling', 'sharding'),
     ('advantages', 'buckets', 'data', 'hlo', 'topology', 'metrics', 'models', 'optim', 'rewards', 'tracing', 'vocab'),
     ('candidates', 'choosing', 'collapse', 'divergence', 'held_out', 'logps', 'returns'),
     ('decoding', 'forward'),
