@@ -206,9 +206,9 @@ def reward(*, model: transformer.Transformer, loss_fn: tracing.LossFn, needs: tr
 
 
 def process(*, model: transformer.Transformer, loss_fn: tracing.LossFn, needs: tracing.Needs) -> Objective:
-  """Objective of losses on the scores of steps (`losses.pointwise.process`): the weight is the number of steps.
+  """Objective of losses on the scores of steps or tokens (`losses.pointwise`): the weight is how many there are.
 
-  The data marks the position where the model has just read a step's last token; the head is read there.
+  The data marks where the model has just read the token, or the last one of a step; the head is read there.
   """
   tracing.check('process', needs, of_tokens=True, given=tracing.OF_STEPS)
 

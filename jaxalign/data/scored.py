@@ -52,6 +52,20 @@ def ranked(record: records.Record, tokenizer: tokenizers.Tokenizer, *, row_lengt
   return dataclasses.replace(group, sequences=tuple(map(at_end, group.sequences)))
 
 
+def prefixes(record: records.Record, tokenizer: tokenizers.Tokenizer, *, row_length: int, **options):
+  """The responses of a scored list, each alone, for a model of values, see `feedback.ranked`.
+
+  Every token of a response counts, where it has been read, and carries the label `reward`: the score of the response.
+  """
+  group = feedback.ranked(record, tokenizer, row_length=row_length - 1, **options)
+  groups = []
+  for sequence, score in zip(group.sequences, np.atleast_1d(group.labels['score']), strict=True):
+    reward = np.full(np.count_nonzero(sequence.mask), score, np.float32)
+    marked = dataclasses.replace(_marked(sequence.ids, sequence.mask), labels={'reward': reward})
+    groups.append(dataclasses.replace(group, sequences=(marked,), labels={}))
+  return groups
+
+
 def binary(record: records.Record, tokenizer: tokenizers.Tokenizer, *, row_length: int, **options):
   """Responses that are right or not for a reward model, see `feedback.binary`, of which one slot counts in each."""
   groups = feedback.binary(record, tokenizer, row_length=row_length - 1, **options)

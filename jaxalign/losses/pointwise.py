@@ -157,6 +157,39 @@ def classification(
   return types.LossOut(loss_G, metrics, state)
 
 
+def prefixes(
+    policy: types.Stats, ref: types.Stats, labels: Mapping[str, types.Array], *, state: types.PyTree = ()
+) -> types.LossOut:
+  """Values of prefixes, for controlled decoding: regression of every prefix of a response on the response's reward.
+
+    loss_t = 1/2 (V(x, y_<=t) - r(x, y))^2
+
+  Its minimum is V = E[r | x, y_<=t], over the policy that wrote the responses.
+
+  Args:
+    policy: reads `scores_BTO`, O = 1.
+    ref: not read.
+    labels: reads `reward` `[B, T]`, r at every token of its response.
+    state: passed through.
+
+  Returns:
+    `per_item` is `[B, T]`. Metrics, over tokens: `mean_value`, `mean_reward`.
+
+  Raises:
+    UsageError: the head has more outputs.
+
+  References:
+    Mudgal et al., 2023, https://arxiv.org/abs/2310.17022, Eq. 4 (CD-FUDGE), after Yang and Klein, 2021,
+    https://arxiv.org/abs/2104.05218.
+  """
+  del ref
+  if policy.scores_BTO.shape[-1] != 1:
+    raise types.UsageError(f'recipe.Recipe.score_outputs = {policy.scores_BTO.shape[-1]}: a value is one number')
+  value_BT, reward_BT = policy.scores_BTO[..., 0], labels['reward']
+  loss_BT = 0.5 * jnp.square(value_BT - reward_BT)
+  return types.LossOut(loss_BT, {'mean_value': value_BT, 'mean_reward': reward_BT}, state)
+
+
 def process(
     policy: types.Stats, ref: types.Stats, labels: Mapping[str, types.Array], *, state: types.PyTree = ()
 ) -> types.LossOut:

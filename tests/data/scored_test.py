@@ -140,6 +140,19 @@ class TestResponses:
       scored.responses(record, letters, row_length=9, per='step')
 
 
+class TestPrefixes:
+
+  def test_are_those_of_each_response_with_its_score(self, letters):
+    record = {'prompt': 'ab', 'completions': ['a', 'bab'], 'scores': [0.5, -2.0]}
+    groups = scored.prefixes(record, letters, row_length=20)
+    every = scored.responses({**record, 'scores': None}, letters, row_length=20, per='token').sequences
+    for group, wanted, score in zip(groups, every, (0.5, -2.0), strict=True):
+      (sequence,) = group.sequences
+      np.testing.assert_array_equal(sequence.ids, wanted.ids)
+      np.testing.assert_array_equal(sequence.mask, wanted.mask)
+      assert sequence.labels['reward'].tolist() == [score] * int(wanted.mask.sum())
+
+
 class TestSteps:
 
   def test_carry_a_label_where_each_has_been_read(self, letters):

@@ -861,6 +861,15 @@ case(
     lambda found: (found[:, :4, 0], logit(shown(SHARE))),
 )
 case(
+    'fudge',
+    'the mean reward behind a prefix',
+    pointwise.prefixes,
+    tree.demonstrations(np.stack([np.full(R.shape, 0.25), np.full(R.shape, 0.75)])).labelled(
+        reward=np.reshape([R + 0.8, R - 0.4], (-1, 1))
+    ),
+    lambda found: (found[..., 0], R - 0.1),
+)
+case(
     'prm',
     'the log-odds of being right',
     pointwise.process,

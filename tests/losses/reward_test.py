@@ -94,6 +94,22 @@ class TestBradleyTerry:
     assert _bradley_terry(*_rewards(), state={'mean': 3}).state == {'mean': 3}
 
 
+class TestPrefixes:
+
+  def prefixes(self, scores_BTO, reward_BT):
+    stats = types.Stats(scores_BTO=jnp.asarray(scores_BTO, jnp.float32))
+    return pointwise.prefixes(stats, types.Stats(), {'reward': jnp.asarray(reward_BT, jnp.float32)})
+
+  def test_are_half_the_squared_distance_to_the_reward(self):
+    out = self.prefixes([[[2.0], [-1.0]], [[0.5], [0.0]]], [[1.5, 1.5], [0.5, -3.0]])
+    np.testing.assert_allclose(out.per_item, [[0.125, 3.125], [0.0, 4.5]])
+    np.testing.assert_allclose(out.metrics['mean_value'], [[2.0, -1.0], [0.5, 0.0]])
+
+  def test_refuse_a_head_of_two_outputs(self):
+    with pytest.raises(types.UsageError, match='score_outputs = 2: a value is one number'):
+      self.prefixes(np.zeros((1, 1, 2)), [[1]])
+
+
 class TestProcess:
 
   def process(self, scores_BTO, right_BT):
