@@ -18,7 +18,8 @@ responses become those of all of their tokens.
   ref_rewards_GN    rewards of `rollouts.Options.ref_samples` responses of the reference, likewise
   logps_BT          log-probabilities by the program that trains, under the policy that updates begin with: the one that
                     wrote them, but of asynchronous rollouts a later one
-  log_ratio_BT      the same less those under the reference
+  sampler_logps_BT  those that the sampler gave, under the policy that wrote them
+  log_ratio_BT      `logps_BT` less those under the reference
   critic_ratio_BT   log-probabilities under a critic that writes, less those under the reference
   values_BT         what the critic gives where it has read what comes before a token
   values_BTO        the same of a critic with several outputs
@@ -43,8 +44,8 @@ from jaxalign import types
 
 FIELDS = frozenset(
     'rewards_GK valid_GK rewards_RGK valid_RGK weights_R outcomes_GK token_rewards_BT token_marks_BT tokens_GK'
-    ' finished_GK greedy_G ref_rewards_GN logps_BT log_ratio_BT critic_ratio_BT values_BT values_BTO rows'
-    ' loss_state'.split()
+    ' finished_GK greedy_G ref_rewards_GN logps_BT sampler_logps_BT log_ratio_BT critic_ratio_BT values_BT values_BTO'
+    ' rows loss_state'.split()
 )
 _ARE_ONE = ('valid_GK', 'valid_RGK', 'finished_GK', 'token_marks_BT')  # where it matters
 OF_REFERENCE = frozenset({'log_ratio_BT', 'critic_ratio_BT', 'ref_rewards_GN'})
@@ -149,7 +150,7 @@ def rows(lengths: Sequence[int], samples: int, width: int) -> types.Rows:
   return types.Rows(mask_BT, responses_BT, index_B1 // samples, index_B1 % samples, count // samples, samples)
 
 
-def table(values: Sequence[np.ndarray], width: int) -> np.ndarray:
+def table(values: Sequence[np.ndarray | Sequence[float]], width: int) -> np.ndarray:
   """Numbers of the tokens of each response, as rows `[B, T]` have them."""
   found = np.zeros((len(values), width), np.float32)
   for row, one in enumerate(values):

@@ -269,6 +269,7 @@ class Maker:
         'token_rewards_BT': known(token_rewards_BT),
         'token_marks_BT': (~np.isnan(token_rewards_BT)) * rows.mask_BT,
         'tokens_GK': np.array(lengths, np.float32).reshape(-1, samples),
+        'sampler_logps_BT': credit_lib.table(rollout.sampler_logps, self._options.most_sampled),
         'finished_GK': np.array(rollout.finished, np.float32).reshape(-1, samples),
         'rows': rows,
     }

@@ -306,6 +306,8 @@ def distribution_matching(
     rewards_GK,
     valid_GK,
     log_ratio_BT,
+    logps_BT,
+    sampler_logps_BT,
     rows: types.Rows,
     *,
     beta: float,
@@ -313,13 +315,16 @@ def distribution_matching(
 ) -> types.Array:
   """f-DPG: pseudo-rewards -f'(pi / p), less the mean of the group's others, for a target p = ref e^(r / beta) / Z.
 
-  Z of a prompt is the mean over its responses of ref e^(r / beta) / pi. On average the gradient is that of the
-  f-divergence of policy and target, whose minimum KL-regularised learning shares. log(pi / p) is held within 10.
+  Z of a prompt is the mean over its responses of ref e^(r / beta) / mu, mu being the policy that wrote them. On average
+  the gradient is that of the f-divergence of policy and target, whose minimum KL-regularised learning shares.
+  log(pi / p) is held within 10.
 
   Args:
     rewards_GK: r.
     valid_GK: which of them count.
     log_ratio_BT: log pi_t - log ref_t.
+    logps_BT: log pi_t.
+    sampler_logps_BT: log mu_t; mu is an earlier policy where rollouts are asynchronous.
     rows: where the responses are.
     beta: the smaller, the more the target follows the reward.
     slope: f', one of those above.
@@ -329,7 +334,8 @@ def distribution_matching(
     https://arxiv.org/abs/2112.00791; derived from their definitions.
   """
   log_weight_GK = rewards_GK / beta - masked.totals(log_ratio_BT, rows)
-  there_GK = jnp.where(valid_GK > 0, log_weight_GK, -jnp.inf)
+  drawn_GK = log_weight_GK + masked.totals(logps_BT - sampler_logps_BT, rows)
+  there_GK = jnp.where(valid_GK > 0, drawn_GK, -jnp.inf)
   count_G1 = jnp.maximum(jnp.sum(valid_GK, axis=1, keepdims=True), 1.0)
   log_z_G1 = jax.nn.logsumexp(there_GK, axis=1, keepdims=True) - jnp.log(count_G1)
   ratio_GK = jnp.exp(jnp.clip(jnp.where(valid_GK > 0, log_z_G1 - log_weight_GK, 0.0), -10, 10))

@@ -303,6 +303,28 @@ class TestDistributionMatching:
   P, REF = np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.1, 0.2, 0.3, 0.4])
   R, BETA = np.array([0.2, -0.3, 0.4, 0.1]), 0.7
 
+  def target(self):
+    target = self.REF * np.exp(self.R / self.BETA)
+    return target / target.sum()
+
+  def found(self, sampler, slope):
+    """Answers, each as often as the sampler gives it, so that means are exact, and their pseudo-rewards."""
+    drawn = np.repeat(np.arange(4), (10 * sampler).round().astype(int))
+    of = lambda p: jnp.asarray(np.log(p)[drawn].astype(np.float32)[:, None])
+    index = np.arange(10, dtype=np.int32)[:, None]
+    rows = types.Rows(np.ones((10, 1), np.float32), 0 * index, 0 * index, index, 1, 10)
+    rewards, valid = self.R[drawn].astype(np.float32)[None], jnp.ones((1, 10))
+    made = returns.distribution_matching(
+        rewards, valid, of(self.P) - of(self.REF), of(self.P), of(sampler), rows, beta=self.BETA, slope=slope
+    )
+    return drawn, np.asarray(made, np.float64)[0]
+
+  def test_knows_the_target_from_responses_of_an_earlier_policy(self):
+    drawn, found = self.found(np.array([0.1, 0.4, 0.1, 0.4]), returns.jensen_shannon)
+    t = (self.P / self.target())[drawn]
+    pseudo = -np.log(2 * t / (t + 1))
+    np.testing.assert_allclose(found, (pseudo - pseudo.mean()) * 10 / 9, atol=1e-5)
+
   @pytest.mark.parametrize(
       'slope,f',
       [
@@ -313,17 +335,8 @@ class TestDistributionMatching:
       ],
   )
   def test_has_the_gradient_of_the_f_divergence(self, slope, f):
-    counts = (10 * self.P).astype(int)  # each answer as often as the policy gives it, so that means are exact
-    drawn = np.repeat(np.arange(4), counts)
-    ratio_BT = np.log(self.P / self.REF)[drawn].astype(np.float32)[:, None]
-    index = np.arange(10, dtype=np.int32)[:, None]
-    rows = types.Rows(np.ones((10, 1), np.float32), 0 * index, 0 * index, index, 1, 10)
-    rewards = self.R[drawn].astype(np.float32)[None]
-    found = returns.distribution_matching(
-        rewards, jnp.ones((1, 10)), jnp.asarray(ratio_BT), rows, beta=self.BETA, slope=slope
-    )
-    target = self.REF * np.exp(self.R / self.BETA)
-    target /= target.sum()
+    drawn, found = self.found(self.P, slope)
+    target = self.target()
     divergence = lambda p: (target * f(p / target)).sum()
     logits, step = np.log(self.P), 1e-6
     softmax = lambda x: np.exp(x) / np.exp(x).sum()
@@ -332,7 +345,7 @@ class TestDistributionMatching:
         for e in np.eye(4)
     ]
     # The mean over samples of A grad log p, less what leaving one out makes larger.
-    own = (np.asarray(found, np.float64)[0][:, None] * (np.eye(4)[drawn] - self.P)).mean(axis=0) * 9 / 10
+    own = (found[:, None] * (np.eye(4)[drawn] - self.P)).mean(axis=0) * 9 / 10
     np.testing.assert_allclose(own, -np.array(slopes), atol=2e-5)
 
 
