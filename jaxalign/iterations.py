@@ -23,6 +23,7 @@ from jaxalign.data import loader as loader_lib
 from jaxalign.data import packing as packing_lib
 from jaxalign.data import tokenizers
 from jaxalign.rewards import functions
+from jaxalign.rewards import panels
 
 _MAX_RESPONSES = 32  # of a row; static, as lengths differ from rollout to rollout
 
@@ -140,7 +141,7 @@ class Iterations:
     asynchronous, scorers = self._options.asynchronous, self._scorers()
     # Models need the devices, which are busy, and processes must agree on the order of what they do together.
     begin = _at_once if scorers or jax.process_count() > 1 else _beside
-    with functions.Panel(rewards, scorers, together=True) as panel:
+    with panels.Panel(rewards, scorers, together=True) as panel:
       begun = functools.partial(self._begun, panel, begin)
       # What a run that is resumed had sampled before the updates that it has made.
       ahead = begun(iteration, None) if asynchronous and iteration and not update else None
@@ -156,7 +157,7 @@ class Iterations:
         yield from self._of(rollout, iteration, update)
         iteration, update = iteration + 1, 0
 
-  def _begun(self, panel: functions.Panel, begin: making.Begin, iteration: int, params) -> '_Ahead':
+  def _begun(self, panel: panels.Panel, begin: making.Begin, iteration: int, params) -> '_Ahead':
     """What is sampled for a rollout, and who judges it meanwhile; without `params` what was kept of that."""
     path = self._folder / f'{iteration:06d}.drawn.json'
     if params is None:

@@ -1,5 +1,6 @@
 """What rewards make of sampled responses, with the fields of the records that their prompts came from."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,8 +9,12 @@ import numpy as np
 from jaxalign import environments
 from jaxalign import types
 from jaxalign import verdicts
+from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.rewards import functions
+from jaxalign.rewards import panels
+
+_FIRST = 100  # records that are looked at
 
 
 class Judged(NamedTuple):
@@ -33,6 +38,14 @@ class Judged(NamedTuple):
     self.drawn[own] = other.drawn[new]
     self.values_RN[:, own] = other.values_RN[:, new]
     self.tokens[own] = other.tokens[new]
+
+
+def check_columns(rewards: Sequence[str], opened: Mapping[str, Sequence[sources.Source]]) -> None:
+  """Raises UsageError where a reward must have a column that none of the first records has, of what a flag names."""
+  for flag, of_flag in opened.items():
+    columns = {name for source in of_flag for i in range(min(len(source), _FIRST)) for name in source[i]}
+    if columns:
+      functions.check_columns(list(map(functions.parse, rewards)), columns, flag)
 
 
 class Judge:
@@ -66,7 +79,7 @@ class Judge:
     self._combine, self._tokenizer = combine, tokenizer
 
   def __call__(
-      self, panel: functions.Panel, asked: Sequence[verdicts.Prompt], drawn: Sequence[environments.Response]
+      self, panel: panels.Panel, asked: Sequence[verdicts.Prompt], drawn: Sequence[environments.Response]
   ) -> Judged:
     """What the rewards make of responses to these prompts, as many to each."""
     values = panel(verdicts.responses(asked, self._tokenizer, drawn))

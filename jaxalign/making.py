@@ -32,7 +32,7 @@ from jaxalign.data import packing as packing_lib
 from jaxalign.data import prompts as prompts_lib
 from jaxalign.data import sources
 from jaxalign.data import tokenizers
-from jaxalign.rewards import functions
+from jaxalign.rewards import panels
 
 # By name, as they are sampled.
 Verdicts = Mapping[str, judging.Judged]
@@ -132,7 +132,7 @@ class Maker:
     self._run = jax.jit(annotate_fn(options, models), out_shardings=sharding.named(mesh))
     self._seconds: dict[str, float] = {}  # of the rollout in the making, by what they were spent on
 
-  def make(self, panel: functions.Panel, iteration: int, params: rollouts.Params, begin: Begin) -> episodes.Rollout:
+  def make(self, panel: panels.Panel, iteration: int, params: rollouts.Params, begin: Begin) -> episodes.Rollout:
     """The rollout of this number: samples, scores, replaces what tells nothing, and gives credit.
 
     Args:
@@ -187,7 +187,7 @@ class Maker:
     self._spent('sampling', start)
     return Drawn(chosen, responses, params.version)
 
-  def judge(self, panel: functions.Panel, drawn: Drawn) -> Verdicts:
+  def judge(self, panel: panels.Panel, drawn: Drawn) -> Verdicts:
     """What rewards make of them, by the same names."""
     start, asked = time.perf_counter(), self._all_asked(drawn.chosen)
     found = {name: self._judge(panel, asked, responses) for name, responses in drawn.responses.items()}

@@ -29,6 +29,7 @@ from jaxalign.data import scored
 from jaxalign.data import sources
 from jaxalign.rewards import functions
 from jaxalign.rewards import modelled
+from jaxalign.rewards import panels
 
 _CALL = 64  # responses at least that a reward function is called with
 
@@ -196,7 +197,7 @@ def by_rewards(
     if mesh is not None:
       stack.enter_context(jax.set_mesh(mesh))
       models = scorers.checked(rewards, mesh, own=own, row_length=row_length)()
-    panel = stack.enter_context(functions.Panel(rewards, models, together=mesh is not None))
+    panel = stack.enter_context(panels.Panel(rewards, models, together=mesh is not None))
     for batch in _batches(_texts(data, data_dir, skip_bad_records)):
       found.append(panel(_responses(batch, encode)))
       kept += [(one.source, one.row, len(one.texts.responses)) for one in batch]

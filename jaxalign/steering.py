@@ -34,6 +34,7 @@ from jaxalign.data import examples
 from jaxalign.data import records
 from jaxalign.rewards import functions
 from jaxalign.rewards import modelled
+from jaxalign.rewards import panels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +180,7 @@ class Steered:
     """
     rewards = [functions.parse(spec) for spec in self.own.rewards]
     models, value = self._scorers(rewards, loaded, asked, options), self._value(loaded, asked, options)
-    with functions.Panel(rewards, models, together=True) as panel:
+    with panels.Panel(rewards, models, together=True) as panel:
 
       def rewards_of(asked: respond.Asked, drawn: Sequence[sampling.Sampled]) -> np.ndarray | None:
         values = [one.values for one in panel(_judged(loaded, asked, options, drawn)).values()]
@@ -195,8 +196,7 @@ class Steered:
         drawn, choices = respond.draw(loaded, asked.ids, many, seed, asked.is_chat, guidance=steered), 1.0
         rewards_N = rewards_of(asked, drawn)
         kept = choose(asked, drawn, rewards_N)
-    # The draw's own, which temperature and filters shape too.
-    ratios = np.array([sum(drawn[i].processed_logps) - sum(drawn[i].logps) for i in kept])
+    ratios = np.array([sum(drawn[i].processed_logps) - sum(drawn[i].logps) for i in kept])  # of the draw as filtered
     self._report(kept, ratios, rewards_N, choices)
     self.done()
     columns: dict[str, list[Any]] = {'log_ratios': ratios.tolist()}

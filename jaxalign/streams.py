@@ -14,6 +14,7 @@ import numpy as np
 from jaxalign import credit
 from jaxalign import forward
 from jaxalign import iterations
+from jaxalign import judging
 from jaxalign import making
 from jaxalign import metrics
 from jaxalign import needs as needs_lib
@@ -172,7 +173,9 @@ def open_prompts(
   assert options is not None
   datasets = recipe_lib.open_data(job, recipe, tokenizer, job.data)
   held_sets = recipe_lib.open_data(job, recipe, tokenizer, job.eval_data) if job.eval_data else []
-  mixture, prompts = sources.parse_mixture(job.data), dataset.Joined(datasets)
+  prompts, opened = dataset.Joined(datasets), _opened(job, job.data)
+  if scored:
+    judging.check_columns(options.rewards, {'data': opened, 'eval_data': _opened(job, job.eval_data)})
   needs = needs_lib.of_rollouts(recipe, options)
   logging.info('the loss reads %s', ', '.join(sorted(needs.fields)))
   logging.info('advantages read %s', ', '.join(sorted(options.credit.reads)))
@@ -185,24 +188,27 @@ def open_prompts(
   maker = making.Maker(
       options,
       prompts,
-      [sources.open_source(spec, job.data_dir) for spec, _ in mixture],
-      weights=[weight for _, weight in mixture],
+      opened,
+      weights=[weight for _, weight in sources.parse_mixture(job.data)],
       models=_models(job, recipe, model, critic, bool(ref)),
       between=between,
       **shared,
   )
   asked = dataset.Joined(held_sets) if held_sets else None
   # Loaded once, for rollouts and for who judges held-out prompts.
-  read = [prompts, *filter(None, [asked])]
-  models = functools.cache(_scorers(options, tokenizer, read, packing, job.mesh) if scored else dict)
+  models = functools.cache(_scorers(options, tokenizer, [prompts, asked], packing, job.mesh) if scored else dict)
   made = iterations.Iterations(options, maker, folder=job.workdir / 'rollouts', scorers=models, texts=texts, **shared)
   has_reference = needs.reference or bool(ref)
   if recipe.keeps_reference and not has_reference:
     raise types.UsageError(
         'recipe.Recipe.reference_dtype, reference_rules: neither loss nor advantages compare with one'
     )
-  report, share = _report(datasets, held_sets), options.prompts / len(prompts)
-  return Online(made, needs, has_reference, asked, report, share, models)
+  share = options.prompts / len(prompts)
+  return Online(made, needs, has_reference, asked, _report(datasets, held_sets), share, models)
+
+
+def _opened(job: recipe_lib.Job, data: str) -> list[sources.Source]:
+  return [sources.open_source(spec, job.data_dir) for spec, _ in sources.parse_mixture(data)] if data else []
 
 
 def _models(job: recipe_lib.Job, recipe: recipe_lib.Recipe, model, critic, compared: bool) -> rollouts.Models:
@@ -219,9 +225,11 @@ def _texts(job: recipe_lib.Job, options: rollouts.Options, tokenizer, row_length
   return dataset.Joined([read(spec) for spec in sources.parse_all(options.texts_data)])
 
 
-def _scorers(options: rollouts.Options, tokenizer, prompts: list[dataset.Joined], packing: loader_lib.Packing, mesh):
+def _scorers(
+    options: rollouts.Options, tokenizer, prompts: list[dataset.Joined | None], packing: loader_lib.Packing, mesh
+):
   """What loads the models among the rewards; raises UsageError where one cannot score what is sampled."""
-  longest = max(int(one.lengths_NK.max()) for one in prompts)
+  longest = max(int(one.lengths_NK.max()) for one in prompts if one is not None)
   sampled = scorers.Sampled(tokenizer, longest, options.longest, packing.row_length)
   rewards = [functions.parse(spec) for spec in options.rewards]
   functions.check_names(rewards)

@@ -16,6 +16,7 @@ from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.rewards import functions
 from jaxalign.rewards import modelled
+from jaxalign.rewards import panels
 
 
 class Prompt(NamedTuple):
@@ -114,7 +115,7 @@ def measured(
   """
   found: list[np.ndarray] = []
   if rewards:
-    with functions.Panel(rewards, scorers, together=True) as panel:
+    with panels.Panel(rewards, scorers, together=True) as panel:
       found = [one.values for one in panel(responses).values()]
   weights = [reward.weight for reward in rewards]
   if given is not None:

@@ -443,6 +443,11 @@ REFUSED = {
         2,
         ['--data=jsonl:', 'nothing says what judges', '--reward='],
     ),
+    'missing column of a reward': (
+        ('--algo=grpo', '--data=jsonl:{files}/pairs.jsonl', '--reward=jaxalign.rewards.instructions:followed'),
+        2,
+        ['instructions:followed: it wants `instruction_id_list`, and records of --data have prompt, chosen, rejected'],
+    ),
     'no held-out data': (
         ('--algo=dpo', '--data=jsonl:{files}/pairs.jsonl', '--eval_data=jsonl:nowhere.jsonl'),
         2,

@@ -20,6 +20,7 @@ from jaxalign import sharding
 from jaxalign.data import tokenizers
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
+from jaxalign.rewards import panels
 from tests import runs
 
 STORIES = recipe.asset('stories260K')
@@ -210,7 +211,7 @@ class TestImplicitRewards:
         [''] * 6, [''] * 6, {}, [''] * 6, [ids + [tokenizer.eos_id] for _, ids in pairs], [ids for ids, _ in pairs]
     )
     rewards, sampled = [functions.parse(f'{policy}(beta=0.25)')], scorers.Sampled(tokenizer, 16, 32, 64)
-    with jax.set_mesh(ONE), functions.Panel(rewards, scorers.checked(rewards, ONE, own={}, sampled=sampled)()) as panel:
+    with jax.set_mesh(ONE), panels.Panel(rewards, scorers.checked(rewards, ONE, own={}, sampled=sampled)()) as panel:
       (judged,) = panel(given).values()
     for value, tokens, ratios in zip(judged.values, judged.tokens, wanted, strict=True):
       np.testing.assert_allclose(tokens, 0.25 * ratios, atol=1e-4)

@@ -13,6 +13,7 @@ from jaxalign import types
 from jaxalign.rewards import calling
 from jaxalign.rewards import functions
 from jaxalign.rewards import modelled
+from jaxalign.rewards import panels
 
 MINE = """
 import asyncio
@@ -74,7 +75,7 @@ def responses(*texts, **fields):
 
 def judged(spec, given):
   reward = functions.parse(spec)
-  with functions.Panel([reward]) as panel:
+  with panels.Panel([reward]) as panel:
     return panel(given)[reward.name].values.tolist()
 
 
@@ -200,7 +201,7 @@ class TestPanel:
   def test_gives_token_ids_where_there_are_some(self):
     count = functions.Reward('count', lambda ids: list(map(len, ids)))
     plain = responses('a', 'b')
-    with functions.Panel([count]) as panel:
+    with panels.Panel([count]) as panel:
       given = functions.Responses(plain.prompts, plain.responses, {}, plain.where, ids=[[1, 2], []])
       assert panel(given)['count'].values.tolist() == [2.0, 0.0]
       with pytest.raises(
@@ -213,12 +214,12 @@ class TestPanel:
       return [by * len(text) for text in responses]
 
     bound = functools.wraps(scaled)(lambda *args, **kwargs: scaled(*args, **({'by': 3} | kwargs)))
-    with functions.Panel([functions.Reward('bound', bound)]) as panel:
+    with panels.Panel([functions.Reward('bound', bound)]) as panel:
       assert panel(responses('ab'))['bound'].values.tolist() == [6.0]
 
   def test_keeps_values_by_name(self, mine):
     rewards = [functions.parse(f'{mine}:{name}') for name in ('length', 'scaled(by=2):0.5')]
-    with functions.Panel(rewards) as panel:
+    with panels.Panel(rewards) as panel:
       found = panel(responses('a', 'bb'))
     assert {name: judged.values.tolist() for name, judged in found.items()} == {
         f'{mine}:length': [1.0, 2.0],
@@ -227,7 +228,7 @@ class TestPanel:
 
   def test_takes_arrays_of_any_numbers(self):
     for found in ([True, np.float32(0.5)], np.array([1.0, 0.5]), (1, np.array(0.5)), [np.bool_(True), 0.5]):
-      with functions.Panel([functions.Reward('r', lambda found=found: found)]) as panel:
+      with panels.Panel([functions.Reward('r', lambda found=found: found)]) as panel:
         assert panel(responses('a', 'b'))['r'].values.tolist() == [1.0, 0.5]
 
   def test_names_function_record_and_line_of_what_is_raised(self, mine):
@@ -250,7 +251,7 @@ class TestPanel:
       return [1 / len(one) for one in responses]
 
     with pytest.raises(types.RunError, match='reward r, d.jsonl:11: ZeroDivisionError'):
-      with functions.Panel([functions.Reward('r', fails)]) as panel:
+      with panels.Panel([functions.Reward('r', fails)]) as panel:
         panel(responses(*'aaaaaaaaaa', '', *'aaaaa'))
     assert calls == [16, 8, 4, 2, 1, 1]
 
@@ -264,7 +265,7 @@ class TestPanel:
       return [0.0] * len(responses)
 
     with pytest.raises(types.RunError, match='reward r, d.jsonl:1 to d.jsonl:64: ConnectionError: busy'):
-      with functions.Panel([functions.Reward('r', fails)]) as panel:
+      with panels.Panel([functions.Reward('r', fails)]) as panel:
         panel(responses(*'a' * 64))
     assert sum(calls[1:]) == 64 and len(calls) == 8
 
@@ -273,7 +274,7 @@ class TestPanel:
       raise asyncio.CancelledError
 
     with pytest.raises(types.RunError, match='reward r, d.jsonl:1: CancelledError'):
-      with functions.Panel([functions.Reward('r', cancelled)]) as panel:
+      with panels.Panel([functions.Reward('r', cancelled)]) as panel:
         panel(responses('a'))
 
   def test_gives_stdout_back_whatever_order_threads_leave_in(self):
@@ -333,7 +334,7 @@ class TestPanel:
       return functions.Scores(np.array([2.0, 3.0]), [np.zeros(1), np.ones(2)])
 
     rewards = [functions.Reward('f', function), functions.parse(str(tmp_path))]
-    with functions.Panel(rewards, {str(tmp_path): model}) as panel:
+    with panels.Panel(rewards, {str(tmp_path): model}) as panel:
       found = panel(responses('a', 'b'))
     assert list(found) == ['f', str(tmp_path)]
     assert [one.values.tolist() for one in found.values()] == [[1.0, 1.0], [2.0, 3.0]]
@@ -341,7 +342,24 @@ class TestPanel:
 
   def test_refuses_the_same_reward_twice(self, mine):
     with pytest.raises(types.UsageError, match='length: it is given twice'):
-      functions.Panel([functions.parse(f'{mine}:length'), functions.parse(f'{mine}:length:2')])
+      panels.Panel([functions.parse(f'{mine}:length'), functions.parse(f'{mine}:length:2')])
+
+
+class TestCheckColumns:
+
+  def test_names_what_a_function_wants_and_no_record_has(self, mine):
+    rewards = [functions.parse(f'{mine}:length'), functions.parse(f'{mine}:right')]
+    with pytest.raises(types.UsageError, match='right: it wants `answer`, and records of --data have prompt, level$'):
+      functions.check_columns(rewards, {'prompt', 'level'}, 'data')
+    functions.check_columns(rewards, {'prompt', 'answer'}, 'data')
+
+  def test_lets_pass_what_options_and_wrappers_give(self, mine):
+    @functools.wraps(lambda responses, answer: None)
+    def wrapper(**columns):
+      return [0.0]
+
+    rewards = [functions.parse(f'{mine}:odd(what="short")'), functions.parse(f'{mine}:scaled')]
+    functions.check_columns([*rewards, functions.Reward('wrapped', wrapper)], {'prompt'}, 'data')
 
 
 class TestCombine:
