@@ -282,26 +282,6 @@ def penalised(
   return advantage_fn(rewards_GK - beta * masked.totals(log_ratio_BT, rows), valid_GK)
 
 
-def reverse_kl(t) -> types.Array:
-  """f'(t) = log t + 1 of KL(policy || target)."""
-  return jnp.log(t) + 1
-
-
-def forward_kl(t) -> types.Array:
-  """f'(t) = -1 / t of KL(target || policy)."""
-  return -1 / t
-
-
-def jensen_shannon(t) -> types.Array:
-  """f'(t) = log 2 t / (t + 1) of the Jensen-Shannon divergence."""
-  return jnp.log(2 * t) - jnp.log1p(t)
-
-
-def total_variation(t) -> types.Array:
-  """f'(t) = sign(t - 1) / 2 of the total variation."""
-  return 0.5 * jnp.sign(t - 1)
-
-
 def distribution_matching(
     rewards_GK,
     valid_GK,
@@ -311,7 +291,7 @@ def distribution_matching(
     rows: types.Rows,
     *,
     beta: float,
-    slope: Callable[[types.Array], types.Array],
+    divergence: Callable[[types.Array], types.Array],
 ) -> types.Array:
   """f-DPG: pseudo-rewards -f'(pi / p), less the mean of the group's others, for a target p = ref e^(r / beta) / Z.
 
@@ -327,7 +307,8 @@ def distribution_matching(
     sampler_logps_BT: log mu_t; mu is an earlier policy where rollouts are asynchronous.
     rows: where the responses are.
     beta: the smaller, the more the target follows the reward.
-    slope: f', one of those above.
+    divergence: f' as a function of log(pi / p), whose additive constant does not count: `parts.identity` (KL of policy
+      to target), `parts.forward_kl` (of target to policy), `parts.jensen_shannon` or `parts.total_variation`.
 
   References:
     Go et al., 2023, https://arxiv.org/abs/2302.08215, Theorem 1 and Table 1; Z of a prompt after Korbak et al., 2022,
@@ -338,5 +319,5 @@ def distribution_matching(
   there_GK = jnp.where(valid_GK > 0, drawn_GK, -jnp.inf)
   count_G1 = jnp.maximum(jnp.sum(valid_GK, axis=1, keepdims=True), 1.0)
   log_z_G1 = jax.nn.logsumexp(there_GK, axis=1, keepdims=True) - jnp.log(count_G1)
-  ratio_GK = jnp.exp(jnp.clip(jnp.where(valid_GK > 0, log_z_G1 - log_weight_GK, 0.0), -10, 10))
-  return advantages.leave_one_out(-slope(ratio_GK), valid_GK)
+  z_GK = jnp.clip(jnp.where(valid_GK > 0, log_z_G1 - log_weight_GK, 0.0), -10, 10)
+  return advantages.leave_one_out(-divergence(z_GK), valid_GK)

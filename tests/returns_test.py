@@ -9,6 +9,7 @@ from jaxalign import advantages
 from jaxalign import masked
 from jaxalign import returns
 from jaxalign import types
+from jaxalign.losses import parts
 from jaxalign.losses import policy_parts
 from tests import packed
 
@@ -307,7 +308,7 @@ class TestDistributionMatching:
     target = self.REF * np.exp(self.R / self.BETA)
     return target / target.sum()
 
-  def found(self, sampler, slope):
+  def found(self, sampler, divergence):
     """Answers, each as often as the sampler gives it, so that means are exact, and their pseudo-rewards."""
     drawn = np.repeat(np.arange(4), (10 * sampler).round().astype(int))
     of = lambda p: jnp.asarray(np.log(p)[drawn].astype(np.float32)[:, None])
@@ -315,35 +316,32 @@ class TestDistributionMatching:
     rows = types.Rows(np.ones((10, 1), np.float32), 0 * index, 0 * index, index, 1, 10)
     rewards, valid = self.R[drawn].astype(np.float32)[None], jnp.ones((1, 10))
     made = returns.distribution_matching(
-        rewards, valid, of(self.P) - of(self.REF), of(self.P), of(sampler), rows, beta=self.BETA, slope=slope
+        rewards, valid, of(self.P) - of(self.REF), of(self.P), of(sampler), rows, beta=self.BETA, divergence=divergence
     )
     return drawn, np.asarray(made, np.float64)[0]
 
   def test_knows_the_target_from_responses_of_an_earlier_policy(self):
-    drawn, found = self.found(np.array([0.1, 0.4, 0.1, 0.4]), returns.jensen_shannon)
+    drawn, found = self.found(np.array([0.1, 0.4, 0.1, 0.4]), parts.jensen_shannon)
     t = (self.P / self.target())[drawn]
     pseudo = -np.log(2 * t / (t + 1))
     np.testing.assert_allclose(found, (pseudo - pseudo.mean()) * 10 / 9, atol=1e-5)
 
   @pytest.mark.parametrize(
-      'slope,f',
+      'divergence,f',
       [
-          (returns.reverse_kl, lambda t: t * np.log(t)),
-          (returns.forward_kl, lambda t: -np.log(t)),
-          (returns.jensen_shannon, lambda t: t * np.log(2 * t / (t + 1)) + np.log(2 / (t + 1))),
-          (returns.total_variation, lambda t: 0.5 * abs(t - 1)),
+          (parts.identity, lambda t: t * np.log(t)),
+          (parts.forward_kl, lambda t: -np.log(t)),
+          (parts.jensen_shannon, lambda t: t * np.log(2 * t / (t + 1)) + np.log(2 / (t + 1))),
+          (parts.total_variation, lambda t: 0.5 * abs(t - 1)),
       ],
   )
-  def test_has_the_gradient_of_the_f_divergence(self, slope, f):
-    drawn, found = self.found(self.P, slope)
+  def test_has_the_gradient_of_the_f_divergence(self, divergence, f):
+    drawn, found = self.found(self.P, divergence)
     target = self.target()
-    divergence = lambda p: (target * f(p / target)).sum()
+    total = lambda p: (target * f(p / target)).sum()
     logits, step = np.log(self.P), 1e-6
     softmax = lambda x: np.exp(x) / np.exp(x).sum()
-    slopes = [
-        (divergence(softmax(logits + step * e)) - divergence(softmax(logits - step * e))) / (2 * step)
-        for e in np.eye(4)
-    ]
+    slopes = [(total(softmax(logits + step * e)) - total(softmax(logits - step * e))) / (2 * step) for e in np.eye(4)]
     # The mean over samples of A grad log p, less what leaving one out makes larger.
     own = (found[:, None] * (np.eye(4)[drawn] - self.P)).mean(axis=0) * 9 / 10
     np.testing.assert_allclose(own, -np.array(slopes), atol=2e-5)

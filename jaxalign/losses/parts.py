@@ -83,6 +83,11 @@ def alpha_divergence(z, *, alpha: float):
   return -jnp.expm1(jnp.minimum(-alpha * z, _CAP)) / alpha
 
 
+def total_variation(z):
+  """f'(u) = sign(u - 1) / 2. Go et al., 2023 (f-DPG), https://arxiv.org/abs/2302.08215, Table 1."""
+  return 0.5 * jnp.sign(z)
+
+
 def chi_squared(z):
   """Computes log u + u. Huang et al., 2024 (chi-PO), https://arxiv.org/abs/2407.13399."""
   return z + _exp(z)
