@@ -209,13 +209,6 @@ class TestStep:
     assert not [size for line in text.splitlines() for size in shapes(line) if size.count(1280) > 1]
 
   @pytest.mark.usefixtures('in_haste')
-  def test_compiles_for_several_slices(self):
-    mesh = sharding.make_mesh('fsdp:2,tensor:2', 'data:2', devices=topology('v5e:2x2', num_slices=2))
-    assert dict(mesh.shape) == {'data': 2, 'fsdp': 2, 'tensor': 2, 'context': 1, 'expert': 1}
-    step, _ = compiled(mesh, 1024)
-    assert 'tpu_custom_call' in step.as_text()
-
-  @pytest.mark.usefixtures('in_haste')
   def test_of_adapters_keeps_the_base_once_in_few_bits_and_makes_no_gradient_of_it(self):
     mesh = sharding.make_mesh('fsdp:4,tensor:4', devices=topology('v5e:4x4'))
     config = dataclasses.replace(CONFIG, embed_dim=2048, mlp_dim=8192, vocab_size=1024)
