@@ -23,7 +23,6 @@ from jaxalign.models import kv_cache
 from jaxalign.models import quant
 from jaxalign.models import transformer
 
-_KERNEL = 128  # what the length of a prompt is a multiple of where a kernel reads it
 compilations = metrics.Compilations()
 
 
@@ -167,8 +166,6 @@ def read(program: Program, params: Sequence[types.PyTree], ids: Sequence, length
 
 def _read(program: Program, model: transformer.Transformer, params, ids_PT, lengths_P) -> Reading:
   count, length = ids_PT.shape
-  if length % _KERNEL:
-    model = dataclasses.replace(model, attention='xla')
   positions_PT = jnp.broadcast_to(jnp.arange(length), (count, length))
   segments_PT = (positions_PT < lengths_P[:, None]).astype(jnp.int32)
   cache = _cache(program, model, count, length, 'first')

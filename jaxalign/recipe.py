@@ -238,6 +238,12 @@ def origin(job: Job, recipe: Recipe) -> dict[str, Any] | None:
   return checkpoint.read_json(checkpoint.find(path)[0] / 'run.json')['hf_config']
 
 
+def reopened(directory: str, recipe: Recipe, mesh: jax.sharding.Mesh) -> checkpoint.Loaded:
+  """A checkpoint, see `checkpoint.load`, whose model reads rows and computes as `recipe` says."""
+  loaded = checkpoint.load(directory, mesh)
+  return loaded._replace(model=transformer.for_rows(loaded.model, mesh, recipe.packing.row_length, recipe.dtype))
+
+
 def load(spec: str, mesh: jax.sharding.Mesh, dtype: str | None = None) -> checkpoint.Loaded:
   """Loads what a `--model` names, weights and tokenizer, onto `mesh`.
 

@@ -278,11 +278,11 @@ def _prompts(job: recipe_lib.Job, tokenizer: tokenizers.Tokenizer, chat: bool, r
   return Asked(kept, chats.pop())
 
 
-def policy(spec: str, mesh: jax.sharding.Mesh) -> checkpoint.Loaded:
+def policy(spec: str, mesh: jax.sharding.Mesh, flag: str = '') -> checkpoint.Loaded:
   """A model that writes, from a checkpoint or a Hugging Face directory; raises UsageError where it scores instead."""
   loaded = checkpoint.writer(recipe_lib.load(spec, mesh))
   if loaded.model.config.score_outputs:
-    raise types.UsageError(f'{spec}: a reward model scores responses and writes none')
+    raise types.UsageError(f'{flag}{spec}: it has a head that scores responses, and writes none')
   return loaded
 
 

@@ -27,6 +27,7 @@ from jaxalign.data import loader as loader_lib
 from jaxalign.data import response_texts
 from jaxalign.data import scored
 from jaxalign.data import sources
+from jaxalign.models import transformer
 from jaxalign.rewards import functions
 from jaxalign.rewards import modelled
 from jaxalign.rewards import panels
@@ -72,12 +73,17 @@ def score(
   specs = sources.parse_all(job.data)
   with jax.set_mesh(job.mesh):
     loaded = recipe_lib.load(job.model, job.mesh)
-    scoring = None if recipe is None else modelled.Scoring(recipe.scored_fn, recipe.combine_fn)
-    found_by = reading.of(job.model, loaded, job.mesh, per=per, own=scoring)
     context = loaded.model.config.max_length
-    if row_length is not None and row_length > context:
+    parts = sharding.parts(job.mesh, 'length')
+    length = row_length or min(scorers.LENGTH, context) // parts * parts
+    scoring = None if recipe is None else modelled.Scoring(recipe.scored_fn, recipe.combine_fn)
+    if length > context:
       raise types.UsageError(f'--row_length={row_length}: the context of the model is {context} tokens')
-    loader = _open(job, specs, loaded.tokenizer, found_by.example_fn, row_length or min(scorers.LENGTH, context))
+    if length % parts:
+      raise types.UsageError(f'--row_length={row_length}: --mesh splits it {parts} ways; make it a multiple')
+    loaded = loaded._replace(model=transformer.for_rows(loaded.model, job.mesh, length))
+    found_by = reading.of(job.model, loaded, job.mesh, per=per, own=scoring)
+    loader = _open(job, specs, loaded.tokenizer, found_by.example_fn, length)
     run = found_by.run(job.mesh)
     found: dict[int, dict[int, np.ndarray]] = {}
     steps = loader.ordered(range(len(loader.dataset)))

@@ -21,8 +21,8 @@ from jaxalign.data import loader as loader_lib
 from jaxalign.data import scored
 from jaxalign.data import tokenizers
 from jaxalign.models import architecture
-from jaxalign.models import attention
 from jaxalign.models import hf
+from jaxalign.models import transformer
 from jaxalign.rewards import ensembles
 from jaxalign.rewards import functions
 from jaxalign.rewards import modelled
@@ -213,14 +213,13 @@ class Scorer:
     """
     self._known, self._mesh = known, mesh
     with jax.set_mesh(mesh):
-      loaded = recipe_lib.load(known.directory, mesh, known.model.dtype)
+      try:
+        loaded = recipe_lib.load(known.directory, mesh, known.model.dtype)
+      except types.UsageError as err:
+        raise types.UsageError(f'--reward={known.model.name}: {err}') from err
     size = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(loaded.params)) / 1e6
     logging.info('memory of a device: reward %s %.1f MB', known.model.name, size)
-    model, config = loaded.model, loaded.model.config
-    kernel = attention.pick(
-        mesh, model.dtype, head_size=config.head_size, length=known.row_length, softcap=config.attn_softcap
-    )
-    loaded = loaded._replace(model=model.clone(attention=kernel))
+    loaded = loaded._replace(model=transformer.for_rows(loaded.model, mesh, known.row_length))
     per = 'response' if known.per == 'token' else known.per
     self._reading = reading.of(known.directory, loaded, mesh, per=per, own=known.own)
     self.run = self._reading.run(mesh)

@@ -325,7 +325,7 @@ def _guide(spec: str, role: str, loaded: checkpoint.Loaded) -> sampling.Guide:
     if not guide.model.config.score_outputs:
       raise types.UsageError(f'--guide={spec}: `{role}` has a head that scores (train one with --algo=rm)')
   else:
-    guide = respond.policy(spec, mesh)
+    guide = respond.policy(spec, mesh, flag='--guide=')
   if not scorers.have_same_ids(guide.tokenizer, loaded.tokenizer):
     raise types.UsageError(f'--guide={spec}: its tokenizer has other ids than that of the model that is guided')
   return sampling.Guide(guide.model, guide.params)

@@ -229,6 +229,11 @@ class TestAlgorithms:
     assert main.main([*args, *low]) == 0
     np.testing.assert_array_equal(checkpoint.load(tmp_path / 'v', ONE).params['score'], head)
 
+  def test_say_that_a_base_of_random_weights_is_in_no_directory(self, folder, tmp_path, capsys):
+    assert main.main([*runs.flags(folder, tmp_path / 'w', '--lora=rank:2', steps=1)]) == 0
+    assert convert_hf.main([f'--checkpoint={tmp_path / "w"}', f'--output={tmp_path / "out"}', '--adapter']) == 2
+    assert 'its base, tiny, was drawn at random' in capsys.readouterr().err
+
   def test_say_that_there_are_no_adapters_to_export(self, folder, tmp_path, capsys):
     args = [x for x in flags(folder, tmp_path / 'w', '--eval_data=', steps=1) if 'lora' not in x]
     assert main.main(args) == 0

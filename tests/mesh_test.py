@@ -132,6 +132,11 @@ class TestExperts:
     assert len(set(losses['data:8'])) == 4
     np.testing.assert_allclose(losses['fsdp:4,expert:2'], losses['data:8'], atol=1e-5)
 
+  def test_are_refused_where_the_mesh_does_not_divide_them(self, tmp_path, folder, capsys):
+    experts = [f'--gin=architecture.Config.{name}' for name in ('num_experts=4', 'experts_per_token=2')]
+    assert main.main(flags(folder, 'unused', '--mesh=expert:8', f'--workdir={tmp_path / "w"}', *experts)) == 2
+    assert "has 4 'experts', which expert:8 does not divide" in capsys.readouterr().err
+
 
 class TestLoad:
 

@@ -595,6 +595,10 @@ class TestErrors:
               ('--model={model}', '--data=jsonl:x', '--row_length=999'),
               '--row_length=999: the context of the model is 512',
           ),
+          (
+              ('--model={model}', '--data=jsonl:x', '--row_length=61', '--mesh=fsdp:4,context:2'),
+              '--row_length=61: --mesh splits it 2 ways; make it a multiple',
+          ),
           (('--model={model}', '--data=jsonl:x', '--gin=a.b=1'), '--mode=score does not read --gin'),
           (('--model={model}', '--data=jsonl:x:0.7,jsonl:y:0.3'), 'leave out the weight 0.7 of jsonl:x'),
           (('--checkpoint=nowhere', '--data=jsonl:x'), '--checkpoint=nowhere: no checkpoint there'),

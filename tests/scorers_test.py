@@ -125,6 +125,10 @@ class TestHeads:
     assert table.sharding.shard_shape(table.shape) == (table.shape[0], table.shape[1] // 8)
     with pytest.raises(types.UsageError, match=r"--reward=.*mesh='fsdp:3'\): --mesh=fsdp:3: .* does not divide"):
       opened(f"{folder}(mesh='fsdp:3')", mesh=policy)
+    with pytest.raises(
+        types.UsageError, match=r"--reward=.*mesh='tensor:8'\): --mesh: .* which tensor:8 does not divide"
+    ):
+      opened(f"{folder}(mesh='tensor:8')", mesh=policy)
 
   def test_of_several_models_are_combined(self, heads, hidden):
     responses = sampled()

@@ -287,7 +287,7 @@ class TestRefuses:
           (['--decode=vote', '--guide={aligned}'], '--guide: no --guide is wanted'),
           (['--decode=best_of_n'], '--reward: candidates are chosen by it; give --reward=MODULE:FUNCTION'),
           (['--decode=dera', '--guide={other}'], '--guide=.*other: its tokenizer has other ids'),
-          (['--decode=dera', '--guide={rm}'], 'rm: a reward model scores responses and writes none'),
+          (['--decode=dera', '--guide={rm}'], '--guide=.*rm: it has a head that scores responses, and writes none'),
           (['--decode=rad', '--guide={aligned}'], '`reward` has a head that scores'),
           (['--decode=dera', '--guide={aligned}', '--gin=guidance.rad.beta=1.0'], 'not used by this run: guidance.rad'),
           (['--decode=vote', "--gin=candidates.vote.parser='x'"], "candidates.vote.parser = 'x': write MODULE"),

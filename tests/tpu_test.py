@@ -201,8 +201,9 @@ class TestStep:
     assert step.memory_analysis().alias_size_in_bytes >= 0.99 * of_device
 
   @pytest.mark.usefixtures('in_haste')
-  def test_shares_prompts_without_a_mask_of_tokens_by_tokens(self):
-    step, _ = compiled(sharding.make_mesh('fsdp:4', devices=topology('v5e:2x2')), 1280, share=True)
+  @pytest.mark.parametrize('mesh', ['fsdp:4', 'fsdp:2,context:2'])
+  def test_shares_prompts_without_a_mask_of_tokens_by_tokens(self, mesh):
+    step, _ = compiled(sharding.make_mesh(mesh, devices=topology('v5e:2x2')), 1280, share=True)
     text = step.as_text()
     for part in ('fwd', 'dq', 'dkv'):
       assert re.search(rf'splash\w*{part}', text)
@@ -267,6 +268,15 @@ class TestMoments:
 
 
 class TestExperts:
+
+  def test_compile_where_each_device_has_one(self):
+    mesh = sharding.make_mesh('expert:4', devices=topology('v5e:2x2'))
+    config = dataclasses.replace(CONFIG, embed_dim=64, mlp_dim=192, num_experts=4, experts_per_token=2)
+    shapes_of = (ROWS, 128, 64), (64, 4), (4, 64, 192), (4, 64, 192), (4, 192, 64)
+    run = functools.partial(experts.feed_forward, config=config, act=jax.nn.silu, kernel='ragged_dot')
+    with jax.set_mesh(mesh):
+      found = jax.jit(run).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes_of)).compile()
+    assert found.memory_analysis() is not None
 
   # Each of three products runs forward and twice backward. Where experts are split, turns keep nothing for the backward
   # pass, which computes two products again.

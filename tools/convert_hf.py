@@ -17,6 +17,7 @@ import sys
 
 import jax
 
+from jaxalign import catalog
 from jaxalign import checkpoint
 from jaxalign import recipe
 from jaxalign import sharding
@@ -46,6 +47,9 @@ def export_adapter(directory: str, output: pathlib.Path) -> None:
   if loaded.model.lora is None:
     raise types.UsageError(f'--checkpoint={directory}: it holds no adapters; leave --adapter out')
   family = (loaded.run['hf_config'] or {}).get('model_type', 'llama')
+  if catalog.exists(f'models/{loaded.run["model_spec"]}.gin'):
+    problem = f'its base, {loaded.run["model_spec"]}, was drawn at random and is in no directory'
+    raise types.UsageError(f'--checkpoint={directory}: {problem}; leave --adapter out')
   base = storage.absolute(recipe.model_directory(loaded.run['model_spec']))
   count = peft.write(output, loaded.params, loaded.model, family, str(base))
   loaded.tokenizer.save(output)

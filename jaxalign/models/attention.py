@@ -70,7 +70,13 @@ class Seen(NamedTuple):
 
 
 def pick(
-    mesh: jax.sharding.Mesh, dtype: jax.typing.DTypeLike, *, head_size: int, length: int, softcap: float = 0.0
+    mesh: jax.sharding.Mesh,
+    dtype: jax.typing.DTypeLike,
+    *,
+    head_size: int,
+    kv_heads: int,
+    length: int,
+    softcap: float = 0.0,
 ) -> str:
   """The kernel for programs on `mesh`, whose platform need not be the local one; logs it with the reason.
 
@@ -78,6 +84,7 @@ def pick(
     mesh: of the program.
     dtype: of queries, keys and values.
     head_size: H.
+    kv_heads: K.
     length: T.
     softcap: see `How`.
   """
@@ -96,6 +103,8 @@ def pick(
   elif platform == 'gpu':
     if softcap:
       reason = 'cuDNN has no soft cap'
+    elif sharding.parts(mesh, 'length') > 1 or kv_heads % sharding.parts(mesh, 'heads'):
+      reason = f'cuDNN takes whole rows and whole key heads (here {kv_heads}), which the mesh splits'
     elif not sixteen_bits or head_size % 8 or head_size > 128 or length > _CUDNN_LENGTH:
       reason = (
           f'cuDNN wants 16-bit floats (here {jnp.dtype(dtype).name}), heads in multiples of 8 up to 128 (here'
@@ -122,7 +131,7 @@ def attend(
   Where branches share a prompt, s and t are positions, and the branch of s is that of t or the prompt.
 
   Args:
-    name: one of KERNELS.
+    name: one of KERNELS, picked for the rows of a run; of another length, which splash may not take, XLA reads.
     q_BTNH: queries; query head n reads key head n // (N / K).
     k_BTKH: keys.
     v_BTKH: values.
@@ -134,10 +143,17 @@ def attend(
   """
   if how.window >= q_BTNH.shape[1]:
     how = how._replace(window=0)
-  if name == 'splash':
+  if name == 'splash' and _takes(q_BTNH.shape[1]):
     return splash(q_BTNH, k_BTKH, v_BTKH, seen, how)
-  out_BTNH = {'xla': xla, 'cudnn': cudnn}[name](q_BTNH, k_BTKH, v_BTKH, seen, how)
+  out_BTNH = (cudnn if name == 'cudnn' else xla)(q_BTNH, k_BTKH, v_BTKH, seen, how)
   return jax.ad_checkpoint.checkpoint_name(out_BTNH, RESULT)
+
+
+def _takes(length: int) -> bool:
+  """Whether splash takes rows of this length on the mesh that is set."""
+  mesh = jax.sharding.get_abstract_mesh()
+  shards = 1 if mesh.empty else sharding.parts(mesh, 'length')
+  return length % (shards * _SPLASH_BLOCKS[-1]) == 0
 
 
 def xla(q_BTNH, k_BTKH, v_BTKH, seen: Seen, how: How):
@@ -223,7 +239,9 @@ def splash(q_BTNH, k_BTKH, v_BTKH, seen: Seen, how: How, *, interpret: bool = Fa
     k_BTKH, v_BTKH = (jnp.repeat(x, parts['heads'] // K, axis=2) for x in (k_BTKH, v_BTKH))
   kernel = _splash_kernel(T, N // parts['heads'], parts['length'], how, interpret)
 
-  def local(kernel, q, k, v, q_segments, kv_segments):
+  def local(kernel, q, k, v, q_segments, kv_segments, *branches):
+    if branches:  # Not before: the gradient of k is summed over `length` as the model has it.
+      q, k = _told_apart(q, k, *branches)
     ids = splash_attention_kernel.SegmentIds(q_segments, kv_segments)
     heads_first = lambda x: x.transpose(0, 2, 1, 3)
     out = jax.vmap(kernel)(heads_first(q), heads_first(k), heads_first(v), ids)
@@ -236,33 +254,32 @@ def splash(q_BTNH, k_BTKH, v_BTKH, seen: Seen, how: How, *, interpret: bool = Fa
           f'loader.Packing.share_prompts = True: the TPU kernel has no way to tell branches from each other in layers'
           f' with a window (here {how.window}) or a soft cap (here {how.softcap}); bind it to False'
       )
-    q_BTNH, k_BTKH = _told_apart(q_BTNH, k_BTKH, seen.branches_BT)
-  args = q_BTNH, k_BTKH, v_BTKH, seen.segments_BT, seen.segments_BT
+  ids = [seen.segments_BT, seen.branches_BT][: 1 if seen.branches_BT is None else 2]
+  args = q_BTNH, k_BTKH, v_BTKH, *(x for x in ids for _ in range(2))
   if mesh.empty:
     return local(kernel, *args)
   queries, keys = sharding.spec('batch', 'length', 'heads', None), sharding.spec('batch', None, 'heads', None)
   kernel_spec = kernel.manual_sharding_spec(sharding.named(mesh, None, 'length'))
-  ids = sharding.spec('batch', 'length'), sharding.spec('batch', None)
-  return jax.shard_map(
-      local, mesh=mesh, in_specs=(kernel_spec, queries, keys, keys, *ids), out_specs=queries, check_vma=False
-  )(kernel, *args)
+  specs = kernel_spec, queries, keys, keys, *len(ids) * (sharding.spec('batch', 'length'), sharding.spec('batch', None))
+  return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)(kernel, *args)
 
 
-def _told_apart(q_BTNH, k_BTKH, branches_BT):
-  """Queries and keys with places for the bits of their branch, whose product adds -2^15 for each that differs.
+def _told_apart(q_BTNH, k_BSKH, branches_BT, branches_BS):
+  """Queries and keys with places for the bits of their branches, whose product adds -2^15 for each that differs.
 
   A key has (bit, 1 - bit) for each bit of its branch, a query -2^15 (1 - bit, bit); keys of a shared prompt have zeros.
   So where a query may see a key every term is 0, and nothing is rounded.
   """
-  bits_BTE = (branches_BT[..., None] >> jnp.arange(_BRANCH_BITS)[None, None, :]) & 1
-  keys_BTE = jnp.concatenate([bits_BTE, 1 - bits_BTE], axis=-1) * (branches_BT > 0)[..., None]
+  bits = lambda branches: (branches[..., None] >> jnp.arange(_BRANCH_BITS)[None, None, :]) & 1
+  bits_BTE, bits_BSE = bits(branches_BT), bits(branches_BS)
   queries_BTE = _APART * jnp.concatenate([1 - bits_BTE, bits_BTE], axis=-1)
+  keys_BSE = jnp.concatenate([bits_BSE, 1 - bits_BSE], axis=-1) * (branches_BS > 0)[..., None]
 
   def wider(x_BTNH, places_BTE):
     shape = *x_BTNH.shape[:3], places_BTE.shape[-1]
     return jnp.concatenate([x_BTNH, jnp.broadcast_to(places_BTE[:, :, None], shape).astype(x_BTNH.dtype)], axis=-1)
 
-  return wider(q_BTNH, queries_BTE), wider(k_BTKH, keys_BTE)
+  return wider(q_BTNH, queries_BTE), wider(k_BSKH, keys_BSE)
 
 
 def _splash_kernel(length: int, heads: int, shards: int, how: How, interpret: bool):

@@ -192,6 +192,26 @@ def scores(params: types.PyTree, hidden_BTD: types.Array) -> types.Array:
   return found_BTO + params['score_bias'][None, None, :] if 'score_bias' in params else found_BTO
 
 
+def _kernel(config: architecture.Config, mesh: jax.sharding.Mesh, dtype: jax.typing.DTypeLike, length: int) -> str:
+  heads, cap = config.num_kv_heads, config.attn_softcap
+  return attention_lib.pick(mesh, dtype, head_size=config.head_size, kv_heads=heads, length=length, softcap=cap)
+
+
+def for_rows(model: Transformer, mesh: jax.sharding.Mesh, length: int, dtype: str | None = None) -> Transformer:
+  """The same model for rows of `length` tokens, computing in `dtype` (None: its own); raises as `build` does."""
+  _check_length(model.config, length)
+  model = dataclasses.replace(model, dtype=jnp.dtype(dtype or model.dtype))
+  return dataclasses.replace(model, attention=_kernel(model.config, mesh, model.dtype, length))
+
+
+def _check_length(config: architecture.Config, length: int) -> None:
+  if length > config.max_length:
+    raise types.UsageError(
+        f'loader.Packing.row_length = {length}: the context of the model is {config.max_length} tokens; bind no more'
+        f' (--gin=loader.Packing.row_length={config.max_length})'
+    )
+
+
 def build(
     config: architecture.Config,
     mesh: jax.sharding.Mesh,
@@ -230,14 +250,13 @@ def build(
   ):
     if kernel is not None and kernel not in known:
       raise types.UsageError(f'recipe.Recipe.{what} = {kernel!r}: it is one of {", ".join(known)}')
-  if length > config.max_length:
-    raise types.UsageError(
-        f'loader.Packing.row_length = {length}: the context of the model is {config.max_length} tokens; bind no more'
-        f' (--gin=loader.Packing.row_length={config.max_length})'
-    )
-  name = attention or attention_lib.pick(
-      mesh, dtype, head_size=config.head_size, length=length, softcap=config.attn_softcap
-  )
+    platform = sharding.platform_of(mesh)
+    if kernel is not None and platform not in (wanted := _PLATFORMS.get(kernel, platform)):
+      raise types.UsageError(
+          f'recipe.Recipe.{what} = {kernel!r}: it runs on {wanted} alone, and the platform is {platform}'
+      )
+  _check_length(config, length)
+  name = attention or _kernel(config, mesh, dtype, length)
   if config.num_experts:
     experts = experts or grouped.pick(mesh, dtype, inner=config.embed_dim, outer=config.mlp_dim)
   adapted = lora.of(config) if lora is not None else None
@@ -255,6 +274,7 @@ def without_adapters(model: Transformer) -> Transformer:
 
 
 _ONE = np.zeros((1, 1), np.int32)  # a single token, which no kernel but XLA takes
+_PLATFORMS = {'splash': 'tpu', 'cudnn': 'gpu', 'megablox': 'tpu'}  # of kernels that run on one alone
 _PLAIN: dict[str, Any] = {'attention': 'xla', 'experts': 'ragged_dot'}
 
 
@@ -278,7 +298,8 @@ def abstract_params(
     UsageError: the mesh does not divide an axis; the message names both.
   """
   # Nothing may run: the mesh may be of devices that are not there.
-  boxed = jax.eval_shape(_init_fn(model), jax.eval_shape(lambda: jax.random.key(0)))
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # One that does not divide it is told below.
+    boxed = jax.eval_shape(_init_fn(model), jax.eval_shape(lambda: jax.random.key(0)))
   place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
   placed = jax.tree.map(place, nn.unbox(boxed), sharding.shardings_of(mesh, boxed, rules))
   if model.lora is None:

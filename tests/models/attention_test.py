@@ -172,6 +172,18 @@ class TestSplash:
         np.testing.assert_allclose(found, wanted, atol=3e-5)
 
 
+class TestOtherLengths:
+
+  @pytest.mark.parametrize('length,kernel', [(256, 'splash'), (128, 'xla'), (64, 'xla'), (600, 'xla')])
+  def test_are_left_to_xla_where_splash_does_not_take_them(self, monkeypatch, length, kernel):
+    q, k, v, seen = arrays(np.random.default_rng(13), 2, length, 4, 2, 64)
+    monkeypatch.setattr(attention, 'splash', lambda *_: 'splash')
+    monkeypatch.setattr(attention, 'xla', lambda q, *_: q)
+    with jax.set_mesh(sharding.make_mesh('fsdp:4,context:2')):
+      found = attention.attend('splash', q, k, v, seen, plain(64))
+    assert ('splash' if isinstance(found, str) else 'xla') == kernel
+
+
 def mesh_of(platform, **sizes):
   """A stand-in for a mesh of devices that this machine lacks."""
   device = types.SimpleNamespace(platform=platform)
@@ -196,12 +208,15 @@ class TestPick:
           ('gpu', 'float32', 64, 1024, {}, 'xla'),
           ('gpu', 'bfloat16', 64, 8192, {}, 'xla'),
           ('gpu', 'bfloat16', 20, 1024, {}, 'xla'),
+          ('gpu', 'bfloat16', 64, 1024, {'tensor': 2}, 'cudnn'),
+          ('gpu', 'bfloat16', 64, 1024, {'tensor': 4}, 'xla'),
+          ('gpu', 'bfloat16', 64, 1024, {'context': 2}, 'xla'),
       ],
   )
   def test_takes_what_the_platform_runs_and_logs_it(self, caplog, platform, dtype, head_size, length, sizes, name):
     with caplog.at_level('INFO', logger='absl'):
-      assert attention.pick(mesh_of(platform, **sizes), dtype, head_size=head_size, length=length) == name
+      assert attention.pick(mesh_of(platform, **sizes), dtype, head_size=head_size, kv_heads=2, length=length) == name
     assert f'attention: {name} (' in caplog.text
 
   def test_caps_no_logits_by_cudnn(self):
-    assert attention.pick(mesh_of('gpu'), 'bfloat16', head_size=64, length=1024, softcap=50.0) == 'xla'
+    assert attention.pick(mesh_of('gpu'), 'bfloat16', head_size=64, kv_heads=2, length=1024, softcap=50.0) == 'xla'

@@ -70,6 +70,21 @@ class TestTiles:
     assert grouped.rounded(name, rows) == wanted
 
 
+class TestOneGroup:
+
+  def test_is_multiplied_row_by_row(self):
+    rng = np.random.default_rng(2)
+    x, w, d = (rng.normal(size=shape).astype(np.float32) for shape in ((6, 5), (1, 5, 3), (6, 3)))
+    x[4:] = np.nan  # of no group
+    run = lambda x, w: grouped.product('ragged_dot', x, w, jnp.array([4]), 4)
+    found, back = jax.vjp(run, x, w)
+    np.testing.assert_allclose(found[:4], x[:4] @ w[0], rtol=1e-5)
+    d[4:] = 0
+    d_x, d_w = back(jnp.asarray(d))
+    np.testing.assert_allclose(d_x[:4], d[:4] @ w[0].T, rtol=1e-5)
+    np.testing.assert_allclose(d_w[0], x[:4].T @ d[:4], rtol=1e-5)
+
+
 def mesh_of(platform, **sizes):
   """A stand-in for a mesh of devices that this machine lacks."""
   device = types.SimpleNamespace(platform=platform)

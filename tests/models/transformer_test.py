@@ -181,12 +181,25 @@ class TestBuild:
           ({'remat': 'some'}, "remat = 'some': it is one of none, dots, attention, full, offload"),
           ({'dtype': 'float8'}, "dtype = 'float8'"),
           ({'attention': 'flash'}, "attention = 'flash': it is one of xla, cudnn, splash"),
+          ({'attention': 'splash'}, "attention = 'splash': it runs on tpu alone, and the platform is cpu"),
+          ({'attention': 'cudnn'}, "attention = 'cudnn': it runs on gpu alone"),
+          ({'experts': 'megablox'}, "experts = 'megablox': it runs on tpu alone"),
           ({'length': 65}, 'row_length = 65: the context of the model is 64 tokens'),
       ],
   )
   def test_refuses_what_it_does_not_know(self, changes, words):
     with pytest.raises(types.UsageError, match='(?s)' + words):
       transformer.build(TINY, MESH, **{'length': 32, **changes})
+
+
+class TestForRows:
+
+  def test_computes_in_another_dtype_and_refuses_longer_rows_than_the_context(self):
+    model = transformer.build(TINY, MESH, length=32)
+    assert transformer.for_rows(model, MESH, 64) == model
+    assert transformer.for_rows(model, MESH, 64, 'bfloat16').dtype == jnp.bfloat16
+    with pytest.raises(types.UsageError, match='row_length = 65: the context of the model is 64 tokens'):
+      transformer.for_rows(model, MESH, 65)
 
 
 class TestParams:
