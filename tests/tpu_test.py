@@ -274,8 +274,10 @@ class TestExperts:
     config = dataclasses.replace(CONFIG, embed_dim=64, mlp_dim=192, num_experts=4, experts_per_token=2)
     shapes_of = (ROWS, 128, 64), (64, 4), (4, 64, 192), (4, 64, 192), (4, 192, 64)
     run = functools.partial(experts.feed_forward, config=config, act=jax.nn.silu, kernel='ragged_dot')
+    total = lambda *args: jnp.sum(jnp.sin(run(*args)))
     with jax.set_mesh(mesh):
-      found = jax.jit(run).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes_of)).compile()
+      args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes_of]
+      found = jax.jit(jax.grad(total, range(5))).lower(*args).compile()
     assert found.memory_analysis() is not None
 
   # Each of three products runs forward and twice backward. Where experts are split, turns keep nothing for the backward
