@@ -223,7 +223,8 @@ def shardings_of(
     found = [_fitting(mesh, path, size, name, table) for size, name in zip(leaf.value.shape, leaf.names)]
     split = [axis for axes in found for axis in axes]
     if len(set(split)) < len(split):
-      raise types.UsageError(f'rules of sharding: {jax.tree_util.keystr(path)} is split twice over one of {split}')
+      which = 'reference_rules, critic_rules or sampling_rules' if rules else 'rules of sharding'
+      raise types.UsageError(f'{which}: {jax.tree_util.keystr(path)} is split twice over one of {split}')
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(axes or None for axes in found)))
 
   return jax.tree_util.tree_map_with_path(of, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
