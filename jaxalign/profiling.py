@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
+import itertools
 import pathlib
 from typing import TypeVar
 
@@ -56,24 +57,14 @@ def recorded(
     logging.warning('--profile=%d:%d records nothing: the run goes on behind step %d', first, last, done)
     yield from batches
     return
-  step, is_on, batches = done, False, iter(batches)
+  batches = iter(batches)
+  yield from itertools.islice(batches, first - done - 1)
+  wait()
+  jax.profiler.start_trace(into)
   try:
-    while True:
-      step += 1
-      if step == first:
-        wait()
-        jax.profiler.start_trace(into)
-        is_on = True
-      for batch in batches:
-        yield batch
-        break
-      else:
-        return
-      if step == last:
-        wait()
-        break
+    yield from itertools.islice(batches, last - first + 1)
+    wait()
   finally:
-    if is_on:
-      jax.profiler.stop_trace()
-      logging.info('profile of steps %d to %d: %s (tensorboard --logdir, or xprof)', first, min(step, last), into)
+    jax.profiler.stop_trace()
+    logging.info('profile of steps %d to %d: %s (tensorboard --logdir, or xprof)', first, last, into)
   yield from batches

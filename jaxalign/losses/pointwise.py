@@ -179,8 +179,8 @@ def prefixes(
     UsageError: the head has more outputs.
 
   References:
-    Mudgal et al., 2023, https://arxiv.org/abs/2310.17022, Eq. 4 (CD-FUDGE), after Yang and Klein, 2021,
-    https://arxiv.org/abs/2104.05218.
+    Mudgal et al., 2023 (CD-FUDGE), https://arxiv.org/abs/2310.17022, after Yang and Klein, 2021,
+    https://arxiv.org/abs/2104.05218; from its definition.
   """
   del ref
   if policy.scores_BTO.shape[-1] != 1:

@@ -206,10 +206,12 @@ def check_columns(rewards: Sequence[Reward | modelled.Model], columns: Collectio
   A function that wraps another may give what that wants, which is known when it is called.
   """
   for reward in rewards:
-    if not isinstance(reward, Reward) or hasattr(reward.fn, '__wrapped__'):
+    if not isinstance(reward, Reward):
       continue
-    fixed = reward.fn.keywords if isinstance(reward.fn, functools.partial) else {}
-    given = {*columns, *fixed, 'prompts', 'responses', 'ids'}
+    bound = reward.fn if isinstance(reward.fn, functools.partial) else functools.partial(reward.fn)
+    if hasattr(bound.func, '__wrapped__'):
+      continue
+    given = {*columns, *bound.keywords, 'prompts', 'responses', 'ids'}
     missing = [name for name in calling.parameters(reward.fn)[1] if name not in given]
     if missing:
       known = ', '.join(sorted(set(columns) - {'prompt'})) or 'no further column'

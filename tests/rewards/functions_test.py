@@ -359,7 +359,7 @@ class TestCheckColumns:
       return [0.0]
 
     rewards = [functions.parse(f'{mine}:odd(what="short")'), functions.parse(f'{mine}:scaled')]
-    functions.check_columns([*rewards, functions.Reward('wrapped', wrapper)], {'prompt'}, 'data')
+    functions.check_columns([*rewards, functions.Reward('wrapped', functools.partial(wrapper))], {'prompt'}, 'data')
 
 
 class TestCombine:
