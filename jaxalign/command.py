@@ -29,8 +29,8 @@ _BUT_MODEL = _but(_OF_TRAINING, 'model', 'data')
 _BUT_PLACES = _but(_OF_DATA, 'data_dir', 'cache_dir')
 _UNREAD: dict[str, tuple[str, ...]] = {
     'train': ('checkpoint', *_OF_SAMPLING, *_OF_SCORING),
-    'show': ('checkpoint', *_OF_SAMPLING, *_OF_SCORING),
-    'plan': ('checkpoint', 'workdir', *_OF_SAMPLING, *_OF_SCORING, 'debug'),
+    'show': ('checkpoint', 'profile', *_OF_SAMPLING, *_OF_SCORING),
+    'plan': ('checkpoint', 'profile', 'workdir', *_OF_SAMPLING, *_OF_SCORING, 'debug'),
     'eval': (*_OF_TRAINING, *_OF_SAMPLING, *_OF_SCORING, *_OF_REWARDS),
     'sample': (*_BUT_MODEL, *_BUT_PLACES, *_OF_SCORING, 'guide', 'combine'),
     'sample --reward': (*_BUT_MODEL, *_BUT_PLACES, *_OF_SCORING, 'guide'),

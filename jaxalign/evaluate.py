@@ -325,7 +325,7 @@ def evaluate(
   Raises:
     UsageError: there are no held-out data.
   """
-  if not job.eval_data:
+  if not job.eval_data and (recipe.rollouts is None or samples is None or samples.prompts is None):
     raise types.UsageError('--mode=eval: the run of this checkpoint held nothing out; give --eval_data')
   counter = metrics.Compilations()
   with jax.set_mesh(job.mesh):
@@ -333,7 +333,7 @@ def evaluate(
     streams: streams_lib.Streams | streams_lib.Online
     if recipe.rollouts is not None:
       scored = samples is not None and samples.judge is None
-      streams = streams_lib.open_prompts(job, recipe, loaded.tokenizer, loaded.model, scored=scored)
+      streams = streams_lib.open_prompts(job, recipe, loaded.tokenizer, loaded.model, train=False, scored=scored)
     else:
       streams = streams_lib.open_streams(job, recipe, loaded.tokenizer, train=False)
     known = streams.reference or recipe.rollouts is not None
@@ -343,8 +343,8 @@ def evaluate(
     loss_state = checkpoint.load_loss_state(directory, streams.needs.state, job.mesh)
     plain = recipe.sync is not None and recipe.rollouts is not None and loaded.model.lora is None
     load = functools.partial(checkpoint.load_base, checkpoint.find(directory)[0], loaded.model, job.mesh)
+    kept = load if plain else None
     own = recipe_lib.reference_of(recipe, job.mesh, loaded.model)
     live = ref.alone(own) if ref is not None and (streams.live or recipe.rollouts is not None) else None
-    kept = load if plain else None
     evaluator = Evaluator(job, recipe, loaded.model, loaded.tokenizer, streams, samples, counter, {}, live, kept)
     return evaluator.whole(loaded.params, loss_state).metrics()

@@ -1,7 +1,7 @@
 """What rewards make of sampled responses, with the fields of the records that their prompts came from."""
 
-from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 from typing import NamedTuple
 
 import numpy as np
@@ -40,12 +40,15 @@ class Judged(NamedTuple):
     self.tokens[own] = other.tokens[new]
 
 
-def check_columns(rewards: Sequence[str], opened: Mapping[str, Sequence[sources.Source]]) -> None:
-  """Raises UsageError where a reward must have a column that none of the first records has, of what a flag names."""
-  for flag, of_flag in opened.items():
-    columns = {name for source in of_flag for i in range(min(len(source), _FIRST)) for name in source[i]}
-    if columns:
-      functions.check_columns(list(map(functions.parse, rewards)), columns, flag)
+def check_columns(rewards: Sequence[str], data: Sequence[sources.Source]) -> None:
+  """Raises UsageError where a reward must have a column that none of the first records of `--data` has."""
+  columns = set[str]()
+  for source in data:
+    for i in range(min(len(source), _FIRST)):
+      with contextlib.suppress(sources.BadRecord):  # skipped, or refused before
+        columns |= source[i].keys()
+  if columns:
+    functions.check_columns(list(map(functions.parse, rewards)), columns)
 
 
 class Judge:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
+import contextlib
 import itertools
 import pathlib
 from typing import TypeVar
@@ -30,20 +31,23 @@ def parse(text: str) -> Steps:
 
 
 def folder(workdir: storage.Path) -> pathlib.Path:
-  """Where what is recorded goes.
+  """Where what this process records goes.
 
   Raises:
     UsageError: the run is kept in a bucket, where the profiler cannot write.
   """
   if storage.is_remote(workdir):
     raise types.UsageError(f'--profile: the profiler writes to a disk; --workdir={workdir} is none')
-  return pathlib.Path(workdir) / 'profile'
+  own = [f'process_{jax.process_index()}'] if jax.process_count() > 1 else []
+  return pathlib.Path(workdir).joinpath('profile', *own)
 
 
 def recorded(
     batches: Iterator[_T], steps: Steps, into: pathlib.Path, *, done: int, wait: Callable[[], None]
 ) -> Iterator[_T]:
   """The same batches; while those of `steps` are made and trained on, the profiler records host and devices.
+
+  Writing what was recorded takes seconds, which count as waiting for the batch behind.
 
   Args:
     batches: of the steps that follow.
@@ -52,19 +56,35 @@ def recorded(
     done: steps that are over.
     wait: returns when the devices have done what was dispatched.
   """
-  first, last = steps
-  if done >= first:
-    logging.warning('--profile=%d:%d records nothing: the run goes on behind step %d', first, last, done)
-    yield from batches
-    return
+  first, last = max(steps[0], done + 1), steps[1]
+  if first > last:
+    logging.warning('--profile=%d:%d records nothing: the run goes on behind step %d', *steps, done)
   batches = iter(batches)
   yield from itertools.islice(batches, first - done - 1)
-  wait()
-  jax.profiler.start_trace(into)
-  try:
-    yield from itertools.islice(batches, last - first + 1)
+  if first <= last:
     wait()
-  finally:
-    jax.profiler.stop_trace()
-    logging.info('profile of steps %d to %d: %s (tensorboard --logdir, or xprof)', first, last, into)
+    with _trace(into):
+      yield from itertools.islice(batches, last - first + 1)
+      wait()
   yield from batches
+
+
+@contextlib.contextmanager
+def _trace(into: pathlib.Path) -> Iterator[None]:
+  """Records to a folder; a profiler that fails is told of, and the run goes on."""
+  with _told():
+    jax.profiler.start_trace(into)
+  try:
+    yield
+  finally:
+    with _told():
+      jax.profiler.stop_trace()
+      logging.info('profile: %s (tensorboard --logdir, or xprof)', into)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+  try:
+    yield
+  except Exception as err:  # Whatever the profiler raises.
+    logging.warning('--profile: nothing is recorded: %s', err)

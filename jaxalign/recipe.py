@@ -241,7 +241,8 @@ def origin(job: Job, recipe: Recipe) -> dict[str, Any] | None:
 def reopened(directory: str, recipe: Recipe, mesh: jax.sharding.Mesh) -> checkpoint.Loaded:
   """A checkpoint, see `checkpoint.load`, whose model reads rows and computes as `recipe` says."""
   loaded = checkpoint.load(directory, mesh)
-  return loaded._replace(model=transformer.for_rows(loaded.model, mesh, recipe.packing.row_length, recipe.dtype))
+  how = {'dtype': recipe.dtype, 'attention': recipe.attention, 'experts': recipe.experts}
+  return loaded._replace(model=transformer.for_rows(loaded.model, mesh, recipe.packing.row_length, **how))
 
 
 def load(spec: str, mesh: jax.sharding.Mesh, dtype: str | None = None) -> checkpoint.Loaded:

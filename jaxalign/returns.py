@@ -296,8 +296,8 @@ def distribution_matching(
   """f-DPG: pseudo-rewards -f'(pi / p), less the mean of the group's others, for a target p = ref e^(r / beta) / Z.
 
   Z of a prompt is the mean over its responses of ref e^(r / beta) / mu, mu being the policy that wrote them. On average
-  the gradient is that of the f-divergence of policy and target, whose minimum KL-regularised learning shares.
-  log(pi / p) is held within 10.
+  the gradient, where mu is pi, is that of the f-divergence of policy and target, whose minimum KL-regularised learning
+  shares. log(pi / p) is held within 10.
 
   Args:
     rewards_GK: r.

@@ -152,6 +152,7 @@ def open_prompts(
     model: transformer.Transformer,
     critic: transformer.Transformer | None = None,
     *,
+    train: bool = True,
     scored: bool = True,
     between: Callable[[], None] | None = None,
 ) -> Online:
@@ -163,6 +164,7 @@ def open_prompts(
     tokenizer: of the model.
     model: of the policy.
     critic: gives values where it has parameters of its own.
+    train: whether responses to `--data` are judged.
     scored: whether rewards are asked, so that models among them are wanted.
     between: see `sampling.sample`.
 
@@ -171,11 +173,10 @@ def open_prompts(
   """
   options = recipe.rollouts
   assert options is not None
-  datasets = recipe_lib.open_data(job, recipe, tokenizer, job.data)
-  held_sets = recipe_lib.open_data(job, recipe, tokenizer, job.eval_data) if job.eval_data else []
-  prompts, opened = dataset.Joined(datasets), _opened(job, job.data)
-  if scored:
-    judging.check_columns(options.rewards, {'data': opened, 'eval_data': _opened(job, job.eval_data)})
+  datasets, held_sets = (
+      recipe_lib.open_data(job, recipe, tokenizer, x) if x else [] for x in (job.data, job.eval_data)
+  )
+  mixture, prompts = sources.parse_mixture(job.data), dataset.Joined(datasets)
   needs = needs_lib.of_rollouts(recipe, options)
   logging.info('the loss reads %s', ', '.join(sorted(needs.fields)))
   logging.info('advantages read %s', ', '.join(sorted(options.credit.reads)))
@@ -188,8 +189,8 @@ def open_prompts(
   maker = making.Maker(
       options,
       prompts,
-      opened,
-      weights=[weight for _, weight in sources.parse_mixture(job.data)],
+      _records(job, options.rewards if train else ()),
+      weights=[weight for _, weight in mixture],
       models=_models(job, recipe, model, critic, bool(ref)),
       between=between,
       **shared,
@@ -200,15 +201,17 @@ def open_prompts(
   made = iterations.Iterations(options, maker, folder=job.workdir / 'rollouts', scorers=models, texts=texts, **shared)
   has_reference = needs.reference or bool(ref)
   if recipe.keeps_reference and not has_reference:
-    raise types.UsageError(
-        'recipe.Recipe.reference_dtype, reference_rules: neither loss nor advantages compare with one'
-    )
-  share = options.prompts / len(prompts)
-  return Online(made, needs, has_reference, asked, _report(datasets, held_sets), share, models)
+    problem = 'neither loss nor advantages compare with one'
+    raise types.UsageError(f'recipe.Recipe.reference_dtype, reference_rules: {problem}')
+  report, share = _report(datasets, held_sets), options.prompts / len(prompts)
+  return Online(made, needs, has_reference, asked, report, share, models)
 
 
-def _opened(job: recipe_lib.Job, data: str) -> list[sources.Source]:
-  return [sources.open_source(spec, job.data_dir) for spec, _ in sources.parse_mixture(data)] if data else []
+def _records(job: recipe_lib.Job, rewards: tuple[str, ...]) -> list[sources.Source]:
+  """What `--data` names; raises UsageError where one of the rewards must have a column that is not there."""
+  opened = [sources.open_source(spec, job.data_dir) for spec, _ in sources.parse_mixture(job.data)]
+  judging.check_columns(rewards, opened)
+  return opened
 
 
 def _models(job: recipe_lib.Job, recipe: recipe_lib.Recipe, model, critic, compared: bool) -> rollouts.Models:

@@ -230,6 +230,20 @@ class TestEvaluateOptions:
     assert values['eval/n'] == 5
     assert values['eval/mean_length'] <= 4
 
+  def test_computes_in_the_dtype_that_is_asked_for(self, runs, capsys):
+    losses = []
+    for dtype in ('float32', 'bfloat16'):
+      flags = (
+          f'--checkpoint={runs("dpo")}',
+          f"--gin=recipe.Recipe.dtype = '{dtype}'",
+          '--gin=evaluate.Samples.count = 0',
+      )
+      assert call('--mode=eval', *flags) == 0
+      losses.append(json.loads(capsys.readouterr().out)['eval/loss'])
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert call('--mode=eval', f'--checkpoint={runs("dpo")}', "--gin=recipe.Recipe.dtype = 'float8'") == 2
+    assert "recipe.Recipe.dtype = 'float8': it is one of" in capsys.readouterr().err.splitlines()[-1]
+
   def test_refuses_a_binding_that_evaluation_cannot_use(self, runs, capsys):
     assert call('--mode=eval', f'--checkpoint={runs("dpo")}', '--gin=optim.linear.lr = 1.0') == 2
     assert 'not used by this run: optim.linear.lr' in capsys.readouterr().err.splitlines()[-1]
@@ -446,7 +460,7 @@ REFUSED = {
     'missing column of a reward': (
         ('--algo=grpo', '--data=jsonl:{files}/pairs.jsonl', '--reward=jaxalign.rewards.instructions:followed'),
         2,
-        ['instructions:followed: it wants `instruction_id_list`, and records of --data have prompt, chosen, rejected'],
+        ['instructions:followed: it wants `instruction_id_list`, and of --data', 'chosen, ids, prompts, rejected'],
     ),
     'no held-out data': (
         ('--algo=dpo', '--data=jsonl:{files}/pairs.jsonl', '--eval_data=jsonl:nowhere.jsonl'),
@@ -511,7 +525,7 @@ class TestMain:
 
   def test_refuses_to_sample_from_a_reward_model(self, runs, capsys):
     assert call('--mode=sample', '--prompt=x', f'--checkpoint={runs("rm")}') == 2
-    assert 'a reward model scores responses' in capsys.readouterr().err.splitlines()[-1]
+    assert 'it has a head that scores responses, and writes none' in capsys.readouterr().err.splitlines()[-1]
 
   def test_help_explains_every_flag(self, capsys):
     assert call('--help') == 0
@@ -532,6 +546,15 @@ class TestMain:
     assert call('--algo=dpo', *TINY, *ROWS, *flags, '--gin=evaluate.Samples.count = 0') == 0
     summary = read_json(tmp_path / 'w' / 'summary.json')
     assert (summary['data/kept'], summary['data/bad']) == (2, 1)
+
+  def test_skips_bad_lines_of_prompts_too_and_is_evaluated_on_its_own(self, files, tmp_path, capsys):
+    data = f'--data=jsonl:{files / "broken.jsonl"}', '--skip_bad_records', '--eval_data=', '--reward=tests.runs:vowels'
+    few = [f'--gin=rollouts.Options.{x}' for x in ('prompts = 2', 'samples = 2', 'max_new_tokens = 4')]
+    own = '--gin=evaluate.Samples.prompts = @evaluate.builtin_prompts', *SAMPLES
+    assert call('--algo=grpo', *TINY, *ROWS, *data, *few, *own, '--steps=1', f'--workdir={tmp_path / "w"}') == 0
+    after = json.loads(capsys.readouterr().out)['eval/reward_after']
+    assert call('--mode=eval', f'--checkpoint={tmp_path / "w"}', '--eval_data=', '--skip_bad_records') == 0
+    assert json.loads(capsys.readouterr().out)['eval/reward'] == after
 
   def test_goes_on_with_another_model_after_a_run_that_ended_before_its_first_step(self, files, tmp_path, capsys):
     data = f'--data=jsonl:{files / "pairs.jsonl"}', '--gin=evaluate.Samples.count = 0', '--steps=1'

@@ -58,8 +58,23 @@ class TestRecorded:
   def test_is_nothing_of_steps_that_are_over(self, calls, monkeypatch):
     said = []
     monkeypatch.setattr(logging, 'warning', lambda text, *args: said.append(text % args))
-    assert list(recorded(calls, (2, 3), count=2, done=2)) == [3, 4]
+    assert list(recorded(calls, (2, 3), count=2, done=3)) == [4, 5]
     assert 'start here' not in calls and '--profile=2:3 records nothing' in said[0]
+
+  def test_goes_on_where_the_profiler_fails(self, monkeypatch):
+    def fails(*_):
+      raise RuntimeError('no space left')
+
+    said = []
+    monkeypatch.setattr(profiling.jax.profiler, 'start_trace', lambda _: None)
+    monkeypatch.setattr(profiling.jax.profiler, 'stop_trace', fails)
+    monkeypatch.setattr(logging, 'warning', lambda text, *args: said.append(text % args))
+    assert list(recorded([], (2, 3))) == [1, 2, 3, 4, 5]
+    assert said == ['--profile: nothing is recorded: no space left']
+
+  def test_of_a_resumed_run_begins_where_that_goes_on(self, calls):
+    assert list(recorded(calls, (2, 4), count=3, done=2)) == [3, 4, 5]
+    assert calls[:2] == ['wait', 'start here'] and calls[-2:] == ['stop', 'make 5']
 
 
 class TestParse:

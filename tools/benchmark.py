@@ -144,10 +144,12 @@ def table(found: Mapping[str, Any]) -> str:
   lines = [f'{found["work"]}, {found["unit"]}, {found["repeats"]} repeats']
   lines.append(f'{"":10}{"median":>10}{"quartiles":>20}{"range":>20}{"s/step":>9}{"memory":>11}')
   between = lambda of, a, b: f'{of[a]:.4g} .. {of[b]:.4g}'
+  sides = [of for of in found.values() if isinstance(of, Mapping) and 'peak_rss_bytes' in of]
+  of_memory = 'peak_memory_bytes' if all('peak_memory_bytes' in of for of in sides) else 'peak_rss_bytes'
   for side, of in found.items():
     if isinstance(of, Mapping) and 'peak_rss_bytes' in of:
       spans = f'{between(of, "quartile_1", "quartile_3"):>20}{between(of, "min", "max"):>20}'
-      memory = f'{of.get("peak_memory_bytes", of["peak_rss_bytes"]) / 1e6:.0f} MB'
+      memory = f'{of[of_memory] / 1e6:.0f} MB'
       lines.append(f'{side:10}{of["median"]:>10.4g}{spans}{of["median_step_s"]:>9.3g}{memory:>11}')
   if 'ratio' in found:
     of = found['ratio']

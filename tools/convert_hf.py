@@ -46,11 +46,12 @@ def export_adapter(directory: str, output: pathlib.Path) -> None:
   loaded = checkpoint.writer(checkpoint.load(directory, sharding.make_mesh('', devices=jax.local_devices()[:1])))
   if loaded.model.lora is None:
     raise types.UsageError(f'--checkpoint={directory}: it holds no adapters; leave --adapter out')
-  family = (loaded.run['hf_config'] or {}).get('model_type', 'llama')
-  if catalog.exists(f'models/{loaded.run["model_spec"]}.gin'):
-    problem = f'its base, {loaded.run["model_spec"]}, was drawn at random and is in no directory'
+  spec, of_base = loaded.run['model_spec'], loaded.run['hf_config']
+  if of_base is None and catalog.exists(f'models/{spec}.gin'):
+    problem = f'its base, {spec}, was drawn at random and is in no directory'
     raise types.UsageError(f'--checkpoint={directory}: {problem}; leave --adapter out')
-  base = storage.absolute(recipe.model_directory(loaded.run['model_spec']))
+  base = storage.absolute(recipe.model_directory(spec))
+  family = (of_base or {}).get('model_type', 'llama')
   count = peft.write(output, loaded.params, loaded.model, family, str(base))
   loaded.tokenizer.save(output)
   print(f'{output}: {count} tensors of an adapter, of step {loaded.step}')

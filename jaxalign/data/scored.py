@@ -52,17 +52,41 @@ def ranked(record: records.Record, tokenizer: tokenizers.Tokenizer, *, row_lengt
   return dataclasses.replace(group, sequences=tuple(map(at_end, group.sequences)))
 
 
-def prefixes(record: records.Record, tokenizer: tokenizers.Tokenizer, *, row_length: int, **options):
-  """The responses of a scored list, each alone, for a model of values, see `feedback.ranked`.
+def prefixes(
+    record: records.Record,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    row_length: int,
+    template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> list[examples.Group]:
+  """All responses of a scored list, each alone, for a model of values.
 
   Every token of a response counts, where it has been read, and carries the label `reward`: the score of the response.
+
+  Args:
+    record: `prompt`, `completions` or `samples`, and `scores`, see `feedback.ranked`.
+    tokenizer: turns text into ids.
+    row_length: the longest sequence, in slots; here a sequence of n tokens takes n.
+    template: see `chat.pick`; for messages only.
+    columns: what the record calls the columns above, where it is something else.
+
+  Raises:
+    Dropped: there is no response.
+    RunError: a column is missing or of the wrong kind, or the chat template fails.
   """
-  group = feedback.ranked(record, tokenizer, row_length=row_length - 1, **options)
+  prompt, found, scores, eos = feedback.listed(record, columns)
+  if 'scores' not in records.known(record, columns):
+    raise records.missing(record, columns, ('prompt', 'completions', 'scores'))
+  if not found:
+    raise examples.Dropped('no response')
+  texts = [examples.prompted_text(tokenizer, {'prompt': prompt, '': one}, '', template) for one in found]
+  group = examples.of_texts(texts, tokenizer, row_length - 1, labels={}, append_eos=eos)
   groups = []
-  for sequence, score in zip(group.sequences, np.atleast_1d(group.labels['score']), strict=True):
+  for sequence, score in zip(group.sequences, scores, strict=True):
     reward = np.full(np.count_nonzero(sequence.mask), score, np.float32)
     marked = dataclasses.replace(_marked(sequence.ids, sequence.mask), labels={'reward': reward})
-    groups.append(dataclasses.replace(group, sequences=(marked,), labels={}))
+    groups.append(dataclasses.replace(group, sequences=(marked,)))
   return groups
 
 

@@ -105,10 +105,10 @@ def pick(
       reason = 'cuDNN has no soft cap'
     elif sharding.parts(mesh, 'length') > 1 or kv_heads % sharding.parts(mesh, 'heads'):
       reason = f'cuDNN takes whole rows and whole key heads (here {kv_heads}), which the mesh splits'
-    elif not sixteen_bits or head_size % 8 or head_size > 128 or length > _CUDNN_LENGTH:
+    elif not sixteen_bits or head_size % 8 or head_size > 128 or length > _CUDNN_LENGTH or length % 2:
       reason = (
           f'cuDNN wants 16-bit floats (here {jnp.dtype(dtype).name}), heads in multiples of 8 up to 128 (here'
-          f' {head_size}), at most {_CUDNN_LENGTH} tokens (here {length})'
+          f' {head_size}), an even number of tokens up to {_CUDNN_LENGTH} (here {length})'
       )
     else:
       name = 'cudnn'

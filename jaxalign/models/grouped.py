@@ -67,7 +67,8 @@ def product(name: str, x_RD: types.Array, w_EDF: types.Array, sizes_E: types.Arr
     return _megablox(x_RD, w_EDF, sizes_E, usual)
   if len(w_EDF) == 1:  # of which libtpu compiles no ragged_dot for v5e
     is_own_R1 = jnp.arange(len(x_RD))[:, None] < sizes_E[0]
-    return jnp.matmul(jnp.where(is_own_R1, x_RD, 0), w_EDF[0], precision=types.precision(x_RD))
+    product_RF = jnp.matmul(jnp.where(is_own_R1, x_RD, 0), w_EDF[0], precision=types.precision(x_RD))
+    return jnp.where(is_own_R1, product_RF, 0)
   return jax.lax.ragged_dot(x_RD, w_EDF, sizes_E, precision=types.precision(x_RD))
 
 

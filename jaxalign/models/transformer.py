@@ -192,24 +192,12 @@ def scores(params: types.PyTree, hidden_BTD: types.Array) -> types.Array:
   return found_BTO + params['score_bias'][None, None, :] if 'score_bias' in params else found_BTO
 
 
-def _kernel(config: architecture.Config, mesh: jax.sharding.Mesh, dtype: jax.typing.DTypeLike, length: int) -> str:
-  heads, cap = config.num_kv_heads, config.attn_softcap
-  return attention_lib.pick(mesh, dtype, head_size=config.head_size, kv_heads=heads, length=length, softcap=cap)
-
-
-def for_rows(model: Transformer, mesh: jax.sharding.Mesh, length: int, dtype: str | None = None) -> Transformer:
-  """The same model for rows of `length` tokens, computing in `dtype` (None: its own); raises as `build` does."""
-  _check_length(model.config, length)
-  model = dataclasses.replace(model, dtype=jnp.dtype(dtype or model.dtype))
-  return dataclasses.replace(model, attention=_kernel(model.config, mesh, model.dtype, length))
-
-
-def _check_length(config: architecture.Config, length: int) -> None:
-  if length > config.max_length:
-    raise types.UsageError(
-        f'loader.Packing.row_length = {length}: the context of the model is {config.max_length} tokens; bind no more'
-        f' (--gin=loader.Packing.row_length={config.max_length})'
-    )
+def for_rows(
+    model: Transformer, mesh: jax.sharding.Mesh, length: int, *, dtype: str | None = None, **kernels: str | None
+) -> Transformer:
+  """The same model for rows of `length` tokens, computing in `dtype` (None: its own) by kernels as `build` has them."""
+  dtype = dtype or model.dtype.name
+  return build(model.config, mesh, dtype=dtype, remat=model.remat, lora=model.lora, length=length, **kernels)
 
 
 def build(
@@ -251,12 +239,19 @@ def build(
     if kernel is not None and kernel not in known:
       raise types.UsageError(f'recipe.Recipe.{what} = {kernel!r}: it is one of {", ".join(known)}')
     platform = sharding.platform_of(mesh)
-    if kernel is not None and platform not in (wanted := _PLATFORMS.get(kernel, platform)):
+    if kernel is not None and platform != (wanted := _PLATFORMS.get(kernel, platform)):
       raise types.UsageError(
           f'recipe.Recipe.{what} = {kernel!r}: it runs on {wanted} alone, and the platform is {platform}'
       )
-  _check_length(config, length)
-  name = attention or _kernel(config, mesh, dtype, length)
+  if length > config.max_length:
+    raise types.UsageError(
+        f'loader.Packing.row_length = {length}: the context of the model is {config.max_length} tokens; bind no more'
+        f' (--gin=loader.Packing.row_length={config.max_length})'
+    )
+  heads, cap = config.num_kv_heads, config.attn_softcap
+  name = attention or attention_lib.pick(
+      mesh, dtype, head_size=config.head_size, kv_heads=heads, length=length, softcap=cap
+  )
   if config.num_experts:
     experts = experts or grouped.pick(mesh, dtype, inner=config.embed_dim, outer=config.mlp_dim)
   adapted = lora.of(config) if lora is not None else None

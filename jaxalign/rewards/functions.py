@@ -200,8 +200,8 @@ def check_names(rewards: Sequence[Reward | modelled.Model]) -> list[str]:
   return names
 
 
-def check_columns(rewards: Sequence[Reward | modelled.Model], columns: Collection[str], flag: str) -> None:
-  """Raises UsageError where a function must have a column that records of `--flag` lack.
+def check_columns(rewards: Sequence[Reward | modelled.Model], columns: Collection[str]) -> None:
+  """Raises UsageError where a function must have a column that records of `--data` lack.
 
   A function that wraps another may give what that wants, which is known when it is called.
   """
@@ -211,11 +211,11 @@ def check_columns(rewards: Sequence[Reward | modelled.Model], columns: Collectio
     bound = reward.fn if isinstance(reward.fn, functools.partial) else functools.partial(reward.fn)
     if hasattr(bound.func, '__wrapped__'):
       continue
-    given = {*columns, *bound.keywords, 'prompts', 'responses', 'ids'}
+    given = {*columns, *bound.keywords, 'prompts', 'responses', 'ids'} - {'prompt'}
     missing = [name for name in calling.parameters(reward.fn)[1] if name not in given]
     if missing:
-      known = ', '.join(sorted(set(columns) - {'prompt'})) or 'no further column'
-      problem = f'it wants `{missing[0]}`, and records of --{flag} have prompt, {known}'
+      known = ', '.join(sorted(given))
+      problem = f'it wants `{missing[0]}`, and of --data and what is sampled there is {known}'
       raise types.UsageError(f'--reward={reward.name}: {problem}')
 
 

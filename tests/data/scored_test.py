@@ -152,6 +152,18 @@ class TestPrefixes:
       np.testing.assert_array_equal(sequence.mask, wanted.mask)
       assert sequence.labels['reward'].tolist() == [score] * int(wanted.mask.sum())
 
+  @pytest.mark.parametrize('scores', [[1.0], [0.0, 0.0], [0.0] * 19 + [1.0]])
+  def test_are_of_all_responses_however_they_are_scored(self, letters, scores):
+    record = {'prompt': 'ab', 'completions': ['ab'] * len(scores), 'scores': scores}
+    groups = scored.prefixes(record, letters, row_length=20)
+    assert [float(group.sequences[0].labels['reward'][0]) for group in groups] == scores
+
+  def test_want_scores_and_responses(self, letters):
+    with pytest.raises(types.RunError, match='prompt \\+ completions \\+ scores'):
+      scored.prefixes({'prompt': 'ab', 'completions': ['a', 'b'], 'ranks': [1, 2]}, letters, row_length=20)
+    with pytest.raises(examples.Dropped, match='no response'):
+      scored.prefixes({'prompt': 'ab', 'completions': [], 'scores': []}, letters, row_length=20)
+
 
 class TestSteps:
 

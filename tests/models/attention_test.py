@@ -208,6 +208,7 @@ class TestPick:
           ('gpu', 'float32', 64, 1024, {}, 'xla'),
           ('gpu', 'bfloat16', 64, 8192, {}, 'xla'),
           ('gpu', 'bfloat16', 20, 1024, {}, 'xla'),
+          ('gpu', 'bfloat16', 64, 1023, {}, 'xla'),
           ('gpu', 'bfloat16', 64, 1024, {'tensor': 2}, 'cudnn'),
           ('gpu', 'bfloat16', 64, 1024, {'tensor': 4}, 'xla'),
           ('gpu', 'bfloat16', 64, 1024, {'context': 2}, 'xla'),

@@ -197,7 +197,9 @@ class TestForRows:
   def test_computes_in_another_dtype_and_refuses_longer_rows_than_the_context(self):
     model = transformer.build(TINY, MESH, length=32)
     assert transformer.for_rows(model, MESH, 64) == model
-    assert transformer.for_rows(model, MESH, 64, 'bfloat16').dtype == jnp.bfloat16
+    assert transformer.for_rows(model, MESH, 64, dtype='bfloat16').dtype == jnp.bfloat16
+    with pytest.raises(types.UsageError, match="dtype = 'float8'"):
+      transformer.for_rows(model, MESH, 64, dtype='float8')
     with pytest.raises(types.UsageError, match='row_length = 65: the context of the model is 64 tokens'):
       transformer.for_rows(model, MESH, 65)
 

@@ -349,9 +349,14 @@ class TestCheckColumns:
 
   def test_names_what_a_function_wants_and_no_record_has(self, mine):
     rewards = [functions.parse(f'{mine}:length'), functions.parse(f'{mine}:right')]
-    with pytest.raises(types.UsageError, match='right: it wants `answer`, and records of --data have prompt, level$'):
-      functions.check_columns(rewards, {'prompt', 'level'}, 'data')
-    functions.check_columns(rewards, {'prompt', 'answer'}, 'data')
+    with pytest.raises(
+        types.UsageError,
+        match='right: it wants `answer`, and of --data and what is sampled there is ids, level, prompts, responses$',
+    ):
+      functions.check_columns(rewards, {'prompt', 'level'})
+    functions.check_columns(rewards, {'prompt', 'answer'})
+    with pytest.raises(types.UsageError, match='it wants `prompt`'):
+      functions.check_columns([functions.Reward('r', lambda prompt, responses: [])], {'prompt'})
 
   def test_lets_pass_what_options_and_wrappers_give(self, mine):
     @functools.wraps(lambda responses, answer: None)
@@ -359,7 +364,7 @@ class TestCheckColumns:
       return [0.0]
 
     rewards = [functions.parse(f'{mine}:odd(what="short")'), functions.parse(f'{mine}:scaled')]
-    functions.check_columns([*rewards, functions.Reward('wrapped', functools.partial(wrapper))], {'prompt'}, 'data')
+    functions.check_columns([*rewards, functions.Reward('wrapped', functools.partial(wrapper))], {'prompt'})
 
 
 class TestCombine:

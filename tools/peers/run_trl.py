@@ -114,7 +114,8 @@ def train(work, folder):
 def roll_out(work):
   """Responses of a fixed length to random prompts."""
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
-  model, seconds = model_of(work).to(device, getattr(torch, work['dtype'])).eval(), []
+  dtype = getattr(torch, work['dtype']) if device == 'cuda' else torch.float32
+  model, seconds = model_of(work).to(device, dtype).eval(), []
   prompts = torch.randint(10, work['vocab_size'], (work['prompts'], work['prompt_tokens']), device=device)
   new = work['response_tokens']
   how = {'do_sample': True, 'temperature': 1.0, 'top_k': 50, 'max_new_tokens': new, 'min_new_tokens': new}
