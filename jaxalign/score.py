@@ -70,17 +70,16 @@ def score(
     raise types.UsageError(f'--per={per}: it is one of {", ".join(scored.PER)}')
   if recipe is not None and recipe.scored_fn is None:
     raise types.UsageError('--gin_file: nothing binds recipe.Recipe.scored_fn, which is all that is read of it here')
-  specs = sources.parse_all(job.data)
+  parts, specs = sharding.parts(job.mesh, 'length'), sources.parse_all(job.data)
+  if row_length is not None and row_length % parts:
+    raise types.UsageError(f'--row_length={row_length}: --mesh splits it {parts} ways; make it a multiple')
   with jax.set_mesh(job.mesh):
     loaded = recipe_lib.load(job.model, job.mesh)
     context = loaded.model.config.max_length
-    parts = sharding.parts(job.mesh, 'length')
     length = row_length or min(scorers.LENGTH, context) // parts * parts
     scoring = None if recipe is None else modelled.Scoring(recipe.scored_fn, recipe.combine_fn)
     if length > context:
       raise types.UsageError(f'--row_length={row_length}: the context of the model is {context} tokens')
-    if length % parts:
-      raise types.UsageError(f'--row_length={row_length}: --mesh splits it {parts} ways; make it a multiple')
     loaded = loaded._replace(model=transformer.for_rows(loaded.model, job.mesh, length))
     found_by = reading.of(job.model, loaded, job.mesh, per=per, own=scoring)
     loader = _open(job, specs, loaded.tokenizer, found_by.example_fn, length)
