@@ -48,12 +48,14 @@ class Rule(NamedTuple):
 
 def logits(model: transformer.Transformer, params: types.PyTree, hidden_BD) -> types.Array:
   """Float32 logits `[B, V]` behind hidden states, very low where the vocabulary is padded."""
-  # Of the embedding as it is: transposed, XLA for CPUs would copy it at each step.
+  # Without a head, of the embedding as it is: in a loop it would be transposed at each step.
   head, width = (params['head'], 0) if 'head' in params else (params['embed'], 1)
   axes = (((1,), (width,)), ((), ()))
   exactly = {'precision': types.precision(hidden_BD), 'preferred_element_type': jnp.float32}
   raw_BV = jax.lax.dot_general(hidden_BD, head.astype(model.dtype), axes, **exactly)
   raw_BV = vocab.soften(raw_BV, model.config.final_softcap)
+  if raw_BV.shape[1] == model.config.vocab_size:
+    return raw_BV
   return jnp.where(jnp.arange(raw_BV.shape[1])[None, :] < model.config.vocab_size, raw_BV, vocab.MASKED_LOGIT)
 
 

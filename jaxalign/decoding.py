@@ -7,7 +7,6 @@ what was read is copied to the rows of all their samples.
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
-import functools
 from typing import NamedTuple
 
 from flax import struct
@@ -268,14 +267,22 @@ def write(
   """
   going = lambda carry: (carry[0] < most) & (jnp.sum(carry[1].done_B) < enough)
   rows = dataclasses.replace(rows, done_B=rows.done_B | ended_B)
-  row_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows.requests_B)
-  one = lambda carry: (carry[0] + 1, _write_one(program, params, row_keys, carry[1]))
+  uniform_BN = _uniform(key, rows)
+  one = lambda carry: (carry[0] + 1, _write_one(program, params, uniform_BN, carry[1]))
   _, rows = jax.lax.while_loop(going, one, (jnp.zeros((), jnp.int32), rows))
   rows = _placed(rows)
   return rows, rows.counts_B, rows.done_B
 
 
-def _write_one(program: Program, params, row_keys, rows: Rows) -> Rows:
+def _uniform(key, rows: Rows) -> types.Array:
+  """A number in [0, 1) for each token that a row may write, of its request and place alone."""
+  places_N = jnp.arange(rows.tokens_BN.shape[1])
+  fold = jax.random.fold_in
+  of_row = lambda request: jax.vmap(lambda place: jax.random.uniform(fold(fold(key, request), place)))(places_N)
+  return sharding.constrain(jax.vmap(of_row)(rows.requests_B), None, None)
+
+
+def _write_one(program: Program, params, uniform_BN, rows: Rows) -> Rows:
   """Draws a token for every row that has not ended, and reads it."""
   B = len(rows.counts_B)
   raw_BV = choosing.logits(program.models[0], params[0], rows.readings[0].hidden_BD)
@@ -286,7 +293,7 @@ def _write_one(program: Program, params, row_keys, rows: Rows) -> Rows:
     logits_BV = jnp.where(real_BV, program.process(raw_BV, guides), vocab.MASKED_LOGIT)
   if rows.seen_BV is not None:
     logits_BV = choosing.penalise(program.rule, logits_BV, rows.seen_BV)
-  uniform_B = jax.vmap(lambda key, count: jax.random.uniform(jax.random.fold_in(key, count)))(row_keys, rows.counts_B)
+  uniform_B = uniform_BN[jnp.arange(B), jnp.minimum(rows.counts_B, uniform_BN.shape[1] - 1)]
   token_B, processed_B = choosing.choose(program.rule, logits_BV, uniform_B)
   told_BV = raw_BV / program.told_at
   logp_B = jnp.take_along_axis(told_BV, token_B[:, None], axis=1)[:, 0] - jax.nn.logsumexp(told_BV, axis=1)

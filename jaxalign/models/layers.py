@@ -76,9 +76,9 @@ class Block(nn.Module):
   def _attend(self, x_BTD, cache, layer, rotations, seen: attention_lib.Seen):
     c = self.config
     D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_size
-    q = self._project('q', 'BTD,DNH->BTNH', x_BTD, (D, N, H), ('embed', 'heads', 'head_size'), c.qkv_bias)
-    k = self._project('k', 'BTD,DKH->BTKH', x_BTD, (D, K, H), ('embed', 'kv_heads', 'head_size'), c.qkv_bias)
-    v = self._project('v', 'BTD,DKH->BTKH', x_BTD, (D, K, H), ('embed', 'kv_heads', 'head_size'), c.qkv_bias)
+    q = self._project('q', x_BTD, (D, N, H), ('embed', 'heads', 'head_size'), c.qkv_bias)
+    k = self._project('k', x_BTD, (D, K, H), ('embed', 'kv_heads', 'head_size'), c.qkv_bias)
+    v = self._project('v', x_BTD, (D, K, H), ('embed', 'kv_heads', 'head_size'), c.qkv_bias)
     q, k = self._norm_heads('q_norm', q, 'heads'), self._norm_heads('k_norm', k, 'kv_heads')
     q, k = rotary.rotate(q, rotations[self.kind]), rotary.rotate(k, rotations[self.kind])
     how = attention_lib.How(c.attention_scale, c.window if self.kind == 'local' else 0, c.attn_softcap)
@@ -87,7 +87,7 @@ class Block(nn.Module):
     else:
       out, cache = kv_cache.attend(self.attention, q, k, v, seen, cache, layer, how)
     axes = 'heads', 'head_size', 'embed'
-    return self._project('o', 'BTNH,NHD->BTD', out, (N, H, D), axes, c.out_bias), cache
+    return self._project('o', out, (N, H, D), axes, c.out_bias), cache
 
   def _feed_forward(self, x_BTD):
     c = self.config
@@ -99,9 +99,9 @@ class Block(nn.Module):
       up = self._weight('up', (E, D, F), ('experts', 'embed', 'mlp'), D)
       down = self._weight('down', (E, F, D), ('experts', 'mlp', 'embed'), F)
       return experts.feed_forward(x_BTD, router, gate, up, down, config=c, act=act, kernel=self.experts)
-    gate = self._project('gate', 'BTD,DF->BTF', x_BTD, (D, F), ('embed', 'mlp'), c.mlp_bias)
-    up = self._project('up', 'BTD,DF->BTF', x_BTD, (D, F), ('embed', 'mlp'), c.mlp_bias)
-    return self._project('down', 'BTF,FD->BTD', act(gate) * up, (F, D), ('mlp', 'embed'), c.mlp_bias)
+    gate = self._project('gate', x_BTD, (D, F), ('embed', 'mlp'), c.mlp_bias)
+    up = self._project('up', x_BTD, (D, F), ('embed', 'mlp'), c.mlp_bias)
+    return self._project('down', act(gate) * up, (F, D), ('mlp', 'embed'), c.mlp_bias)
 
   def _norm_if(self, place: str, name: str, x_BTD):
     c = self.config
@@ -119,9 +119,9 @@ class Block(nn.Module):
     scale_NH = linear.param(self, name, norm_init(c), (N, H), (axis, 'head_size'))
     return rms_norm(x_BTNH.reshape(B, T, N * H), scale_NH.reshape(-1), c).reshape(x_BTNH.shape)
 
-  def _project(self, name: str, spec: str, x_BT, shape, axes: tuple[str, ...], bias: bool):
+  def _project(self, name: str, x_BT, shape, axes: tuple[str, ...], bias: bool):
     more = {'bias': bias, 'dtype': self.dtype, 'lora': self.lora}
-    return linear.project(self, name, spec, x_BT, shape, axes, **more)
+    return linear.project(self, name, x_BT, shape, axes, **more)
 
   def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int):
     return linear.weight(self, name, shape, axes, fan_in, self.dtype)

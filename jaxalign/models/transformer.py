@@ -175,8 +175,9 @@ def output_matrix(params: types.PyTree) -> types.Array:
 
 
 def apart(params: types.PyTree, config: architecture.Config) -> types.PyTree:
-  """Parameters as the model `apart` has them."""
-  rest, found = {name: x for name, x in params.items() if name not in ('layers', 'rest')}, {}
+  """Parameters as the model `apart` has them, and the embedding as a head where they share it: so read it is faster."""
+  rest = {name: x for name, x in params.items() if name not in ('layers', 'rest')}
+  found = {'head': output_matrix(params)}
   for i in range(config.num_layers):
     repeat, place = divmod(i, len(config.pattern))
     whole = repeat < config.repeats
