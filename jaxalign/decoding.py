@@ -35,6 +35,7 @@ class Program(NamedTuple):
     process: see `sampling.Guidance`; None without guidance.
     cache_dtype: of keys and values; None for that of each model.
     told_at: the temperature of the log-probabilities that are told beside those of the draw.
+    keeps_experts: whether the cache of each model has the experts that tokens took.
   """
 
   models: tuple[transformer.Transformer, ...]
@@ -43,6 +44,7 @@ class Program(NamedTuple):
   process: Callable[..., types.Array] | None = None
   cache_dtype: str | None = None
   told_at: float = 1.0
+  keeps_experts: bool = False
 
 
 @struct.dataclass
@@ -148,7 +150,8 @@ def prepare(model: transformer.Transformer, params: types.PyTree, rules: shardin
 
 def _cache(program: Program, model: transformer.Transformer, rows: int, length: int, mode: str) -> kv_cache.Cache:
   make = kv_cache.apart if model.apart else kv_cache.init
-  return make(model.config, rows, length, program.cache_dtype or model.dtype, mode)
+  dtype = program.cache_dtype or model.dtype
+  return make(model.config, rows, length, dtype, mode, with_experts=program.keeps_experts)
 
 
 @_program(0)
@@ -239,6 +242,15 @@ def grow(lengths: tuple[int, ...], rows: Rows) -> Rows:
       for one, length in zip(rows.readings, lengths, strict=True)
   )
   return _placed(dataclasses.replace(rows, readings=readings))
+
+
+@_program()
+def experts_of(rows: Rows, row: types.Array) -> types.Array:
+  """The experts that the tokens of a row took, of all that the policy has room for: `[S, L, k]`, whole everywhere."""
+  cache = rows.readings[0].cache
+  each = [cache] if isinstance(cache, kv_cache.KVCache) else cache
+  of_row = [jax.lax.dynamic_index_in_dim(one.experts_LBKSH[:, :, 0], row, axis=1, keepdims=False) for one in each]
+  return sharding.constrain(jnp.concatenate(of_row).swapaxes(0, 1), None, None, None)
 
 
 @_program(0, donate=(2,))

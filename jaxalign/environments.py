@@ -37,6 +37,7 @@ class Episode(NamedTuple):
     reward: the sum of those of its turns.
     turns: how often the policy spoke.
     cut: how many observations were cut.
+    experts: see `sampling.Sampled`; of the last turn, which read all that came before.
   """
 
   ids: list[int]
@@ -46,6 +47,7 @@ class Episode(NamedTuple):
   reward: float
   turns: int
   cut: int
+  experts: np.ndarray | None = None
 
 
 Response = sampling.Sampled | Episode
@@ -182,6 +184,7 @@ def _longer(episode: Episode, said: sampling.Sampled, reward: float, done: bool)
       sampled=episode.sampled + [True] * len(said.ids),
       reward=episode.reward + reward,
       turns=episode.turns + 1,
+      experts=said.experts,
   )
 
 

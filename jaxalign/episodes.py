@@ -1,5 +1,6 @@
 """What was sampled: responses to prompts with their rewards, as data of the step, and as text to be read again."""
 
+import base64
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ class Rollout:
     said: mean and deviation of each reward, by name.
     sampled: of each response which ids were; None where all of them were. The others are an environment's.
     version: optimizer steps of the policy that wrote them.
+    experts: of each response, see `sampling.Sampled`; None where they are not replayed.
   """
 
   prompts: list[list[int]]
@@ -48,6 +50,7 @@ class Rollout:
   said: Mapping[str, float] = dataclasses.field(default_factory=dict)
   sampled: list[list[bool]] | None = None
   version: int = 0
+  experts: list[np.ndarray] | None = None
 
   def to_text(self, tokenizer: tokenizers.Tokenizer) -> str:
     """A line of JSON for each response, in words and in what it takes to go on from there."""
@@ -72,6 +75,8 @@ class Rollout:
       }
       if self.sampled is not None:
         line['sampled'] = list(map(int, self.sampled[n]))
+      if self.experts is not None:
+        line['experts'] = experts_to_text(self.experts[n])
       if not n:
         line['said'] = dict(self.said)
       lines.append(json.dumps(line) + '\n')
@@ -84,7 +89,9 @@ class Rollout:
       own = {name: each[n] for name, each in self.token_labels.items()}
       own['sampler_logps'] = np.array(self.sampler_logps[n], np.float32)
       sampled = None if self.sampled is None else self.sampled[n]
-      sequences.append(sequence(self.prompts[n // samples], response, own, counted=self.counted[n], sampled=sampled))
+      experts = None if self.experts is None else self.experts[n]
+      how: dict[str, Any] = {'counted': self.counted[n], 'sampled': sampled, 'experts': experts}
+      sequences.append(sequence(self.prompts[n // samples], response, own, **how))
     groups = []
     for g in range(len(self.prompts)):
       labels = {name: x_GK[g].tolist() for name, x_GK in self.labels.items()}
@@ -126,7 +133,19 @@ def of_text(text: str, samples: int) -> Rollout:
       lines[0].get('said', {}),
       sampled=[list(map(bool, one)) for one in of['sampled']] if 'sampled' in of else None,
       version=lines[0]['policy_version'],
+      experts=list(map(experts_of_text, of['experts'])) if 'experts' in of else None,
   )
+
+
+def experts_to_text(experts: np.ndarray) -> list[Any]:
+  """An array of whole numbers as JSON has it: dtype, shape, and its bytes in base 64."""
+  return [experts.dtype.name, experts.shape, base64.b64encode(experts.tobytes()).decode('ascii')]
+
+
+def experts_of_text(found: list[Any]) -> np.ndarray:
+  """Undoes `experts_to_text`."""
+  dtype, shape, text = found
+  return np.frombuffer(base64.b64decode(text), dtype).reshape(shape)
 
 
 class Groups:
@@ -137,6 +156,7 @@ class Groups:
     self.label_names = tuple(self._groups[0].labels)
     self.group_size = max(len(group.sequences) for group in self._groups)
     self.token_label_names = tuple(self._groups[0].sequences[0].labels)
+    self.experts = self._groups[0].sequences[0].experts
     self.lengths_NK = np.zeros((len(self._groups), self.group_size), np.int32)
     for n, group in enumerate(self._groups):
       self.lengths_NK[n, : len(group.sequences)] = [len(one.ids) - 1 for one in group.sequences]
@@ -179,12 +199,13 @@ def sequence(
     *,
     counted: bool = True,
     sampled: list[bool] | None = None,
+    experts: np.ndarray | None = None,
 ) -> examples.Sequence:
   """A prompt and a response, whose tokens that were sampled carry labels, and are learned from where it is counted."""
   ids = np.array(prompt + response, np.int32)
   labels = labels if counted else {name: x[:0] for name, x in labels.items()}
   mask = np.concatenate([np.zeros(len(prompt), bool), np.array(sampled or [True] * len(response), bool)])
-  return examples.Sequence(ids, mask & counted, labels)
+  return examples.Sequence(ids, mask & counted, labels, experts)
 
 
 # (parameters, batch) -> [A, B, T] by name

@@ -19,18 +19,32 @@ CRITIC = 'critic'  # among the trained parameters: those of a critic that shares
 _AMONG = 5  # tokens that a rival is drawn from
 
 
-def hidden_states(params, batch: types.Batch, *, model: transformer.Transformer, key=None) -> types.Array:
-  """What the model makes of a micro-batch, `[B, T, D]`; `key` is for its dropout."""
+def hidden_states(
+    params, batch: types.Batch, *, model: transformer.Transformer, key=None, replays: bool = False
+) -> types.Array:
+  """What the model makes of a micro-batch, `[B, T, D]`.
+
+  Args:
+    params: of the model.
+    batch: the micro-batch.
+    model: what reads it.
+    key: for its dropout.
+    replays: whether tokens take the experts that the batch names, as they did when they were sampled from it.
+  """
   rngs = {} if key is None else {'dropout': key}
   tokens = batch.inputs_BT, batch.positions_BT, batch.segments_BT
-  return model.apply({'params': params}, *tokens, branches_BT=batch.branches_BT, rngs=rngs)
+  experts_BTLk = batch.experts_BTLk if replays else None
+  return model.apply({'params': params}, *tokens, branches_BT=batch.branches_BT, experts_BTLk=experts_BTLk, rngs=rngs)
 
 
 def target_stats(
-    params, batch: types.Batch, *, model: transformer.Transformer, dense=(), key=None, temperature: float = 1.0
+    params, batch: types.Batch, *, model: transformer.Transformer, dense=(), temperature: float = 1.0, **how
 ) -> dict[str, jax.Array]:
-  """Log-probabilities `logps` and dense statistics of the targets, `[B, T]` float32 (see `logps.token_stats`)."""
-  hidden_BTD = hidden_states(params, batch, model=model, key=key)
+  """Log-probabilities `logps` and dense statistics of the targets, `[B, T]` float32 (see `logps.token_stats`).
+
+  `how` are options of `hidden_states`.
+  """
+  hidden_BTD = hidden_states(params, batch, model=model, **how)
   return _of_targets(hidden_BTD, params, batch, batch.targets_BT, model, dense, temperature)
 
 
@@ -96,7 +110,7 @@ def annotations(
   by_output = lambda scores_BTO: {f'values_{i}': scores_BTO[..., i] for i in range(scores_BTO.shape[-1])}
 
   def one(micro):
-    hidden_BTD = hidden_states(params, micro, model=model)
+    hidden_BTD = hidden_states(params, micro, model=model, replays=True)
     found = _of_targets(hidden_BTD, params, micro, micro.targets_BT, model, temperature=temperature)
     if ref_model is not None:
       found['ref_logps'] = target_stats(ref, micro, model=ref_model, temperature=temperature)['logps']
@@ -162,7 +176,7 @@ def targets_fn(
   def stats(params, frozen, batch, key, ref=None):
     params, critic = divided(params)
     policy = lora.join(params, frozen)
-    hidden_BTD = hidden_states(policy, batch, model=model, key=key)
+    hidden_BTD = hidden_states(policy, batch, model=model, key=key, replays=True)
     found = _of_targets(hidden_BTD, policy, batch, batch.targets_BT, model, dense, temperature)
     if reads('policy.values_GK') or reads('policy.scores_BTO'):
       own = critic is None

@@ -57,14 +57,17 @@ class Drawn(NamedTuple):
 
   def to_text(self) -> str:
     """As JSON, of responses in a single turn."""
-    return json.dumps(self._asdict())
+    return json.dumps(self._asdict(), default=episodes.experts_to_text)
 
   @classmethod
   def of_text(cls, text: str) -> 'Drawn':
     """Undoes `to_text`."""
     found = json.loads(text)
+    of = lambda ids, logps, processed, reason, experts: sampling.Sampled(
+        ids, logps, processed, reason, experts and episodes.experts_of_text(experts)
+    )
     read: dict[str, list[environments.Response]] = {
-        name: [sampling.Sampled(*one) for one in each] for name, each in found['responses'].items()
+        name: [of(*one) for one in each] for name, each in found['responses'].items()
     }
     return cls(found['chosen'], read, found['version'])
 
@@ -128,6 +131,7 @@ class Maker:
     outputs = max(1, (models.critic or models.policy).config.score_outputs)
     # Of one response of one token, shapes do not tell.
     self._of_responses, _ = options.credit.names(options.samples, self._judge.weights_R.size, outputs)
+    options.replayed(models.policy.config, ())  # There must be some.
     self._wanted = wanted(options)
     self._run = jax.jit(annotate_fn(options, models), out_shardings=sharding.named(mesh))
     self._seconds: dict[str, float] = {}  # of the rollout in the making, by what they were spent on
@@ -228,19 +232,20 @@ class Maker:
 
   def _unjudged(self, drawn: Drawn) -> episodes.Rollout:
     """The responses as a rollout of which rewards have said nothing."""
-    own = drawn.responses[OWN]
+    own, options = drawn.responses[OWN], self._options
     return episodes.Rollout(
         [self._asked(i).ids for i in drawn.chosen],
         [one.ids for one in own],
         [one.logps for one in own],
         [one.finished for one in own],
-        np.full((len(drawn.chosen), self._options.samples), np.nan),
+        np.full((len(drawn.chosen), options.samples), np.nan),
         {},
         {},
-        [one.finished or not self._options.mask_truncated for one in own],
+        [one.finished or not options.mask_truncated for one in own],
         {},
-        [environments.sampled_of(one) for one in own] if self._options.world is not None else None,
+        [environments.sampled_of(one) for one in own] if options.world is not None else None,
         drawn.version,
+        [one.experts for one in own if one.experts is not None] if options.replay_experts else None,
     )
 
   def _spent(self, what: str, start: float) -> float:
@@ -325,6 +330,7 @@ class Maker:
           max_new_tokens=options.max_new_tokens,
           temperature=options.temperature if temperature is None else temperature,
           told_at=options.temperature,  # as in the training program, which they are compared with
+          keep_experts=options.replay_experts and model is self._models.policy,
           rules=options.sampling_rules if model is self._models.policy else None,
           **options.ways(self._tokenizer),
           seed=_seed(self._seed, (*name, 'turn', turn) if turn else name),

@@ -167,6 +167,8 @@ def _abstract(job, recipe, tokenizer, optimizer: optim.Optimizer, batch, needs: 
     critic = transformer.abstract_params(critic_model, mesh, recipe.critic_rules)
     trained = trained | {forward.CRITIC: lora.split(critic)[0] if critic_model.lora is not None else critic}
   own, ref, options = None, {}, recipe.rollouts
+  if options is not None:
+    batch = batch.replace(experts_BTLk=options.replayed(model.config, batch.inputs_BT.shape))
   compared = needs.reference or (options is not None and bool(options.credit.reads & credit_lib.OF_REFERENCE))
   if compared and (options is not None or streams_lib.is_live(recipe, needs)):
     own = recipe_lib.reference_of(recipe, mesh, model)
@@ -282,9 +284,8 @@ def _rollout(job, recipe, tokenizer: tokenizers.Tokenizer, of: Abstract) -> Iter
   model = sampling.prepared(of.model)
   sizes = buckets.Sizes.of([prompt], [options.max_new_tokens] * options.prompts, options.samples, options.rows)
   rule = choosing.Rule(options.temperature, options.top_k, options.top_p, options.min_p)
-  program = decoding.Program(
-      (model,), rule, (tokenizer.eos_id,), None, options.cache_dtype, told_at=options.temperature
-  )
+  told = options.cache_dtype, options.temperature, options.replay_experts
+  program = decoding.Program((model,), rule, (tokenizer.eos_id,), None, *told)
   policy = lora.join(forward.divided(of.trained)[0], of.frozen)
   params = _as_prepared(model, policy, sampling.as_pairs(options.sampling_rules))
   counts = np.zeros((sizes.together, sizes.longest[0]), np.int32), np.zeros(sizes.together, np.int32)
@@ -322,8 +323,7 @@ def _annotation(job, recipe, of: Abstract, policy: types.PyTree) -> Program:
   ref = lora.join(of.ref or of.state.reference or {}, of.frozen)
   params = rollouts.Params(policy, None if critic is None else lora.join(critic, of.frozen), ref or None, (), 0)
   batch = dataclasses.replace(of.batch, labels_BS={}, labels_BT={})
-  compared = making.wanted(recipe.rollouts) & {'log_ratio_BT', 'critic_ratio_BT'}
-  passes = 1 + bool(compared) + (of.critic_model is not None)
+  passes = 1 + bool(making.wanted(recipe.rollouts) & credit_lib.OF_REFERENCE) + (of.critic_model is not None)
   return Program(
       'annotation',
       lambda: run.lower(params, batch),

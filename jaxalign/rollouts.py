@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
 from typing import NamedTuple
+
+import jax
 
 from jaxalign import choosing
 from jaxalign import credit as credit_lib
@@ -14,6 +17,8 @@ from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign.data import tokenizers
+from jaxalign.models import architecture
+from jaxalign.models import experts
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
 from jaxalign.rewards import modelled
@@ -32,6 +37,9 @@ class Options:
     scorings: of models among them, by directory, what their own runs say of how they score; nothing binds it.
     combine: of several rewards, see `rewards.functions.combine`.
     advantage_fn: from `advantages`, or any function that `credit` can call: what it reads its parameters name.
+    replay_experts: whether the policy, when it is trained, sends each token of prompt and response to the experts that
+      it took when it was sampled: where router logits are close, rounding would send it elsewhere, and ratios would
+      tell of that. Rollout routing replay, R3: Ma et al., 2025, https://arxiv.org/abs/2510.11370, Sec. 3.
     temperature: of sampling.
     top_k: see `sampling.sample`.
     top_p: see `sampling.sample`.
@@ -71,6 +79,7 @@ class Options:
   advantage_fn: Callable[..., Any]
   scorings: Mapping[str, modelled.Scoring] = dataclasses.field(default_factory=dict)
   combine: str = 'sum'
+  replay_experts: bool = False
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
@@ -143,6 +152,9 @@ class Options:
     if len({self.texts > 0, bool(self.texts_data), self.texts_fn is not None}) > 1:
       problem = 'texts, texts_data and texts_fn belong together; bind all of them or none'
       raise types.UsageError(f'rollouts.Options.texts = {self.texts}: {problem}')
+    if self.replay_experts and self.texts:
+      problem = 'texts were not sampled, and nothing says which experts their tokens took; leave one of both out'
+      raise types.UsageError(f'rollouts.Options.replay_experts = True: {problem}')
 
   def _check_scale(self) -> None:
     """Raises UsageError where rewards of other responses would be on another scale than those of the policy's."""
@@ -171,6 +183,19 @@ class Options:
     stop = sampling.Stop(self.stop, functools.partial(tokenizer.decode, continuation=True))
     named = {name: getattr(self, name) for name in ('top_k', 'top_p', 'min_p', 'cache_dtype', 'rows')}
     return named | {'stop': stop}
+
+  def replayed(self, config: architecture.Config, tokens: Sequence[int]) -> jax.ShapeDtypeStruct | None:
+    """`Batch.experts_BTLk` of a batch of these tokens `[..., B, T]`, None where the model's routers choose.
+
+    Raises:
+      UsageError: the model has no experts.
+    """
+    if not self.replay_experts:
+      return None
+    if not config.num_experts:
+      raise types.UsageError('rollouts.Options.replay_experts = True: the model has no experts; leave it out')
+    of_token = config.num_layers, config.experts_per_token
+    return jax.ShapeDtypeStruct((*tokens, *of_token), experts.number_dtype(config))
 
   @property
   def longest(self) -> int:

@@ -38,12 +38,15 @@ class Sampled(NamedTuple):
     processed_logps: the same under all that shaped the draw: guidance, penalty, temperature and filters. They are 0
       where temperature is 0.
     stop_reason: 'eos' for a stop token, 'stop' for a text, 'length' where it was cut.
+    experts: `[n - 1, L, k]`, the experts that each of the n tokens of prompt and response took when it was read, in
+      each layer; the last token was not. None where that is not asked for.
   """
 
   ids: list[int]
   logps: list[float]
   processed_logps: list[float]
   stop_reason: str
+  experts: np.ndarray | None = None
 
   @property
   def finished(self) -> bool:
@@ -111,6 +114,7 @@ def sample(
     guidance: Guidance | None = None,
     cache_dtype: str | None = None,
     told_at: float = 1.0,
+    keep_experts: bool = False,
     rows: int = ROWS,
     watch: Callable[[int, list[int]], None] | None = None,
     between: Callable[[], None] | None = None,
@@ -132,6 +136,7 @@ def sample(
     guidance: what else shapes the draw.
     cache_dtype: 'int8' keeps keys and values in 8 bits; None in the precision of each model.
     told_at: the temperature of the log-probabilities that are told beside those of the draw.
+    keep_experts: tells which experts tokens took, for a model that has some.
     rows: responses that are written at once; more where the mesh does not divide them.
     watch: called with the number of a response (i * n + k) and its tokens so far, every few tokens.
     between: called every now and then, as often in every process of a job; what it raises ends the sampling.
@@ -144,7 +149,8 @@ def sample(
   Raises:
     UsageError: a number has no meaning, or a guide has another vocabulary.
   """
-  program, models_params, guides_prompts = _opened(model, params, stop_ids, guidance, cache_dtype, told_at, rules, rule)
+  told = {'cache_dtype': cache_dtype, 'told_at': told_at, 'keeps_experts': keep_experts}
+  program, models_params, guides_prompts = _opened(model, params, stop_ids, guidance, told, rules, rule)
   if not prompts:
     return []
   read = [prompts, *(own or prompts for own in guides_prompts)]
@@ -162,18 +168,18 @@ def _limits(max_new_tokens: int | Sequence[int], prompts: int, n: int, rows: int
   return found
 
 
-def _opened(model, params, stop_ids, guidance: Guidance | None, cache_dtype, told_at, rules, rule) -> tuple:
+def _opened(model, params, stop_ids, guidance: Guidance | None, told: dict[str, Any], rules, rule) -> tuple:
   """The program, parameters of each model, and the prompts of the guides; see `sample`."""
   rule = choosing.Rule(**rule)
   rule.check()
-  check_cache_dtype(cache_dtype)
+  check_cache_dtype(told['cache_dtype'])
   guidance = guidance or Guidance(None)
   models = (model, *(guide.model for guide in guidance.guides))
   sizes = {one.config.vocab_size for one in models}
   if len(sizes) > 1:
     raise types.UsageError(f'models that guide each other have one vocabulary; these have {sorted(sizes)} tokens')
   models = tuple(map(prepared, models))
-  program = decoding.Program(models, rule, tuple(stop_ids), guidance.process, cache_dtype, told_at)
+  program = decoding.Program(models, rule, tuple(stop_ids), guidance.process, **told)
   params_of: list[types.PyTree] = [decoding.prepare(models[0], params, as_pairs(rules))]
   for its_model, guide in zip(models[1:], guidance.guides, strict=True):
     # The policy may guide itself, behind another prompt.
@@ -314,5 +320,9 @@ class _Run:
       return
     logps, processed = (x[row, : len(ids)].tolist() for x in written[1:])
     reason = 'stop' if end is not None else 'eos' if ids[-1] in self._program.stop_ids else 'length'
-    self._found[owner] = Sampled(ids, logps, processed, reason)
+    experts = None
+    if self._program.keeps_experts:
+      read = len(self._prompts[0][owner // self._n]) + len(ids) - 1
+      experts = np.asarray(decoding.experts_of(self._rows, np.int32(row)))[:read]
+    self._found[owner] = Sampled(ids, logps, processed, reason, experts)
     self._owners[row], self._ended[row] = None, True

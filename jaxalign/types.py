@@ -47,6 +47,7 @@ class Batch:
     ref_logps_BT: float32 log-probabilities of the targets under the reference, or None before they are attached.
     branches_BT: int32, 0 for what the responses of a segment share, else 1, 2, ... per response of a row: a token sees
       what is shared and its own branch. The last token of the prompt begins each branch. None where none is shared.
+    experts_BTLk: the k experts that each token took in each of L layers when it was sampled, or None.
     num_groups: G, static.
     group_size: K, static.
   """
@@ -63,6 +64,7 @@ class Batch:
   labels_BT: Mapping[str, Array] = struct.field(default_factory=dict)
   ref_logps_BT: Array = None
   branches_BT: Array = None
+  experts_BTLk: Array = None
   num_groups: int = struct.field(pytree_node=False, default=1)
   group_size: int = struct.field(pytree_node=False, default=1)
 

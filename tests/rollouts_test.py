@@ -459,6 +459,10 @@ class TestOptions:
           ({'turns': 0}, 'rollouts.Options.turns = 0: it must be at least 1'),
           ({'rows': 0}, 'rollouts.Options.rows = 0: it must be at least 1'),
           ({'temperature': 0.0}, 'rollouts.Options.temperature = 0.0: it must be above 0, or nothing varies'),
+          (
+              {'replay_experts': True, 'texts': 1, 'texts_data': 'jsonl:x', 'texts_fn': examples.supervised},
+              'replay_experts = True: texts were not sampled',
+          ),
       ],
   )
   def test_say_what_is_wrong(self, changed, said):
@@ -596,6 +600,34 @@ class TestRuns:
     for steps in (3, 4):
       run('halves', steps)
     runs.assert_same(runs.params_of(tmp_path / 'straight'), runs.params_of(tmp_path / 'halves'))
+
+  @pytest.mark.parametrize('options', [(), ('asynchronous = True',)], ids=['', 'asynchronous'])
+  def test_that_replay_experts_are_resumed_bit_for_bit_in_the_midst_of_a_rollout(self, options, tmp_path):
+    sizes = 'num_experts = 8', 'experts_per_token = 2', 'num_layers = 3'
+    more = [f'--gin=rollouts.Options.{one}' for one in ('replay_experts = True', *options)]
+    more += [
+        '--reward=tests.runs:vowels',
+        '--model=tiny',
+        '--tokenizer=builtin:stories260K',
+        '--mesh=fsdp:4,expert:2',
+        '--gin=optim.adamw.schedule = @optim.constant',
+        '--gin=optim.constant.lr = 1e-3',
+    ]
+    self.resumed('grpo', tmp_path, *more, *(f'--gin=architecture.Config.{one}' for one in sizes))
+    lines = [json.loads(line) for line in (tmp_path / 'straight/rollouts/000001.jsonl').read_text().splitlines()]
+    for line in lines:
+      experts = episodes.experts_of_text(line['experts'])
+      assert experts.shape == (len(line['prompt_ids']) + len(line['ids']) - 1, 3, 2)
+      assert 0 <= experts.min() < experts.max() < 8
+      if not options:
+        np.testing.assert_allclose(line['token_labels']['old_logps'], line['sampler_logps'], atol=1e-5)
+    assert runs.logged(tmp_path / 'straight')[1]['grad_norm'] > 0
+
+  def test_refuse_to_replay_experts_that_there_are_not(self, tmp_path, capsys):
+    for mode in (f'--workdir={tmp_path / "w"}',), ('--mode=plan', '--topology=h100:8', '--model=tiny'):
+      args = '--algo=grpo', *mode, '--gin=rollouts.Options.replay_experts = True'
+      assert main.main(['jaxalign', *args]) == 2
+      assert 'replay_experts = True: the model has no experts' in capsys.readouterr().err
 
   def test_of_a_critic_are_resumed_bit_for_bit_in_the_midst_of_a_rollout(self, tmp_path, capsys):
     self.resumed('ppo_adaptive', tmp_path)

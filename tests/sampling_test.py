@@ -185,6 +185,28 @@ class TestSample:
     single = transformer.init_params(MODEL, jax.random.key(0), MESH)
     assert [x.ids for x in found] == [x.ids for x in draw(params=single, rows=8, n=2)]
 
+  @pytest.mark.parametrize('text,apart', [('', True), ('', False), ('fsdp:2,expert:2,tensor:2', False)])
+  def test_tells_which_experts_tokens_took(self, text, apart, monkeypatch):
+    config = dataclasses.replace(CONFIG, num_experts=4, experts_per_token=2)
+    mesh = sharding.make_mesh(text, devices=None if text else jax.devices()[:1])
+    monkeypatch.setattr(sampling, 'prepared', lambda model: dataclasses.replace(model, apart=apart))
+    with jax.set_mesh(mesh):
+      model = transformer.build(config, mesh, length=64)
+      params = jax.tree.map(lambda x: 4 * x, transformer.init_params(model, jax.random.key(0), mesh))
+      found = draw(params=params, model=model, rows=4, n=2, max_new_tokens=[3, 30, 1, 12, 7], keep_experts=True)
+      ids, taken = np.zeros((len(found), 64), np.int32), np.zeros((len(found), 64, 2, 2), np.uint8)
+      counted, segments = np.zeros(ids.shape, bool), np.zeros_like(ids)
+      for row, one in enumerate(found):
+        whole = [*PROMPTS[row // 2], *one.ids]
+        assert one.experts.shape == (len(whole) - 1, 2, 2) and one.experts.dtype == np.uint8
+        ids[row, : len(whole)], taken[row, : len(whole) - 1] = whole, one.experts
+        counted[row, : len(whole) - 1], segments[row, : len(whole)] = True, 1
+      tokens = ids, np.broadcast_to(np.arange(64), ids.shape), segments
+      read = jax.jit(lambda experts: model.apply({'params': params}, *tokens, experts_BTLk=experts))
+      free, replayed, others = (np.asarray(read(x))[counted] for x in (None, taken, (taken + 1) % 4))
+    np.testing.assert_allclose(replayed, free, atol=1e-5)
+    assert np.abs(others - free).max(axis=1).min() > 1e-2
+
   def test_depends_on_the_seed_alone(self):
     assert [x.ids for x in draw(seed=1)] == [x.ids for x in draw(seed=1)]
     assert [x.ids for x in draw(seed=1)] != [x.ids for x in draw(seed=2)]

@@ -108,8 +108,11 @@ def low(name):
   return np.median(np.abs(found - golden(name)['logits'])) / golden(name)['logits'].std()
 
 
-def _by_trainer(model, params, prompts, drawn):
-  """Log-probabilities of each response as the training program has them, a row each."""
+def _by_trainer(model, params, prompts, drawn, replays):
+  """Log-probabilities of each response as the training program has them, a row each.
+
+  With `replays` tokens take the experts that they took in the sampler.
+  """
   inputs = np.zeros((len(drawn), _LENGTH), np.int32)
   targets, mask, segments = np.zeros_like(inputs), np.zeros(inputs.shape, np.float32), np.zeros_like(inputs)
   for row, (prompt, one) in enumerate(zip(prompts, drawn, strict=True)):
@@ -118,13 +121,18 @@ def _by_trainer(model, params, prompts, drawn):
     mask[row, len(prompt) - 1 : len(ids) - 1] = 1
     segments[row, : len(ids) - 1] = 1
   positions = np.broadcast_to(np.arange(_LENGTH, dtype=np.int32), inputs.shape)
-  slots = np.zeros((len(drawn), 1), np.int32)
-  batch = types.Batch(inputs, targets, mask, positions, segments, segments - 1, slots, slots, {})
-  told = jax.jit(lambda params: forward.target_stats(params, batch, model=model, temperature=_TEMPERATURE)['logps'])
+  slots, experts = np.zeros((len(drawn), 1), np.int32), None
+  if replays:
+    experts = np.zeros((*inputs.shape, *drawn[0].experts.shape[1:]), np.int32)
+    for row, one in enumerate(drawn):
+      experts[row, : len(one.experts)] = one.experts
+  batch = types.Batch(inputs, targets, mask, positions, segments, segments - 1, slots, slots, {}, experts_BTLk=experts)
+  how = {'model': model, 'temperature': _TEMPERATURE, 'replays': replays}
+  told = jax.jit(lambda params: forward.target_stats(params, batch, **how)['logps'])
   return [row[counted > 0] for row, counted in zip(np.asarray(told(params)), mask)]
 
 
-def drift(name, *, mesh='', dtype='float32', lora=None):
+def drift(name, *, mesh='', dtype='float32', lora=None, replays=False):
   """Worst and mean difference in nats between sampler and trainer, over 8 responses of 20 tokens."""
   model, params, mesh = _opened(name, mesh)
   model = transformer.build(model.config, mesh, dtype=dtype, lora=lora, length=_LENGTH)
@@ -134,19 +142,23 @@ def drift(name, *, mesh='', dtype='float32', lora=None):
       # The second factor begins as 0.
       params = lora_lib.join(jax.tree.map(lambda x: x + 0.05, adapters), params)
     ways = {'temperature': _TEMPERATURE, 'told_at': _TEMPERATURE, 'max_new_tokens': 20, 'seed': 5, 'rows': 4}
-    drawn = sampling.sample(model, params, _PROMPTS, n=2, **ways)
-    told = _by_trainer(model, params, [ids for ids in _PROMPTS for _ in range(2)], drawn)
+    replays = replays and model.config.num_experts > 0
+    drawn = sampling.sample(model, params, _PROMPTS, n=2, keep_experts=replays, **ways)
+    told = _by_trainer(model, params, [ids for ids in _PROMPTS for _ in range(2)], drawn, replays)
   assert len({tuple(one.ids) for one in drawn}) == 8
   apart = [np.abs(np.array(one.logps) - by_trainer) for one, by_trainer in zip(drawn, told, strict=True)]
   return np.max(apart), np.mean(apart)
 
 
-def show_drift(mesh: str, dtype: str, rank: int) -> None:
+def show_drift(mesh: str, dtype: str, rank: int, replays: bool) -> None:
   """Prints the table of all goldens."""
   lora = lora_lib.Lora(rank=rank, alpha=2.0 * rank) if rank else None
   print(f'{"model":16} {"worst":>9} {"mean":>9}')
   for name in CASES:
-    print('{:16} {:9.1e} {:9.1e}'.format(name, *drift(name, mesh=mesh, dtype=dtype, lora=lora)), flush=True)
+    print(
+        '{:16} {:9.1e} {:9.1e}'.format(name, *drift(name, mesh=mesh, dtype=dtype, lora=lora, replays=replays)),
+        flush=True,
+    )
 
 
 def show_parity() -> None:
@@ -224,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   of_sampler = commands.add_parser('sampler')
   of_sampler.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='of the products')
   of_sampler.add_argument('--rank', type=int, default=0, help='of low-rank adapters; 0: without')
+  of_sampler.add_argument('--replay_experts', action='store_true', help='the trainer takes those of the sampler')
   for command in (of_import, of_sampler):
     command.add_argument('--mesh', default='', help='as for jaxalign.main')
   args = parser.parse_args(argv)
@@ -231,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == 'parity':
       show_parity()
     elif args.command == 'sampler':
-      show_drift(args.mesh, args.dtype, args.rank)
+      show_drift(args.mesh, args.dtype, args.rank, args.replay_experts)
     elif args.model:
       print(json.dumps(measure_import(recipe.model_directory(str(args.model)), args.dtype, args.mesh)))
     else:

@@ -28,11 +28,13 @@ class Sequence:
     ids: int32 [n], n >= 2; BOS first where the tokenizer has one.
     mask: bool [n], True where the token is to be predicted. The first is never True: nothing comes before it.
     labels: by name, float32, a number for each token that the mask marks.
+    experts: `[n - 1, L, k]`, see `types.Batch`.
   """
 
   ids: np.ndarray
   mask: np.ndarray
   labels: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  experts: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Group:
     sequences: K of them, chosen first in a pair.
     labels: numbers that belong to the group, such as `margin`, or lists of one for each response, such as `score`.
     truncated: whether tokens were cut to fit the row.
-    prompt_tokens: length of the prompt that the sequences share, BOS included, after any cut.
+    prompt_tokens: of the prompt that the sequences share, BOS included, after any cut.
   """
 
   sequences: tuple[Sequence, ...]
@@ -68,8 +70,7 @@ class Dropped(Exception):
   """A record has nothing to learn from.
 
   Attributes:
-    reason: the message, the same for all records dropped for it. (gin adds lines to an exception that passes through
-      it, so str() of one that was caught may say more.)
+    reason: the message, the same for all records dropped for it. (To str() of the exception gin may add lines.)
   """
 
   def __init__(self, reason: str):
@@ -337,8 +338,7 @@ def _fit(tokens: list[_Tokens], size: int, keep: int) -> list[_Tokens]:
   room = max(size - max(one.first for one in tokens), keep, 1)
   fitted = []
   for one in tokens:
-    cut = max(0, len(one.prompt) - room)
-    prompt = one.prompt[:keep] + one.prompt[keep + cut :]
+    prompt = one.prompt[:keep] + one.prompt[keep + max(0, len(one.prompt) - room) :]
     left = size - len(prompt)
     fitted.append(_Tokens(prompt, one.body[:left], one.mask[:left], one.first))
   return fitted

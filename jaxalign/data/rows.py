@@ -49,9 +49,16 @@ def empty(dataset: dataset_lib.Joined, shape: Shape, num_rows: int, with_ref: bo
       labels_BT={name: np.zeros(tokens, np.float32) for name in dataset.token_label_names},
       ref_logps_BT=np.zeros(tokens, np.float32) if with_ref else None,
       branches_BT=np.zeros(tokens, np.int32) if shape.share_prompts and dataset.group_size > 1 else None,
+      experts_BTLk=None if dataset.experts is None else _repeated(dataset.experts, tokens),
       num_groups=max(1, shape.rows * shape.max_responses // dataset.group_size),
       group_size=dataset.group_size,
   )
+
+
+def _repeated(experts: np.ndarray, tokens: tuple[int, int, int]) -> np.ndarray:
+  """The same for all rows, over and over: were all padding to take one expert, it would have more than its share."""
+  of_row = np.resize(experts, (tokens[2], *experts.shape[1:]))
+  return np.broadcast_to(of_row, (*tokens[:2], *of_row.shape)).copy()
 
 
 def assemble(
@@ -125,6 +132,8 @@ def _put(
   batch.positions_BT[slots] = skipped + np.arange(len(mask))
   batch.segments_BT[slots] = segment
   batch.responses_BT[slots] = np.where(mask, rank, -1)
+  if batch.experts_BTLk is not None and sequence.experts is not None:
+    batch.experts_BTLk[slots] = sequence.experts[skipped:]
 
 
 def _extra_of(extra: ExtraFn, dataset: dataset_lib.Joined, record: int, slot: int, count: int) -> np.ndarray:

@@ -37,10 +37,13 @@ def feed_forward(
     config: architecture.Config,
     act: Callable,
     kernel: str = 'ragged_dot',
+    taken_BTk: types.Array = None,
 ) -> types.Array:
   """The weighted sum, over the experts that each token takes, of down(act(gate) * up).
 
     p = softmax(x . router)        weights: the k largest of p, divided by their sum where `config` says so
+
+  With `taken_BTk` tokens take these experts instead, by the weights that the router gives them.
 
   Shazeer et al., 2017, https://arxiv.org/abs/1701.06538, without noise; Jiang et al., 2024,
   https://arxiv.org/abs/2401.04088, Sec. 2.1. Experts and tokens split over the same devices: Lepikhin et al., 2020,
@@ -53,9 +56,10 @@ def feed_forward(
   gather = lambda x, axes, axis=0: jax.lax.all_gather(x, axes, axis=axis, tiled=True) if axes else x
   mix = functools.partial(_mix, config=config, act=act, kernel=kernel)
 
-  def local(of_embed, x_BTD, router_DE, gate_EDF, up_EDF, down_EFD):
+  def local(of_embed, x_BTD, router_DE, gate_EDF, up_EDF, down_EFD, taken_BTk=None):
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    weights_Nk, experts_Nk = _route(x_ND, router_DE, config)
+    taken_Nk = None if taken_BTk is None else taken_BTk.reshape(len(x_ND), -1)
+    weights_Nk, experts_Nk = _route(x_ND, router_DE, config, taken_Nk)
     tokens = gather(x_ND, of_experts), gather(weights_Nk, of_experts), gather(experts_Nk, of_experts)
     first = jax.lax.axis_index(of_experts) * len(gate_EDF) if of_experts else 0
     weights = gather(gate_EDF, of_embed, 1), gather(up_EDF, of_embed, 1), gather(down_EFD, of_embed, 2)
@@ -71,11 +75,11 @@ def feed_forward(
     ]
     embed, tokens = 'embed' if of_embed else None, sharding.spec(*over, None)
     wide, narrow = sharding.spec('experts', embed, 'mlp'), sharding.spec('experts', 'mlp', embed)
-    specs = tokens, sharding.spec(None, None), wide, wide, narrow
+    specs = tokens, sharding.spec(None, None), wide, wide, narrow, *[tokens] * (len(args) - 5)
     run = functools.partial(local, of_embed)
     return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)(*args)
 
-  args = x_BTD, router_DE, gate_EDF, up_EDF, down_EFD
+  args = x_BTD, router_DE, gate_EDF, up_EDF, down_EFD, *([] if taken_BTk is None else [taken_BTk])
   if mesh.empty:
     return local((), *args)
   # Weights that get gradients are gathered within, so that these are scattered as they are summed. Those of a reference
@@ -85,10 +89,26 @@ def feed_forward(
   return run(*args)
 
 
-def _route(x_ND, router_DE, config: architecture.Config):
+def number_dtype(config: architecture.Config) -> jnp.dtype:
+  """Of numbers of experts, as they are kept."""
+  return jnp.dtype(jnp.uint8 if config.num_experts <= 256 else jnp.uint16)
+
+
+def choose(x_BTD: types.Array, router_DE: types.Array, config: architecture.Config) -> types.Array:
+  """The experts that a router picks for each token, `[B, T, k]`."""
+  _, taken_Nk = _route(x_BTD.reshape(-1, x_BTD.shape[-1]), router_DE, config)
+  return taken_Nk.reshape(*x_BTD.shape[:2], -1).astype(number_dtype(config))
+
+
+def _route(x_ND, router_DE, config: architecture.Config, taken_Nk=None):
   """Weights, float32, and numbers of the experts that each token takes: `[N, k]` both."""
   logits_NE = jnp.matmul(x_ND, router_DE, precision=types.precision(x_ND), preferred_element_type=jnp.float32)
-  weights_Nk, experts_Nk = jax.lax.top_k(jax.nn.softmax(logits_NE, axis=-1), config.experts_per_token)
+  p_NE = jax.nn.softmax(logits_NE, axis=-1)
+  if taken_Nk is None:
+    weights_Nk, experts_Nk = jax.lax.top_k(p_NE, config.experts_per_token)
+  else:
+    experts_Nk = taken_Nk.astype(jnp.int32)
+    weights_Nk = jnp.take_along_axis(p_NE, experts_Nk, axis=1)
   if config.normalise_experts:
     weights_Nk = weights_Nk / jnp.sum(weights_Nk, axis=-1, keepdims=True)
   return weights_Nk, experts_Nk

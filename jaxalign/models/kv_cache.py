@@ -12,6 +12,7 @@ from jaxalign import sharding
 from jaxalign import types
 from jaxalign.models import architecture
 from jaxalign.models import attention as attention_lib
+from jaxalign.models import experts
 
 
 @struct.dataclass
@@ -24,6 +25,7 @@ class KVCache:
     lengths_B: int32, tokens of each row.
     k_scale_LBKS: of 8-bit keys, what each is multiplied by; None of others.
     v_scale_LBKS: likewise of values.
+    experts_LBKSH: which experts each token took, a head of k numbers; None where that is not kept.
     mode: 'next', tokens follow those of their row; 'first', rows are empty, and attention is that of whole sequences;
       'either', tokens of a row are alternatives to each other as its next one, and the cache stays as it is.
   """
@@ -33,6 +35,7 @@ class KVCache:
   lengths_B: types.Array
   k_scale_LBKS: types.Array = None
   v_scale_LBKS: types.Array = None
+  experts_LBKSH: types.Array = None
   mode: str = struct.field(pytree_node=False, default='next')
 
 
@@ -40,16 +43,28 @@ Cache = KVCache | tuple[KVCache, ...]  # of all layers, or of each
 
 
 def init(
-    config: architecture.Config, rows: int, length: int, dtype: jax.typing.DTypeLike, mode: str = 'next', *, layers=None
+    config: architecture.Config,
+    rows: int,
+    length: int,
+    dtype: jax.typing.DTypeLike,
+    mode: str = 'next',
+    *,
+    layers: int | None = None,
+    with_experts: bool = False,
 ) -> KVCache:
   """An empty cache for `rows` rows of up to `length` tokens; what is read beyond that is lost.
 
   Rows are split over the mesh, and heads where it divides them. Of dtype int8, each head of each token has a scale.
+  `with_experts` keeps which of them each token took, too, where the model has some.
   """
-  shape = (layers or config.num_layers, rows, config.num_kv_heads, length, config.head_size)
+  layers = layers or config.num_layers
+  shape = (layers, rows, config.num_kv_heads, length, config.head_size)
   empty = lambda: jnp.zeros(shape, dtype)
   scale = lambda: jnp.zeros(shape[:-1], jnp.float32) if jnp.dtype(dtype) == jnp.int8 else None
-  return placed(KVCache(empty(), empty(), jnp.zeros(rows, jnp.int32), scale(), scale(), mode))
+  taken = None
+  if with_experts and config.num_experts:
+    taken = jnp.zeros((layers, rows, 1, length, config.experts_per_token), experts.number_dtype(config))
+  return placed(KVCache(empty(), empty(), jnp.zeros(rows, jnp.int32), scale(), scale(), taken, mode))
 
 
 def apart(config: architecture.Config, *args, **options) -> tuple[KVCache, ...]:
@@ -119,7 +134,7 @@ def attend(name: str, q_BTNH, k_BTKH, v_BTKH, seen: attention_lib.Seen, cache: K
   T = q_BTNH.shape[1]
   own_TT = jnp.eye(T, dtype=bool)
   if cache.mode == 'next':
-    cache = _write(cache, layer, k_BTKH, v_BTKH, cache.lengths_B[:, None] + jnp.arange(T)[None, :])
+    cache = _write(cache, layer, k_BTKH, v_BTKH)
   k_BKSH, v_BKSH = _read(cache, layer, q_BTNH.dtype)
   slots_1S = jnp.arange(k_BKSH.shape[2])[None, :]
   # How far behind each query a slot is; of alternatives, all stand where the next token does.
@@ -151,20 +166,29 @@ def copy(cache: KVCache, rows_A, of: KVCache, sources_A) -> KVCache:
 
 
 def _arrays(cache: KVCache) -> dict[str, Any]:
-  names = 'k_LBKSH', 'v_LBKSH', 'k_scale_LBKS', 'v_scale_LBKS'
+  names = 'k_LBKSH', 'v_LBKSH', 'k_scale_LBKS', 'v_scale_LBKS', 'experts_LBKSH'
   return {name: getattr(cache, name) for name in names if getattr(cache, name) is not None}
 
 
-def _write(cache: KVCache, layer, k_BTKH, v_BTKH, slots_BT=None) -> KVCache:
-  """Puts keys and values where `slots_BT` says, or from the first slot on."""
-  rows_BT = jnp.arange(k_BTKH.shape[0])[:, None]
+def with_experts(cache: KVCache, layer, taken_BTk: types.Array) -> KVCache:
+  """The cache with the experts that new tokens take in a layer; alternatives leave it as it is."""
+  if cache.mode == 'either':
+    return cache
+  return dataclasses.replace(cache, experts_LBKSH=_put(cache, cache.experts_LBKSH, layer, taken_BTk[:, :, None]))
 
-  def put(old, new):
-    new = new.astype(old.dtype)
-    if slots_BT is None:
-      return jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2)[None], (layer, *[0] * new.ndim))
-    return old.at[layer, rows_BT, :, slots_BT].set(new, mode='drop', indices_are_sorted=True, unique_indices=True)
 
+def _put(cache: KVCache, old, layer, new):
+  """An array of the cache with what new tokens have, `[B, T, K, ...]`, behind the others of their rows."""
+  new = new.astype(old.dtype)
+  if cache.mode == 'first':
+    return jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2)[None], (layer, *[0] * new.ndim))
+  rows_B1, slots_BT = jnp.arange(len(new))[:, None], cache.lengths_B[:, None] + jnp.arange(new.shape[1])[None, :]
+  return old.at[layer, rows_B1, :, slots_BT].set(new, mode='drop', indices_are_sorted=True, unique_indices=True)
+
+
+def _write(cache: KVCache, layer, k_BTKH, v_BTKH) -> KVCache:
+  """Puts keys and values of new tokens behind the others."""
+  put = lambda old, new: _put(cache, old, layer, new)
   if cache.k_scale_LBKS is None:
     return dataclasses.replace(cache, k_LBKSH=put(cache.k_LBKSH, k_BTKH), v_LBKSH=put(cache.v_LBKSH, v_BTKH))
   (k, k_scale), (v, v_scale) = _to_8_bits(k_BTKH), _to_8_bits(v_BTKH)

@@ -62,14 +62,17 @@ class Block(nn.Module):
   lora: lora_lib.Lora | None = None
 
   @nn.compact
-  def __call__(self, carry, rotations, seen: attention_lib.Seen):
-    """Takes and returns (hidden states, cache or None, number of the layer); `rotations` are by kind of layer."""
+  def __call__(self, carry, rotations, seen: attention_lib.Seen, experts_BTLk):
+    """Takes and returns (hidden states, cache or None, number of the layer); `rotations` are by kind of layer.
+
+    Tokens take the experts of `experts_BTLk`, or where it is None those that the router picks.
+    """
     x_BTD, cache, layer = carry
     x_BTD = jax.ad_checkpoint.checkpoint_name(x_BTD, READ)
     a_BTD, cache = self._attend(self._norm_if('pre', 'attn_norm', x_BTD), cache, layer, rotations, seen)
     a_BTD = self._norm_if('post', 'attn_post_norm', a_BTD)
     x_BTD = sharding.constrain(x_BTD + a_BTD, 'batch', 'length', 'hidden')
-    f_BTD = self._feed_forward(self._norm_if('pre', 'mlp_norm', x_BTD))
+    f_BTD, cache = self._feed_forward(self._norm_if('pre', 'mlp_norm', x_BTD), cache, layer, experts_BTLk)
     x_BTD = x_BTD + self._norm_if('post', 'mlp_post_norm', f_BTD)
     return sharding.constrain(x_BTD, 'batch', 'length', 'hidden'), cache, layer + 1
 
@@ -89,7 +92,7 @@ class Block(nn.Module):
     axes = 'heads', 'head_size', 'embed'
     return self._project('o', out, (N, H, D), axes, c.out_bias), cache
 
-  def _feed_forward(self, x_BTD):
+  def _feed_forward(self, x_BTD, cache, layer, experts_BTLk):
     c = self.config
     D, F, E = c.embed_dim, c.mlp_dim, c.num_experts
     act = _ACTIVATIONS[c.activation]
@@ -98,10 +101,17 @@ class Block(nn.Module):
       gate = self._weight('gate', (E, D, F), ('experts', 'embed', 'mlp'), D)
       up = self._weight('up', (E, D, F), ('experts', 'embed', 'mlp'), D)
       down = self._weight('down', (E, F, D), ('experts', 'mlp', 'embed'), F)
-      return experts.feed_forward(x_BTD, router, gate, up, down, config=c, act=act, kernel=self.experts)
+      taken_BTk = None
+      if experts_BTLk is not None:
+        taken_BTk = jax.lax.dynamic_index_in_dim(experts_BTLk, layer, axis=2, keepdims=False)
+      elif cache is not None and cache.experts_LBKSH is not None:
+        taken_BTk = experts.choose(x_BTD, router, c)
+        cache = kv_cache.with_experts(cache, layer, taken_BTk)
+      how: dict[str, Any] = {'config': c, 'act': act, 'kernel': self.experts, 'taken_BTk': taken_BTk}
+      return experts.feed_forward(x_BTD, router, gate, up, down, **how), cache
     gate = self._project('gate', x_BTD, (D, F), ('embed', 'mlp'), c.mlp_bias)
     up = self._project('up', x_BTD, (D, F), ('embed', 'mlp'), c.mlp_bias)
-    return self._project('down', act(gate) * up, (F, D), ('mlp', 'embed'), c.mlp_bias)
+    return self._project('down', act(gate) * up, (F, D), ('mlp', 'embed'), c.mlp_bias), cache
 
   def _norm_if(self, place: str, name: str, x_BTD):
     c = self.config

@@ -59,9 +59,9 @@ class _Repeat(nn.Module):
   make: Callable[..., nn.Module]
 
   @nn.compact
-  def __call__(self, carry, rotations, seen):
+  def __call__(self, carry, rotations, seen, experts_BTLk):
     for i, kind in enumerate(self.kinds):
-      carry = self.make(kind=kind, name=str(i))(carry, rotations, seen)
+      carry = self.make(kind=kind, name=str(i))(carry, rotations, seen, experts_BTLk)
     return carry, None
 
 
@@ -95,7 +95,16 @@ class Transformer(nn.Module):
     return jnp.dtype(self.dtype if self.lora.base in ('', *quant.KINDS) else self.lora.base)
 
   @nn.compact
-  def __call__(self, inputs_BT, positions_BT, segments_BT, cache: kv_cache.Cache | None = None, *, branches_BT=None):
+  def __call__(
+      self,
+      inputs_BT,
+      positions_BT,
+      segments_BT,
+      cache: kv_cache.Cache | None = None,
+      *,
+      branches_BT=None,
+      experts_BTLk=None,
+  ):
     """Reads tokens and returns what the head reads.
 
     Args:
@@ -105,6 +114,7 @@ class Transformer(nn.Module):
         last: they are not counted in its length.
       cache: None reads whole sequences; otherwise the tokens follow those in the cache, see `KVCache.mode`.
       branches_BT: int32, of the parts of a segment that share its beginning, see `attention.Seen`; without a cache.
+      experts_BTLk: the experts that tokens take in each layer, where that is not left to its router; without a cache.
 
     Returns:
       Hidden states after the final norm, `[B, T, D]`; with a cache, these and the new cache.
@@ -127,14 +137,14 @@ class Transformer(nn.Module):
       caches: Any = cache or [None] * c.num_layers
       found = []
       for block, own in zip(self._layers(), caches, strict=True):
-        x_BTD, own, _ = block((x_BTD, own, 0), rotations, seen)
+        x_BTD, own, _ = block((x_BTD, own, 0), rotations, seen, None)
         found.append(own)
       cache = cache and tuple(found)
     else:
       # The cache is carried, not scanned: as a scanned output it would exist twice.
       carry = x_BTD, cache, 0
       for part in self._parts():
-        carry, _ = part(carry, rotations, seen)
+        carry, _ = part(carry, rotations, seen, experts_BTLk)
       x_BTD, cache, _ = carry
     x_BTD = layers.rms_norm(x_BTD, linear.param(self, 'final_norm', layers.norm_init(c), (c.embed_dim,), ('norm',)), c)
     if cache is None:
@@ -160,7 +170,7 @@ class Transformer(nn.Module):
           _Repeat,
           variable_axes={'params': 0},
           split_rngs={'params': True, 'dropout': True},
-          in_axes=(nn.broadcast, nn.broadcast),
+          in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
           length=c.repeats,
           metadata_params={nn.PARTITION_NAME: 'layers'},
       )

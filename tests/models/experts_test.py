@@ -119,6 +119,32 @@ class TestFeedForward:
       text = jax.jit(functools.partial(run, CONFIG), in_shardings=where).lower(*arrays()).compile().as_text()
     assert not hlo.costs(text).collectives
 
+  @pytest.mark.parametrize('mesh', ['', 'fsdp:8', 'fsdp:2,expert:2,context:2'])
+  def test_takes_the_experts_that_are_given_by_the_weights_of_the_router(self, mesh):
+    x, router, *weights = arrays()
+    p_BTE = np.exp(x.astype(np.float64) @ router)
+    last = np.argsort(-p_BTE, axis=-1)[..., 2:].astype(np.uint8)  # the two that the router likes least
+    biased = np.zeros_like(router)
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+      found = jax.jit(functools.partial(run, CONFIG))(x, router, *weights, taken_BTk=last)
+      own = jax.jit(functools.partial(experts.choose, config=CONFIG))(x, router)
+      total = lambda taken, *args: jnp.sum(jnp.sin(run(CONFIG, *args, taken_BTk=taken)))
+      grads = jax.jit(jax.grad(total, (1, 2, 3, 4, 5)))(own, x, router, *weights)
+      even = jax.jit(functools.partial(run, CONFIG))(x, biased, *weights, taken_BTk=last)
+    np.testing.assert_array_equal(np.sort(own, -1), np.sort(np.argsort(-p_BTE, axis=-1)[..., :2], -1))
+    silu = lambda g: g / (1 + np.exp(-g))
+    wide = x.astype(np.float64)
+    each = [(silu(wide @ gate) * (wide @ up)) @ down for gate, up, down in zip(*weights)]
+    said_BTkD = np.take_along_axis(np.stack(each, axis=2), last[..., None].astype(int), axis=2)
+    share_BTk = np.take_along_axis(p_BTE, last.astype(int), axis=-1)
+    share_BTk /= share_BTk.sum(-1, keepdims=True)
+    np.testing.assert_allclose(found, (share_BTk[..., None] * said_BTkD).sum(2), rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(even, said_BTkD.mean(2), rtol=2e-4, atol=2e-5)
+    # Of its own choice, what it gives without one.
+    wanted = jax.grad(lambda *args: jnp.sum(jnp.sin(run(CONFIG, *args))), (0, 1, 2, 3, 4))(x, router, *weights)
+    for one, other in zip(grads, wanted, strict=True):
+      np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
   def test_gives_the_router_a_gradient(self):
     args = arrays()
     grads = jax.grad(lambda router: jnp.sum(run(CONFIG, args[0], router, *args[2:]) ** 2))(args[1])
