@@ -152,8 +152,8 @@ def run(
     tools: what to call.
 
   Raises:
-    RunError: too many consecutive steps were not finite, or a checkpoint could not be written, or a reward failed; in
-      a job of one process the steps before it are saved then.
+    RunError: too many consecutive steps were not finite, or a checkpoint could not be written, or a reward failed; the
+      steps before that are saved, unless one of several processes failed alone.
     Preempted: SIGTERM came, and the step that was running, or the last before it, is saved.
   """
   first = step = int(state.step)
@@ -205,12 +205,12 @@ def run(
 def _collecting(failures: list[Exception]) -> Iterator[None]:
   """Puts what fails among `failures`, so that steps can be saved first.
 
-  Not in a job of several processes: one of them alone may have failed, and would wait for the others to save with it.
+  Not where one of several processes may have failed alone: it would wait for the others to save with it.
   """
   try:
     yield
   except (types.RunError, types.UsageError) as err:
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and not isinstance(err, types.Everywhere):
       raise
     failures.append(err)
 

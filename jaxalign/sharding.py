@@ -263,7 +263,7 @@ def start_distributed() -> None:
     a Kubernetes TPU job of several workers, a Slurm step of several tasks, Open MPI     likewise
 
   Raises:
-    UsageError: what the environment says is incomplete or impossible.
+    UsageError: what the environment says is incomplete or impossible, or JAX is in use already.
   """
   env = os.environ
   address = env.get('COORDINATOR_ADDRESS')
@@ -272,7 +272,7 @@ def start_distributed() -> None:
     if not re.fullmatch(r'.+:\d+', address):
       raise types.UsageError(f'COORDINATOR_ADDRESS={address}: write HOST:PORT, or auto')
     logging.info('process %d of %d, which meet at %s', index, count, address)
-    jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=_GONE)
+    _join(address, count, index)
   elif (
       address
       or len(env.get('TPU_WORKER_HOSTNAMES', '').split(',')) > 1
@@ -281,7 +281,19 @@ def start_distributed() -> None:
       or ('SLURM_STEP_NODELIST' in env and int(env.get('SLURM_NTASKS', '1')) > 1)
       or int(env.get('OMPI_COMM_WORLD_SIZE', '1')) > 1
   ):
-    jax.distributed.initialize(heartbeat_timeout_seconds=_GONE)
+    _join()
+
+
+def _join(*where: Any) -> None:
+  try:
+    jax.distributed.initialize(*where, heartbeat_timeout_seconds=_GONE)
+  except RuntimeError as err:
+    if 'must be called before any JAX calls' not in str(err):
+      raise
+    raise types.UsageError(
+        'several processes cannot meet once JAX is in use: a module that --reward, --environment or a gin file names'
+        ' calls JAX as it is imported; have its functions do so'
+    ) from err
 
 
 def _process_numbers(env: Mapping[str, str]) -> tuple[int, int]:
@@ -302,8 +314,9 @@ def of_first(make: Callable[[], np.ndarray], shape: Sequence[int]) -> np.ndarray
     shape: the same in all processes.
 
   Raises:
-    Exception: whatever it raises, in the first process.
-    RunError: it failed there, in the others.
+    Everywhere: it raised RunError or UsageError in the first process.
+    Exception: whatever else it raises, in the first process.
+    RunError: it failed so there, in the others.
   """
   if jax.process_count() == 1:
     return make()
@@ -314,8 +327,12 @@ def of_first(make: Callable[[], np.ndarray], shape: Sequence[int]) -> np.ndarray
     told[0] = 1.0
     try:
       told[:] = 0.0, *make().reshape(-1)
+    except (types.RunError, types.UsageError) as err:
+      told[0] = 2.0
+      raise types.Everywhere(str(err)) from err
     finally:  # The others wait, and are told whatever it ended by.
       told = tell()
   elif (told := tell())[0]:
-    raise types.RunError('process 0 failed, and says why')
+    kind = types.Everywhere if told[0] == 2.0 else types.RunError
+    raise kind('process 0 failed, and says why')
   return told[1:].reshape(shape)

@@ -157,3 +157,7 @@ class Preempted(Exception):
 
 class RunError(Exception):
   """The run met something it cannot go on with (data, files, numbers); `main` prints the message and exits with 1."""
+
+
+class Everywhere(RunError):
+  """All processes of the job met it at the same place, so that they can still do something together."""

@@ -52,7 +52,7 @@ def planned(capsys, args):
   return json.loads(out.out)
 
 
-@pytest.mark.tpu
+@pytest.mark.libtpu
 class TestPlan:
 
   def test_of_pairs_counts_memory_and_products(self, capsys):
@@ -122,7 +122,7 @@ class TestEstimate:
     assert 'fits, ' in out and 'tokens/s' in out
 
 
-@pytest.mark.tpu
+@pytest.mark.libtpu
 class TestHost:
 
   def test_holds_what_is_kept_there_and_the_device_the_rest(self):

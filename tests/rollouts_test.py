@@ -470,6 +470,17 @@ class TestOptions:
       dataclasses.replace(OPTIONS, **changed)
 
 
+BUSY = """
+calls = []
+
+def at_third(responses):
+  calls.append(responses)
+  if len(calls) == 3:
+    raise ConnectionError('busy')
+  return [float(len(one)) for one in responses]
+"""
+
+
 class TestRuns:
 
   def test_have_a_reference_and_a_critic_with_rules_and_precisions_of_their_own(self, tmp_path, capsys, caplog):
@@ -522,6 +533,26 @@ class TestRuns:
       assert sorted(runs.logged(workdir)) == [1, 2] and (workdir / 'checkpoints' / '2').exists()
       assert main.main(args) == 0  # It is not busy any more.
       assert json.loads(capsys.readouterr().out)['steps'] == 4
+
+  def test_of_which_a_reward_fails_in_one_of_two_processes_keep_the_steps_before_it(self, tmp_path):
+    options = 'prompts = 2', 'samples = 2', 'max_new_tokens = 4'
+    args = ['jaxalign', '--algo=grpo', f'--workdir={tmp_path / "w"}', '--steps=4', '--log_every=3', '--eval_data=']
+    (tmp_path / 'busy.py').write_text(BUSY)
+    args += [f'--reward={tmp_path}/busy.py:at_third', '--gin=train.train.samples = None', '--mesh=fsdp:4']
+    both = runs.spawn_together([*args, *(f'--gin=rollouts.Options.{one}' for one in options)], 2)
+    for process, said in zip(both, ('ConnectionError: busy', 'process 0 failed, and says why')):
+      code, err = runs.finished(process)
+      assert code == 1 and said in err.splitlines()[-1], err
+    assert sorted(runs.logged(tmp_path / 'w')) == [1, 2]
+    assert (tmp_path / 'w' / 'checkpoints' / '2' / 'params').exists()
+
+  def test_of_several_processes_tell_of_a_reward_that_uses_jax_before_they_meet(self, tmp_path):
+    (tmp_path / 'early.py').write_text(
+        'import jax\njax.devices()\ndef score(responses): return [0.0] * len(responses)\n'
+    )
+    args = ['jaxalign', '--algo=grpo', f'--workdir={tmp_path / "w"}', f'--reward={tmp_path}/early.py:score']
+    code, err = runs.finished(runs.spawn_together(args, 1)[0])
+    assert code == 2 and 'a module that --reward,' in err.splitlines()[-1], err
 
   def test_of_which_a_reward_fails_in_evaluation_keep_the_step_that_is_evaluated(self, tmp_path, capsys):
     gin = [f'--gin=rollouts.Options.{one}' for one in ('prompts = 2', 'samples = 2', 'max_new_tokens = 4')]

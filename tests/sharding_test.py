@@ -106,7 +106,7 @@ def slices():
   return topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2', num_slices=3).devices
 
 
-@pytest.mark.tpu
+@pytest.mark.libtpu
 class TestMakeMeshOfSlices:
 
   @pytest.mark.parametrize(

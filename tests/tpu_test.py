@@ -26,7 +26,7 @@ from jaxalign.models import grouped
 from jaxalign.models import lora as lora_lib
 from jaxalign.models import transformer
 
-pytestmark = [pytest.mark.tpu, pytest.mark.usefixtures('optimised')]
+pytestmark = [pytest.mark.libtpu, pytest.mark.usefixtures('optimised')]
 
 CONFIG = architecture.Config(32000, 2, 512, 8, 4, 64, 1024, 4096, tie_embeddings=False)
 # What families do otherwise, all at once.

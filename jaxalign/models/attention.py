@@ -131,7 +131,8 @@ def attend(
   Where branches share a prompt, s and t are positions, and the branch of s is that of t or the prompt.
 
   Args:
-    name: one of KERNELS, picked for the rows of a run; of another length, which splash may not take, XLA reads.
+    name: one of KERNELS, picked for the rows of a run; of another length, which splash may not take, XLA reads, and
+      the log says so.
     q_BTNH: queries; query head n reads key head n // (N / K).
     k_BTKH: keys.
     v_BTKH: values.
@@ -143,8 +144,10 @@ def attend(
   """
   if how.window >= q_BTNH.shape[1]:
     how = how._replace(window=0)
-  if name == 'splash' and _takes(q_BTNH.shape[1]):
-    return splash(q_BTNH, k_BTKH, v_BTKH, seen, how)
+  if name == 'splash':
+    if _takes(q_BTNH.shape[1]):
+      return splash(q_BTNH, k_BTKH, v_BTKH, seen, how)
+    logging.info('attention: xla (splash does not take rows of %d tokens on this mesh)', q_BTNH.shape[1])
   out_BTNH = (cudnn if name == 'cudnn' else xla)(q_BTNH, k_BTKH, v_BTKH, seen, how)
   return jax.ad_checkpoint.checkpoint_name(out_BTNH, RESULT)
 
