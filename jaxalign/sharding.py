@@ -284,9 +284,9 @@ def start_distributed() -> None:
     _join()
 
 
-def _join(*where: Any) -> None:
+def _join(address: str | None = None, count: int | None = None, index: int | None = None) -> None:
   try:
-    jax.distributed.initialize(*where, heartbeat_timeout_seconds=_GONE)
+    jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=_GONE)
   except RuntimeError as err:
     if 'must be called before any JAX calls' not in str(err):
       raise
