@@ -12,12 +12,14 @@ from typing import NamedTuple
 from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign import choosing
 from jaxalign import metrics
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign import vocab
+from jaxalign.models import experts as experts_lib
 from jaxalign.models import kv_cache
 from jaxalign.models import quant
 from jaxalign.models import transformer
@@ -35,7 +37,7 @@ class Program(NamedTuple):
     process: see `sampling.Guidance`; None without guidance.
     cache_dtype: of keys and values; None for that of each model.
     told_at: the temperature of the log-probabilities that are told beside those of the draw.
-    keeps_experts: whether the cache of each model has the experts that tokens took.
+    keeps_experts: whether the policy's cache has the experts that tokens took.
   """
 
   models: tuple[transformer.Transformer, ...]
@@ -75,7 +77,7 @@ class Rows:
     counts_B: int32, tokens written.
     limits_B: int32, at which count a response is cut.
     done_B: whether a row has ended; so has one that was never given anything.
-    requests_B: uint32, what random numbers are made of.
+    uniform_BN: a number in [0, 1) for each token, of its request and place alone.
     steps: int32, steps of all programs so far.
     seen_BV: see `Prompts`.
   """
@@ -87,7 +89,7 @@ class Rows:
   counts_B: types.Array
   limits_B: types.Array
   done_B: types.Array
-  requests_B: types.Array
+  uniform_BN: types.Array
   steps: types.Array
   seen_BV: types.Array = None
 
@@ -119,8 +121,8 @@ class View:
     return transformer.scores(self._params, hidden_BCD)
 
 
-def _apply(model: transformer.Transformer, params, *args) -> tuple[types.Array, kv_cache.Cache]:
-  return model.apply({'params': params}, *args)  # type: ignore[return-value]
+def _apply(model: transformer.Transformer, params, *args, **how) -> tuple[types.Array, kv_cache.Cache]:
+  return model.apply({'params': params}, *args, **how)  # type: ignore[return-value]
 
 
 def _program(*static: int, donate: tuple[int, ...] = ()):
@@ -151,13 +153,17 @@ def prepare(model: transformer.Transformer, params: types.PyTree, rules: shardin
 def _cache(program: Program, model: transformer.Transformer, rows: int, length: int, mode: str) -> kv_cache.Cache:
   make = kv_cache.apart if model.apart else kv_cache.init
   dtype = program.cache_dtype or model.dtype
-  return make(model.config, rows, length, dtype, mode, with_experts=program.keeps_experts)
+  with_experts = program.keeps_experts and model == program.models[0]
+  return make(model.config, rows, length, dtype, mode, with_experts=with_experts)
 
 
 @_program(0)
-def read(program: Program, params: Sequence[types.PyTree], ids: Sequence, lengths: Sequence) -> Prompts:
-  """Reads prompts, `ids` `[P, T]` and `lengths` `[P]` of each model."""
-  readings = tuple(_read(program, *one) for one in zip(program.models, params, ids, lengths, strict=True))
+def read(
+    program: Program, params: Sequence[types.PyTree], ids: Sequence, lengths: Sequence, experts_PTLk: types.Array = None
+) -> Prompts:
+  """Reads prompts, `ids` `[P, T]` and `lengths` `[P]` of each model; the policy's tokens take these experts."""
+  taken = experts_PTLk, *[None] * (len(ids) - 1)
+  readings = tuple(_read(program, *one) for one in zip(program.models, params, ids, lengths, taken, strict=True))
   if program.rule.repetition_penalty == 1:
     return Prompts(readings)
   ids_PT, lengths_P = ids[0], lengths[0]
@@ -166,12 +172,23 @@ def read(program: Program, params: Sequence[types.PyTree], ids: Sequence, length
   return Prompts(readings, seen_PV.at[jnp.arange(len(ids_PT))[:, None], ids_PT].set(True, mode='drop'))
 
 
-def _read(program: Program, model: transformer.Transformer, params, ids_PT, lengths_P) -> Reading:
+def named(program: Program, experts: Sequence[np.ndarray | None], shape: tuple[int, int]) -> np.ndarray:
+  """What `read` takes of prompts `[P, T]` whose first tokens took these experts, `[m, L, k]` each."""
+  wanted = experts_lib.shape_of(program.models[0].config, shape)
+  table = np.full(wanted.shape, experts_lib.free(wanted.dtype), wanted.dtype)
+  for place, known in enumerate(experts):
+    if known is not None:
+      table[place, : len(known)] = known
+  return table
+
+
+def _read(program: Program, model: transformer.Transformer, params, ids_PT, lengths_P, experts_PTLk) -> Reading:
   count, length = ids_PT.shape
   positions_PT = jnp.broadcast_to(jnp.arange(length), (count, length))
   segments_PT = (positions_PT < lengths_P[:, None]).astype(jnp.int32)
   cache = _cache(program, model, count, length, 'first')
-  hidden_PTD, cache = _apply(model, params, ids_PT, positions_PT, segments_PT, cache)
+  tokens = ids_PT, positions_PT, segments_PT
+  hidden_PTD, cache = _apply(model, params, *tokens, cache, experts_BTLk=experts_PTLk)
   return Reading(cache, jnp.take_along_axis(hidden_PTD, (lengths_P - 1)[:, None, None], axis=1)[:, 0])
 
 
@@ -206,7 +223,7 @@ def start(program: Program, rows: int, lengths: tuple[int, ...], new: int) -> Ro
       each(jnp.int32),
       each(jnp.int32),
       jnp.ones(rows, bool),
-      each(jnp.uint32),
+      written(jnp.float32),
       jnp.zeros((), jnp.int32),
       jnp.zeros((rows, program.models[0].config.padded_vocab), bool) if seen else None,
   )
@@ -214,8 +231,13 @@ def start(program: Program, rows: int, lengths: tuple[int, ...], new: int) -> Ro
 
 
 @_program(donate=(0,))
-def give(rows: Rows, prompts: Prompts, rows_A, sources_A, requests_A, limits_A) -> Rows:
-  """Begins responses: row `rows_A` that to prompt `sources_A`; rows beyond the last are left out."""
+def give(rows: Rows, prompts: Prompts, key: types.Array, rows_A, sources_A, requests_A, limits_A) -> Rows:
+  """Begins responses: row `rows_A` that to prompt `sources_A`; rows beyond the last are left out.
+
+  Random numbers are made of `key`, the request and the place of a token.
+  """
+  fold, places_N = jax.random.fold_in, jnp.arange(rows.tokens_BN.shape[1])
+  of_row = lambda request: jax.vmap(lambda place: jax.random.uniform(fold(fold(key, request), place)))(places_N)
   put = lambda to, x: to.at[rows_A].set(x, mode='drop')
   copy = lambda to, of: kv_cache.copy(to, rows_A, of, sources_A)
   readings = tuple(
@@ -228,7 +250,7 @@ def give(rows: Rows, prompts: Prompts, rows_A, sources_A, requests_A, limits_A) 
       counts_B=put(rows.counts_B, 0),
       limits_B=put(rows.limits_B, limits_A),
       done_B=put(rows.done_B, False),
-      requests_B=put(rows.requests_B, requests_A),
+      uniform_BN=put(rows.uniform_BN, jax.vmap(of_row)(requests_A)),
       seen_BV=None if rows.seen_BV is None else put(rows.seen_BV, prompts.seen_BV[sources_A]),
   )
   return _placed(given)
@@ -245,12 +267,12 @@ def grow(lengths: tuple[int, ...], rows: Rows) -> Rows:
 
 
 @_program()
-def experts_of(rows: Rows, row: types.Array) -> types.Array:
-  """The experts that the tokens of a row took, of all that the policy has room for: `[S, L, k]`, whole everywhere."""
+def experts_of(rows: Rows, rows_A: types.Array) -> types.Array:
+  """The experts that tokens of some rows took, of as many as there is room for: `[A, S, L, k]`, whole everywhere."""
   cache = rows.readings[0].cache
   each = [cache] if isinstance(cache, kv_cache.KVCache) else cache
-  of_row = [jax.lax.dynamic_index_in_dim(one.experts_LBKSH[:, :, 0], row, axis=1, keepdims=False) for one in each]
-  return sharding.constrain(jnp.concatenate(of_row).swapaxes(0, 1), None, None, None)
+  found_LASk = jnp.concatenate([one.experts_LBKSH[:, rows_A, 0] for one in each])
+  return sharding.constrain(found_LASk.transpose(1, 2, 0, 3), None, None, None, None)
 
 
 @_program(0, donate=(2,))
@@ -258,7 +280,6 @@ def write(
     program: Program,
     params: Sequence[types.PyTree],
     rows: Rows,
-    key: types.Array,
     ended_B: types.Array,
     most: types.Array,
     enough: types.Array,
@@ -269,7 +290,6 @@ def write(
     program: what to do.
     params: of each model.
     rows: which are not to be used again.
-    key: of the random numbers.
     ended_B: rows that have ended for another reason than those that are known here.
     most: tokens to write at most.
     enough: how many ended rows to stop at.
@@ -279,22 +299,13 @@ def write(
   """
   going = lambda carry: (carry[0] < most) & (jnp.sum(carry[1].done_B) < enough)
   rows = dataclasses.replace(rows, done_B=rows.done_B | ended_B)
-  uniform_BN = _uniform(key, rows)
-  one = lambda carry: (carry[0] + 1, _write_one(program, params, uniform_BN, carry[1]))
+  one = lambda carry: (carry[0] + 1, _write_one(program, params, carry[1]))
   _, rows = jax.lax.while_loop(going, one, (jnp.zeros((), jnp.int32), rows))
   rows = _placed(rows)
   return rows, rows.counts_B, rows.done_B
 
 
-def _uniform(key, rows: Rows) -> types.Array:
-  """A number in [0, 1) for each token that a row may write, of its request and place alone."""
-  places_N = jnp.arange(rows.tokens_BN.shape[1])
-  fold = jax.random.fold_in
-  of_row = lambda request: jax.vmap(lambda place: jax.random.uniform(fold(fold(key, request), place)))(places_N)
-  return sharding.constrain(jax.vmap(of_row)(rows.requests_B), None, None)
-
-
-def _write_one(program: Program, params, uniform_BN, rows: Rows) -> Rows:
+def _write_one(program: Program, params, rows: Rows) -> Rows:
   """Draws a token for every row that has not ended, and reads it."""
   B = len(rows.counts_B)
   raw_BV = choosing.logits(program.models[0], params[0], rows.readings[0].hidden_BD)
@@ -305,7 +316,7 @@ def _write_one(program: Program, params, uniform_BN, rows: Rows) -> Rows:
     logits_BV = jnp.where(real_BV, program.process(raw_BV, guides), vocab.MASKED_LOGIT)
   if rows.seen_BV is not None:
     logits_BV = choosing.penalise(program.rule, logits_BV, rows.seen_BV)
-  uniform_B = uniform_BN[jnp.arange(B), jnp.minimum(rows.counts_B, uniform_BN.shape[1] - 1)]
+  uniform_B = jnp.take_along_axis(rows.uniform_BN, rows.counts_B[:, None], axis=1, mode='clip')[:, 0]
   token_B, processed_B = choosing.choose(program.rule, logits_BV, uniform_B)
   told_BV = raw_BV / program.told_at
   logp_B = jnp.take_along_axis(told_BV, token_B[:, None], axis=1)[:, 0] - jax.nn.logsumexp(told_BV, axis=1)

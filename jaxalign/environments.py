@@ -22,8 +22,9 @@ from jaxalign.data import tokenizers
 from jaxalign.rewards import calling
 from jaxalign.rewards import functions
 
-# (prompts, responses to each, number of the turn) -> responses, one prompt's behind another's
-Draw = Callable[[list[list[int]], int, int], list[sampling.Sampled]]
+# (prompts, responses to each, number of the turn, experts of their tokens, see `sampling.sample`) -> responses, one
+# prompt's behind another's
+Draw = Callable[..., list[sampling.Sampled]]
 
 
 class Episode(NamedTuple):
@@ -37,7 +38,7 @@ class Episode(NamedTuple):
     reward: the sum of those of its turns.
     turns: how often the policy spoke.
     cut: how many observations were cut.
-    experts: see `sampling.Sampled`; of the last turn, which read all that came before.
+    experts: see `sampling.Sampled`; those of earlier turns are taken again by later ones.
   """
 
   ids: list[int]
@@ -125,8 +126,10 @@ class Environment:
     live = list(range(len(prompts)))
     for turn in range(self.turns):
       behind = [prompts[n].ids + episodes[n].ids for n in live]
-      behind += behind[:1] * ((1 << (len(live) - 1).bit_length()) - len(live))
-      drawn = draw(behind, 1, turn) if turn else draw(first, count, 0)
+      experts = [episodes[n].experts for n in live]
+      more = (1 << (len(live) - 1).bit_length()) - len(live)
+      behind, experts = behind + behind[:1] * more, experts + experts[:1] * more
+      drawn = draw(behind, 1, turn, experts) if turn else draw(first, count, 0)
       going = []
       for n, said in zip(live, drawn):  # Those that fill it up are let go.
         text = tokenizer.decode(said.ids, continuation=True)

@@ -13,10 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxalign import sampling
 from jaxalign import types
 from jaxalign.data import examples
 from jaxalign.data import loader as loader_lib
 from jaxalign.data import tokenizers
+from jaxalign.models import experts as experts_lib
 from jaxalign.rewards import rules
 
 
@@ -50,7 +52,7 @@ class Rollout:
   said: Mapping[str, float] = dataclasses.field(default_factory=dict)
   sampled: list[list[bool]] | None = None
   version: int = 0
-  experts: list[np.ndarray] | None = None
+  experts: Sequence[Any] | None = None
 
   def to_text(self, tokenizer: tokenizers.Tokenizer) -> str:
     """A line of JSON for each response, in words and in what it takes to go on from there."""
@@ -137,6 +139,18 @@ def of_text(text: str, samples: int) -> Rollout:
   )
 
 
+def to_json(one: Any) -> list[Any]:
+  """A response of `sampling` as JSON has it."""
+  return [*one[:4], None if one.experts is None else experts_to_text(one.experts)]
+
+
+def of_json(told: list[Any]) -> sampling.Sampled:
+  """Undoes `to_json`."""
+  ids, logps, processed, reason, *experts = told
+  named = experts_of_text(experts[0]) if experts and experts[0] else None
+  return sampling.Sampled(ids, logps, processed, reason, named)
+
+
 def experts_to_text(experts: np.ndarray) -> list[Any]:
   """An array of whole numbers as JSON has it: dtype, shape, and its bytes in base 64."""
   return [experts.dtype.name, experts.shape, base64.b64encode(experts.tobytes()).decode('ascii')]
@@ -156,7 +170,8 @@ class Groups:
     self.label_names = tuple(self._groups[0].labels)
     self.group_size = max(len(group.sequences) for group in self._groups)
     self.token_label_names = tuple(self._groups[0].sequences[0].labels)
-    self.experts = self._groups[0].sequences[0].experts
+    named = self._groups[0].sequences[0].experts
+    self.free = None if named is None else np.full(named.shape[1:], experts_lib.free(named.dtype), named.dtype)
     self.lengths_NK = np.zeros((len(self._groups), self.group_size), np.int32)
     for n, group in enumerate(self._groups):
       self.lengths_NK[n, : len(group.sequences)] = [len(one.ids) - 1 for one in group.sequences]

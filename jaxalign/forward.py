@@ -20,7 +20,7 @@ _AMONG = 5  # tokens that a rival is drawn from
 
 
 def hidden_states(
-    params, batch: types.Batch, *, model: transformer.Transformer, key=None, replays: bool = False
+    params, batch: types.Batch, *, model: transformer.Transformer, key=None, replays: bool = True
 ) -> types.Array:
   """What the model makes of a micro-batch, `[B, T, D]`.
 
@@ -29,22 +29,21 @@ def hidden_states(
     batch: the micro-batch.
     model: what reads it.
     key: for its dropout.
-    replays: whether tokens take the experts that the batch names, as they did when they were sampled from it.
+    replays: whether tokens take the experts that the batch names, of a model that has as many layers of them.
   """
   rngs = {} if key is None else {'dropout': key}
   tokens = batch.inputs_BT, batch.positions_BT, batch.segments_BT
-  experts_BTLk = batch.experts_BTLk if replays else None
+  named, c = batch.experts_BTLk, model.config
+  fits = named is not None and bool(c.num_experts) and named.shape[-2:] == (c.num_layers, c.experts_per_token)
+  experts_BTLk = named if replays and fits else None
   return model.apply({'params': params}, *tokens, branches_BT=batch.branches_BT, experts_BTLk=experts_BTLk, rngs=rngs)
 
 
 def target_stats(
-    params, batch: types.Batch, *, model: transformer.Transformer, dense=(), temperature: float = 1.0, **how
+    params, batch: types.Batch, *, model: transformer.Transformer, dense=(), key=None, temperature: float = 1.0
 ) -> dict[str, jax.Array]:
-  """Log-probabilities `logps` and dense statistics of the targets, `[B, T]` float32 (see `logps.token_stats`).
-
-  `how` are options of `hidden_states`.
-  """
-  hidden_BTD = hidden_states(params, batch, model=model, **how)
+  """Log-probabilities `logps` and dense statistics of the targets, `[B, T]` float32 (see `logps.token_stats`)."""
+  hidden_BTD = hidden_states(params, batch, model=model, key=key)
   return _of_targets(hidden_BTD, params, batch, batch.targets_BT, model, dense, temperature)
 
 
@@ -69,8 +68,11 @@ def ref_logps(params, batch: types.Batch, *, model: transformer.Transformer) -> 
 
 
 def scores(params, batch: types.Batch, *, model: transformer.Transformer, key=None) -> jax.Array:
-  """What the head that scores makes of every token that was read, `[B, T, outputs]` float32."""
-  return transformer.scores(params, hidden_states(params, batch, model=model, key=key))
+  """What the head that scores makes of every token that was read, `[B, T, outputs]` float32.
+
+  Its model has routers of its own: what the policy's chose is nothing to it.
+  """
+  return transformer.scores(params, hidden_states(params, batch, model=model, key=key, replays=False))
 
 
 def divided(params: types.PyTree) -> tuple[types.PyTree, types.PyTree | None]:
@@ -110,7 +112,7 @@ def annotations(
   by_output = lambda scores_BTO: {f'values_{i}': scores_BTO[..., i] for i in range(scores_BTO.shape[-1])}
 
   def one(micro):
-    hidden_BTD = hidden_states(params, micro, model=model, replays=True)
+    hidden_BTD = hidden_states(params, micro, model=model)
     found = _of_targets(hidden_BTD, params, micro, micro.targets_BT, model, temperature=temperature)
     if ref_model is not None:
       found['ref_logps'] = target_stats(ref, micro, model=ref_model, temperature=temperature)['logps']
@@ -176,7 +178,7 @@ def targets_fn(
   def stats(params, frozen, batch, key, ref=None):
     params, critic = divided(params)
     policy = lora.join(params, frozen)
-    hidden_BTD = hidden_states(policy, batch, model=model, key=key, replays=True)
+    hidden_BTD = hidden_states(policy, batch, model=model, key=key)
     found = _of_targets(hidden_BTD, policy, batch, batch.targets_BT, model, dense, temperature)
     if reads('policy.values_GK') or reads('policy.scores_BTO'):
       own = critic is None

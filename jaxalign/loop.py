@@ -210,7 +210,7 @@ def _collecting(failures: list[Exception]) -> Iterator[None]:
   try:
     yield
   except (types.RunError, types.UsageError) as err:
-    if jax.process_count() > 1 and not isinstance(err, types.Everywhere):
+    if jax.process_count() > 1 and not err.everywhere:
       raise
     failures.append(err)
 

@@ -57,17 +57,15 @@ class Drawn(NamedTuple):
 
   def to_text(self) -> str:
     """As JSON, of responses in a single turn."""
-    return json.dumps(self._asdict(), default=episodes.experts_to_text)
+    responses = {name: list(map(episodes.to_json, each)) for name, each in self.responses.items()}
+    return json.dumps(self._asdict() | {'responses': responses})
 
   @classmethod
   def of_text(cls, text: str) -> 'Drawn':
     """Undoes `to_text`."""
     found = json.loads(text)
-    of = lambda ids, logps, processed, reason, experts: sampling.Sampled(
-        ids, logps, processed, reason, experts and episodes.experts_of_text(experts)
-    )
     read: dict[str, list[environments.Response]] = {
-        name: [of(*one) for one in each] for name, each in found['responses'].items()
+        name: list(map(episodes.of_json, each)) for name, each in found['responses'].items()
     }
     return cls(found['chosen'], read, found['version'])
 
@@ -87,7 +85,7 @@ def annotate_fn(options: rollouts.Options, models: rollouts.Models):
       batch,
       model=models.policy,
       critic_model=models.critic if asked & {'values_BT', 'values_BTO', 'critic_ratio_BT'} else None,
-      ref_model=models.ref if asked & {'log_ratio_BT', 'critic_ratio_BT'} else None,
+      ref_model=models.ref if asked & credit_lib.OF_REFERENCE else None,
       temperature=options.temperature,
   )
 
@@ -131,7 +129,6 @@ class Maker:
     outputs = max(1, (models.critic or models.policy).config.score_outputs)
     # Of one response of one token, shapes do not tell.
     self._of_responses, _ = options.credit.names(options.samples, self._judge.weights_R.size, outputs)
-    options.replayed(models.policy.config, ())  # There must be some.
     self._wanted = wanted(options)
     self._run = jax.jit(annotate_fn(options, models), out_shardings=sharding.named(mesh))
     self._seconds: dict[str, float] = {}  # of the rollout in the making, by what they were spent on
@@ -245,7 +242,7 @@ class Maker:
         {},
         [environments.sampled_of(one) for one in own] if options.world is not None else None,
         drawn.version,
-        [one.experts for one in own if one.experts is not None] if options.replay_experts else None,
+        [one.experts for one in own] if options.replay_experts else None,
     )
 
   def _spent(self, what: str, start: float) -> float:
@@ -321,7 +318,10 @@ class Maker:
     options, asked = self._options, self._all_asked(chosen)
     stop_ids = self._stop_ids(verdicts.are_chats(asked))
 
-    def draw(prompts: list[list[int]], n: int, turn: int) -> list[sampling.Sampled]:
+    # Of what is trained on, and no more.
+    replays = options.replay_experts and model is self._models.policy and temperature is None
+
+    def draw(prompts: list[list[int]], n: int, turn: int, experts=None) -> list[sampling.Sampled]:
       return sampling.sample(
           model,
           params,
@@ -330,7 +330,8 @@ class Maker:
           max_new_tokens=options.max_new_tokens,
           temperature=options.temperature if temperature is None else temperature,
           told_at=options.temperature,  # as in the training program, which they are compared with
-          keep_experts=options.replay_experts and model is self._models.policy,
+          keep_experts=replays,
+          experts=experts if replays else None,
           rules=options.sampling_rules if model is self._models.policy else None,
           **options.ways(self._tokenizer),
           seed=_seed(self._seed, (*name, 'turn', turn) if turn else name),

@@ -37,6 +37,7 @@ from jaxalign.data import dataset
 from jaxalign.data import rows as rows_lib
 from jaxalign.data import tokenizers
 from jaxalign.models import architecture
+from jaxalign.models import experts
 from jaxalign.models import lora
 from jaxalign.models import transformer
 
@@ -167,8 +168,8 @@ def _abstract(job, recipe, tokenizer, optimizer: optim.Optimizer, batch, needs: 
     critic = transformer.abstract_params(critic_model, mesh, recipe.critic_rules)
     trained = trained | {forward.CRITIC: lora.split(critic)[0] if critic_model.lora is not None else critic}
   own, ref, options = None, {}, recipe.rollouts
-  if options is not None:
-    batch = batch.replace(experts_BTLk=options.replayed(model.config, batch.inputs_BT.shape))
+  if options is not None and options.replay_experts:
+    batch = batch.replace(experts_BTLk=experts.shape_of(model.config, batch.inputs_BT.shape))
   compared = needs.reference or (options is not None and bool(options.credit.reads & credit_lib.OF_REFERENCE))
   if compared and (options is not None or streams_lib.is_live(recipe, needs)):
     own = recipe_lib.reference_of(recipe, mesh, model)
@@ -300,10 +301,9 @@ def _rollout(job, recipe, tokenizer: tokenizers.Tokenizer, of: Abstract) -> Iter
   )
   rows = _placed(lambda: decoding.start.lower(program, sizes.rows, sizes.most, sizes.new), sizes, program)
   number, ended = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((sizes.rows,), bool)
-  key = jax.eval_shape(lambda: jax.random.key(0))
   yield Program(
       'decode',
-      lambda: decoding.write.lower(program, (params,), rows, key, ended, number, number),
+      lambda: decoding.write.lower(program, (params,), rows, ended, number, number),
       {'weights for sampling': params, 'kv cache': rows.readings[0].cache},
       sizes.rows,
       sizes.rows * of_token(sizes.most[0]),

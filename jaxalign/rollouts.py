@@ -2,13 +2,10 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
-from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
 from typing import NamedTuple
-
-import jax
 
 from jaxalign import choosing
 from jaxalign import credit as credit_lib
@@ -18,7 +15,6 @@ from jaxalign import sharding
 from jaxalign import types
 from jaxalign.data import tokenizers
 from jaxalign.models import architecture
-from jaxalign.models import experts
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
 from jaxalign.rewards import modelled
@@ -37,9 +33,11 @@ class Options:
     scorings: of models among them, by directory, what their own runs say of how they score; nothing binds it.
     combine: of several rewards, see `rewards.functions.combine`.
     advantage_fn: from `advantages`, or any function that `credit` can call: what it reads its parameters name.
-    replay_experts: whether the policy, when it is trained, sends each token of prompt and response to the experts that
-      it took when it was sampled: where router logits are close, rounding would send it elsewhere, and ratios would
-      tell of that. Rollout routing replay, R3: Ma et al., 2025, https://arxiv.org/abs/2510.11370, Sec. 3.
+    replay_experts: whether the policy, when it is trained, and the reference send each token of prompt and response to
+      the experts that it took when it was sampled: where router logits are close, rounding would send it elsewhere, and
+      ratios would tell of that. Texts and a critic's values are left to their routers. Rollout routing replay, R3: Ma
+      et al., 2025, https://arxiv.org/abs/2510.11370, Sec. 3. They are kept with the rollout, a byte or two for each
+      layer, expert and token.
     temperature: of sampling.
     top_k: see `sampling.sample`.
     top_p: see `sampling.sample`.
@@ -152,9 +150,6 @@ class Options:
     if len({self.texts > 0, bool(self.texts_data), self.texts_fn is not None}) > 1:
       problem = 'texts, texts_data and texts_fn belong together; bind all of them or none'
       raise types.UsageError(f'rollouts.Options.texts = {self.texts}: {problem}')
-    if self.replay_experts and self.texts:
-      problem = 'texts were not sampled, and nothing says which experts their tokens took; leave one of both out'
-      raise types.UsageError(f'rollouts.Options.replay_experts = True: {problem}')
 
   def _check_scale(self) -> None:
     """Raises UsageError where rewards of other responses would be on another scale than those of the policy's."""
@@ -184,18 +179,10 @@ class Options:
     named = {name: getattr(self, name) for name in ('top_k', 'top_p', 'min_p', 'cache_dtype', 'rows')}
     return named | {'stop': stop}
 
-  def replayed(self, config: architecture.Config, tokens: Sequence[int]) -> jax.ShapeDtypeStruct | None:
-    """`Batch.experts_BTLk` of a batch of these tokens `[..., B, T]`, None where the model's routers choose.
-
-    Raises:
-      UsageError: the model has no experts.
-    """
-    if not self.replay_experts:
-      return None
-    if not config.num_experts:
+  def check_model(self, config: architecture.Config) -> None:
+    """Raises UsageError where the policy lacks what is asked of it."""
+    if self.replay_experts and not config.num_experts:
       raise types.UsageError('rollouts.Options.replay_experts = True: the model has no experts; leave it out')
-    of_token = config.num_layers, config.experts_per_token
-    return jax.ShapeDtypeStruct((*tokens, *of_token), experts.number_dtype(config))
 
   @property
   def longest(self) -> int:

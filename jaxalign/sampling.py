@@ -38,8 +38,8 @@ class Sampled(NamedTuple):
     processed_logps: the same under all that shaped the draw: guidance, penalty, temperature and filters. They are 0
       where temperature is 0.
     stop_reason: 'eos' for a stop token, 'stop' for a text, 'length' where it was cut.
-    experts: `[n - 1, L, k]`, the experts that each of the n tokens of prompt and response took when it was read, in
-      each layer; the last token was not. None where that is not asked for.
+    experts: `[n - 1, L, k]`, the experts of each layer that all but the last of the n tokens of prompt and response
+      took; None where that is not asked for.
   """
 
   ids: list[int]
@@ -115,6 +115,7 @@ def sample(
     cache_dtype: str | None = None,
     told_at: float = 1.0,
     keep_experts: bool = False,
+    experts: Sequence[np.ndarray | None] | None = None,
     rows: int = ROWS,
     watch: Callable[[int, list[int]], None] | None = None,
     between: Callable[[], None] | None = None,
@@ -137,6 +138,7 @@ def sample(
     cache_dtype: 'int8' keeps keys and values in 8 bits; None in the precision of each model.
     told_at: the temperature of the log-probabilities that are told beside those of the draw.
     keep_experts: tells which experts tokens took, for a model that has some.
+    experts: with that, which ones the first tokens of each prompt take, `[m, L, k]`; of others the routers choose.
     rows: responses that are written at once; more where the mesh does not divide them.
     watch: called with the number of a response (i * n + k) and its tokens so far, every few tokens.
     between: called every now and then, as often in every process of a job; what it raises ends the sampling.
@@ -149,14 +151,19 @@ def sample(
   Raises:
     UsageError: a number has no meaning, or a guide has another vocabulary.
   """
-  told = {'cache_dtype': cache_dtype, 'told_at': told_at, 'keeps_experts': keep_experts}
+  told = {
+      'cache_dtype': cache_dtype,
+      'told_at': told_at,
+      'keeps_experts': keep_experts and model.config.num_experts > 0,
+  }
   program, models_params, guides_prompts = _opened(model, params, stop_ids, guidance, told, rules, rule)
   if not prompts:
     return []
   read = [prompts, *(own or prompts for own in guides_prompts)]
   limits, key = _limits(max_new_tokens, len(prompts), n, rows), jax.random.key(seed)
-  requests, stop = range(len(prompts)) if requests is None else requests, stop or Stop((), lambda ids: '')
-  return _Run(program, models_params, read, limits, requests, n, rows, key, stop, watch, between).all()
+  requests, stop = requests or range(len(prompts)), stop or Stop((), lambda ids: '')
+  experts = experts if program.keeps_experts else None
+  return _Run(program, models_params, read, experts, limits, requests, n, rows, key, stop, watch, between).all()
 
 
 def _limits(max_new_tokens: int | Sequence[int], prompts: int, n: int, rows: int) -> list[int]:
@@ -209,8 +216,10 @@ def prepared(model: transformer.Transformer) -> transformer.Transformer:
 class _Run:
   """The queue of a call: what waits, what was read, and who holds which row."""
 
-  def __init__(self, program, params, prompts, limits, requests, n: int, rows: int, key, stop: Stop, watch, between):
-    self._program, self._params, self._prompts, self._limits = program, params, prompts, limits
+  def __init__(
+      self, program, params, prompts, experts, limits, requests, n: int, rows: int, key, stop: Stop, watch, between
+  ):
+    self._program, self._params, self._prompts, self._experts, self._limits = program, params, prompts, experts, limits
     self._reader = program._replace(process=None)  # Another process reads the same, by what is compiled already.
     self._requests, self._n, self._key, self._stop = requests, n, key, stop
     self._watch, self._between = watch, between
@@ -259,17 +268,18 @@ class _Run:
         self._read_next()
       count = min(len(free), len(self._ready))
       given = [(free.pop(0), *self._ready.popleft()) for _ in range(count)]
-      # Few of them, or up to all.
-      few = max(1, self._size // 8)
-      size = few if count <= few else self._size
-      table = np.zeros((4, size), np.int32)
+      table = np.zeros((4, self._padded(count)), np.int32)
       table[0] = self._size
       for place, (row, source, response) in enumerate(given):
         prompt, sample = divmod(response, self._n)
         table[:, place] = row, source, self._requests[prompt] * self._n + sample, self._limits[prompt]
         self._owners[row], self._counts[row], self._ended[row] = response, 0, False
-      requests = table[2].astype(np.uint32)
-      self._rows = decoding.give(self._rows, self._read, table[0], table[1], requests, table[3])
+      self._rows = decoding.give(self._rows, self._read, self._key, *table[:2], table[2].astype(np.uint32), table[3])
+
+  def _padded(self, count: int) -> int:
+    """So many rows as one of two numbers: few, or up to all."""
+    few = max(1, self._size // 8)
+    return few if count <= few else self._size
 
   def _read_next(self) -> None:
     """Reads the prompts that come next."""
@@ -282,7 +292,9 @@ class _Run:
       for place, prompt in enumerate(own):
         ids[-1][place, : len(prompt)] = prompt
         lengths[-1][place] = len(prompt)
-    self._read = decoding.read(self._reader, self._params, ids, lengths)
+    known = self._experts and [self._experts[i] for i in chosen]
+    taken = known and decoding.named(self._program, known, ids[0].shape)
+    self._read = decoding.read(self._reader, self._params, ids, lengths, taken)
     self._ready += [(place, i * self._n + k) for place, i in enumerate(chosen) for k in range(self._n)]
 
   def _write(self) -> None:
@@ -301,14 +313,27 @@ class _Run:
     waits = bool(self._ready or self._waiting)
     enough = self._size - len(active) + max(1, self._size // 16) if waits else self._size
     numbers = np.int32(most), np.int32(enough)
-    self._rows, counts, done = decoding.write(self._program, self._params, self._rows, self._key, self._ended, *numbers)
+    self._rows, counts, done = decoding.write(self._program, self._params, self._rows, self._ended, *numbers)
     before, self._counts, done = self._counts, np.array(counts), np.array(done)
     if self._stop.texts or self._watch or any(done[row] for row, _ in active):
       written = [np.array(x) for x in (self._rows.tokens_BN, self._rows.logps_BN, self._rows.processed_BN)]
-      for row, owner in active:
-        self._look(row, owner, int(before[row]), bool(done[row]), written)
+      ended = [
+          (row, owner) for row, owner in active if self._look(row, owner, int(before[row]), bool(done[row]), written)
+      ]
+      if ended and self._program.keeps_experts:
+        self._keep_experts(ended)
 
-  def _look(self, row: int, owner: int, known: int, done: bool, written: Sequence[np.ndarray]) -> None:
+  def _keep_experts(self, ended: list[tuple[int, int]]) -> None:
+    """Adds to responses that have ended, and what rows they had, the experts that their tokens took."""
+    rows_A = np.zeros(self._padded(len(ended)), np.int32)
+    rows_A[: len(ended)] = [row for row, _ in ended]
+    for (_, owner), experts in zip(ended, np.asarray(decoding.experts_of(self._rows, rows_A))):
+      found = self._found[owner]
+      assert found is not None
+      read = len(self._prompts[0][owner // self._n]) + len(found.ids) - 1
+      self._found[owner] = found._replace(experts=experts[:read])
+
+  def _look(self, row: int, owner: int, known: int, done: bool, written: Sequence[np.ndarray]) -> bool:
     """Whether the response of a row has ended; keeps it then."""
     count = int(self._counts[row])
     ids = written[0][row, :count].tolist()
@@ -317,12 +342,9 @@ class _Run:
     if self._watch is not None:
       self._watch(owner, ids)
     if not done and end is None:
-      return
+      return False
     logps, processed = (x[row, : len(ids)].tolist() for x in written[1:])
     reason = 'stop' if end is not None else 'eos' if ids[-1] in self._program.stop_ids else 'length'
-    experts = None
-    if self._program.keeps_experts:
-      read = len(self._prompts[0][owner // self._n]) + len(ids) - 1
-      experts = np.asarray(decoding.experts_of(self._rows, np.int32(row)))[:read]
-    self._found[owner] = Sampled(ids, logps, processed, reason, experts)
+    self._found[owner] = Sampled(ids, logps, processed, reason)
     self._owners[row], self._ended[row] = None, True
+    return True

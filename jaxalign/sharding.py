@@ -314,9 +314,8 @@ def of_first(make: Callable[[], np.ndarray], shape: Sequence[int]) -> np.ndarray
     shape: the same in all processes.
 
   Raises:
-    Everywhere: it raised RunError or UsageError in the first process.
-    Exception: whatever else it raises, in the first process.
-    RunError: it failed so there, in the others.
+    Exception: whatever it raises, in the first process.
+    RunError: it failed there, in the others. A RunError or UsageError that all know of is so `everywhere`.
   """
   if jax.process_count() == 1:
     return make()
@@ -328,11 +327,12 @@ def of_first(make: Callable[[], np.ndarray], shape: Sequence[int]) -> np.ndarray
     try:
       told[:] = 0.0, *make().reshape(-1)
     except (types.RunError, types.UsageError) as err:
-      told[0] = 2.0
-      raise types.Everywhere(str(err)) from err
+      told[0], err.everywhere = 2.0, True
+      raise
     finally:  # The others wait, and are told whatever it ended by.
       told = tell()
   elif (told := tell())[0]:
-    kind = types.Everywhere if told[0] == 2.0 else types.RunError
-    raise kind('process 0 failed, and says why')
+    failure = types.RunError('process 0 failed, and says why')
+    failure.everywhere = told[0] == 2.0
+    raise failure
   return told[1:].reshape(shape)

@@ -47,7 +47,8 @@ class Batch:
     ref_logps_BT: float32 log-probabilities of the targets under the reference, or None before they are attached.
     branches_BT: int32, 0 for what the responses of a segment share, else 1, 2, ... per response of a row: a token sees
       what is shared and its own branch. The last token of the prompt begins each branch. None where none is shared.
-    experts_BTLk: the k experts that each token took in each of L layers when it was sampled, or None.
+    experts_BTLk: the k experts that each token takes in each of L layers, `models.experts.free` where a router chooses;
+      None where all routers do.
     num_groups: G, static.
     group_size: K, static.
   """
@@ -148,7 +149,12 @@ class LossOut:
 
 
 class UsageError(Exception):
-  """What the user asked for cannot be done as asked; `main` prints the message and exits with 2."""
+  """What the user asked for cannot be done as asked; `main` prints the message and exits with 2.
+
+  `everywhere` says of one that was raised whether all processes of the job met it, or what came of it, at one place.
+  """
+
+  everywhere: bool = False
 
 
 class Preempted(Exception):
@@ -156,8 +162,9 @@ class Preempted(Exception):
 
 
 class RunError(Exception):
-  """The run met something it cannot go on with (data, files, numbers); `main` prints the message and exits with 1."""
+  """The run met something it cannot go on with (data, files, numbers); `main` prints the message and exits with 1.
 
+  For `everywhere` see `UsageError`.
+  """
 
-class Everywhere(RunError):
-  """All processes of the job met it at the same place, so that they can still do something together."""
+  everywhere: bool = False

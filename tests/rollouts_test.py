@@ -459,10 +459,6 @@ class TestOptions:
           ({'turns': 0}, 'rollouts.Options.turns = 0: it must be at least 1'),
           ({'rows': 0}, 'rollouts.Options.rows = 0: it must be at least 1'),
           ({'temperature': 0.0}, 'rollouts.Options.temperature = 0.0: it must be above 0, or nothing varies'),
-          (
-              {'replay_experts': True, 'texts': 1, 'texts_data': 'jsonl:x', 'texts_fn': examples.supervised},
-              'replay_experts = True: texts were not sampled',
-          ),
       ],
   )
   def test_say_what_is_wrong(self, changed, said):

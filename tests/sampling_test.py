@@ -105,9 +105,10 @@ class TestSample:
   def test_reads_each_prompt_once_for_all_its_samples(self, monkeypatch):
     seen, read = [], decoding.read
 
-    def counted(program, params, ids, lengths):
+    def counted(program, params, ids, lengths, experts):
+      assert experts is None
       seen.extend(ids[0][row, :length].tolist() for row, length in enumerate(lengths[0]))
-      return read(program, params, ids, lengths)
+      return read(program, params, ids, lengths, experts)
 
     monkeypatch.setattr(decoding, 'read', counted)
     draw(n=5, rows=8)
@@ -204,8 +205,21 @@ class TestSample:
       tokens = ids, np.broadcast_to(np.arange(64), ids.shape), segments
       read = jax.jit(lambda experts: model.apply({'params': params}, *tokens, experts_BTLk=experts))
       free, replayed, others = (np.asarray(read(x))[counted] for x in (None, taken, (taken + 1) % 4))
+      # The first token of each prompt is told which to take.
+      told = [(one.experts[:1] + 1) % 4 for one in found[::2]]
+      again = draw(params=params, model=model, rows=4, max_new_tokens=9, keep_experts=True, experts=told)
+      taken, first = np.full((2, 5, 64, 2, 2), 255, np.uint8)
+      ids, segments = np.zeros((2, 5, 64), np.int32)
+      for row, (prompt, one) in enumerate(zip(PROMPTS, again)):
+        np.testing.assert_array_equal(one.experts[:1], told[row])
+        ids[row, : len(prompt) + 8], segments[row, : len(prompt) + 8] = [*prompt, *one.ids[:-1]], 1
+        taken[row, : len(prompt) + 8], first[row, :1] = one.experts, told[row]
+      tokens = ids, np.broadcast_to(np.arange(64), ids.shape), segments
+      read = jax.jit(lambda experts: model.apply({'params': params}, *tokens, experts_BTLk=experts))
+      left, whole = (np.asarray(read(x))[segments > 0] for x in (first, taken))
     np.testing.assert_allclose(replayed, free, atol=1e-5)
     assert np.abs(others - free).max(axis=1).min() > 1e-2
+    np.testing.assert_allclose(whole, left, atol=1e-5)
 
   def test_depends_on_the_seed_alone(self):
     assert [x.ids for x in draw(seed=1)] == [x.ids for x in draw(seed=1)]

@@ -1,5 +1,6 @@
 """A prompt that stands once for its responses gives the numbers of one that is repeated."""
 
+import dataclasses
 import functools
 import math
 
@@ -135,6 +136,40 @@ class TestSharedPrompts:
       np.testing.assert_allclose(found[1][key], logps, atol=1e-5)
       ids, mask = (getattr(data[key[0]].sequences[key[1]], name) for name in ('ids', 'mask'))
       assert len(logps) == mask.sum() and np.all(logps < 0) and math.isfinite(logps.sum()), ids
+
+
+class TestExperts:
+
+  def test_of_tokens_are_those_that_sequences_name_in_policy_and_reference(self):
+    mesh, random = sharding.make_mesh('', devices=jax.devices()[:1]), np.random.default_rng(1)
+    model, c = transformer.build(FAMILIES['moe'], mesh, length=32), FAMILIES['moe']
+    policy, ref = (transformer.init_params(model, jax.random.key(seed), mesh) for seed in (0, 1))
+    named = []
+    for group in (data := groups(6, 3)):
+      whole, sequences = random.integers(0, 4, (64, c.num_layers, 2)), []
+      for one in group.sequences:
+        experts = whole[: len(one.ids) - 1].copy()
+        experts[group.prompt_tokens - 1 :] = random.integers(0, 4, experts[group.prompt_tokens - 1 :].shape)
+        sequences.append(dataclasses.replace(one, experts=experts.astype(np.uint8)))
+      named.append(dataclasses.replace(group, sequences=tuple(sequences)))
+    data = episodes.Groups(named)
+    run = jax.jit(
+        lambda batch: forward.annotations(policy, None, ref, batch, model=model, critic_model=None, ref_model=model)
+    )
+    for share in (False, True):
+      loader = loader_of(data, mesh, share, rows=4)
+      for placements, batch in loader.ordered(range(len(data))):
+        assert (np.asarray(batch.experts_BTLk)[np.asarray(batch.segments_BT) == 0] == 255).all()
+        found = run(batch)
+        for place in loader.places(placements):
+          one = data[place.record].sequences[place.slot]
+          tokens = one.ids[None, :-1], np.arange(len(one.ids) - 1)[None], np.ones((1, len(one.ids) - 1), np.int32)
+          for name, params in (('logps', policy), ('ref_logps', ref)):
+            hidden_TD = model.apply({'params': params}, *tokens, experts_BTLk=one.experts[None])[0]
+            logits = np.asarray(hidden_TD, np.float64) @ np.asarray(transformer.output_matrix(params), np.float64)
+            logp = logits - np.log(np.exp(logits[:, : c.vocab_size]).sum(axis=1, keepdims=True))
+            wanted = logp[np.arange(len(logp)), one.ids[1:]][one.mask[1:]]
+            np.testing.assert_allclose(found[name][place.micro, place.row, place.targets], wanted, atol=1e-4)
 
 
 class TestSharedSlots:

@@ -123,12 +123,11 @@ def _by_trainer(model, params, prompts, drawn, replays):
   positions = np.broadcast_to(np.arange(_LENGTH, dtype=np.int32), inputs.shape)
   slots, experts = np.zeros((len(drawn), 1), np.int32), None
   if replays:
-    experts = np.zeros((*inputs.shape, *drawn[0].experts.shape[1:]), np.int32)
+    experts = np.zeros((*inputs.shape, *drawn[0].experts.shape[1:]), drawn[0].experts.dtype)
     for row, one in enumerate(drawn):
       experts[row, : len(one.experts)] = one.experts
   batch = types.Batch(inputs, targets, mask, positions, segments, segments - 1, slots, slots, {}, experts_BTLk=experts)
-  how = {'model': model, 'temperature': _TEMPERATURE, 'replays': replays}
-  told = jax.jit(lambda params: forward.target_stats(params, batch, **how)['logps'])
+  told = jax.jit(lambda params: forward.target_stats(params, batch, model=model, temperature=_TEMPERATURE)['logps'])
   return [row[counted > 0] for row, counted in zip(np.asarray(told(params)), mask)]
 
 

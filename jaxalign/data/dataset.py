@@ -46,10 +46,10 @@ class Dataset:
     report: how many `records` there were and what became of them: `kept`, of these `truncated`, `bad` (unreadable and
       skipped), and `dropped`: {reason: {'count', 'first'}}, with nothing to learn from.
     fingerprint: changes when any group does.
-    experts: `[n, L, k]` what padding takes where sequences say which experts their tokens take; these do not.
+    free: `[L, k]`, of a token whose routers choose, where sequences name experts; None as these name none.
   """
 
-  experts = None
+  free = None
 
   def __init__(self, directory: str):
     """Opens a cache folder; raises Damaged where it is not whole."""
@@ -111,7 +111,7 @@ class Joined:
 
   Attributes:
     sizes: records of each.
-    lengths_NK, keys_NK, shared_N, group_size, label_names, token_label_names, experts: as of a `Dataset`.
+    lengths_NK, keys_NK, shared_N, group_size, label_names, token_label_names, free: as of a `Dataset`.
   """
 
   def __init__(self, datasets: Sequence[Dataset]):
@@ -125,7 +125,7 @@ class Joined:
     self.sizes = [len(d) for d in self._datasets]
     self._ends = np.cumsum(self.sizes)
     self.group_size, self.label_names = max(d.group_size for d in self._datasets), first.label_names
-    self.token_label_names, self.experts = first.token_label_names, first.experts
+    self.token_label_names, self.free = first.token_label_names, first.free
     wide = lambda table_NK: np.pad(table_NK, ((0, 0), (0, self.group_size - table_NK.shape[1])))
     self.lengths_NK = np.concatenate([wide(d.lengths_NK) for d in self._datasets])
     self.keys_NK = np.concatenate([wide(d.keys_NK) for d in self._datasets])

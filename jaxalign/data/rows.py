@@ -49,16 +49,10 @@ def empty(dataset: dataset_lib.Joined, shape: Shape, num_rows: int, with_ref: bo
       labels_BT={name: np.zeros(tokens, np.float32) for name in dataset.token_label_names},
       ref_logps_BT=np.zeros(tokens, np.float32) if with_ref else None,
       branches_BT=np.zeros(tokens, np.int32) if shape.share_prompts and dataset.group_size > 1 else None,
-      experts_BTLk=None if dataset.experts is None else _repeated(dataset.experts, tokens),
+      experts_BTLk=None if dataset.free is None else np.tile(dataset.free, (*tokens, 1, 1)),
       num_groups=max(1, shape.rows * shape.max_responses // dataset.group_size),
       group_size=dataset.group_size,
   )
-
-
-def _repeated(experts: np.ndarray, tokens: tuple[int, int, int]) -> np.ndarray:
-  """The same for all rows, over and over: were all padding to take one expert, it would have more than its share."""
-  of_row = np.resize(experts, (tokens[2], *experts.shape[1:]))
-  return np.broadcast_to(of_row, (*tokens[:2], *of_row.shape)).copy()
 
 
 def assemble(

@@ -12,6 +12,7 @@ the rows that a device has when all experts are taken equally often; where more 
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import functools
 import math
 
@@ -43,7 +44,7 @@ def feed_forward(
 
     p = softmax(x . router)        weights: the k largest of p, divided by their sum where `config` says so
 
-  With `taken_BTk` tokens take these experts instead, by the weights that the router gives them.
+  With `taken_BTk` tokens take these experts instead, by the weights that the router gives them; see `free`.
 
   Shazeer et al., 2017, https://arxiv.org/abs/1701.06538, without noise; Jiang et al., 2024,
   https://arxiv.org/abs/2401.04088, Sec. 2.1. Experts and tokens split over the same devices: Lepikhin et al., 2020,
@@ -91,23 +92,37 @@ def feed_forward(
 
 def number_dtype(config: architecture.Config) -> jnp.dtype:
   """Of numbers of experts, as they are kept."""
-  return jnp.dtype(jnp.uint8 if config.num_experts <= 256 else jnp.uint16)
+  return jnp.dtype(jnp.uint8 if config.num_experts < 256 else jnp.uint16)
 
 
-def choose(x_BTD: types.Array, router_DE: types.Array, config: architecture.Config) -> types.Array:
-  """The experts that a router picks for each token, `[B, T, k]`."""
-  _, taken_Nk = _route(x_BTD.reshape(-1, x_BTD.shape[-1]), router_DE, config)
-  return taken_Nk.reshape(*x_BTD.shape[:2], -1).astype(number_dtype(config))
+def shape_of(config: architecture.Config, tokens: Sequence[int]) -> jax.ShapeDtypeStruct:
+  """Of the numbers of the experts that tokens take in all layers, `[..., L, k]`."""
+  shape = *tokens, config.num_layers, config.experts_per_token
+  return jax.ShapeDtypeStruct(shape, number_dtype(config))
+
+
+def free(dtype: jax.typing.DTypeLike) -> int:
+  """In place of the number of an expert: the router chooses."""
+  return int(jnp.iinfo(dtype).max)
+
+
+def choose(
+    x_BTD: types.Array, router_DE: types.Array, config: architecture.Config, taken_BTk: types.Array = None
+) -> types.Array:
+  """The experts that each token takes, `[B, T, k]`: those of `taken_BTk`, or those that the router picks."""
+  x_ND, dtype = x_BTD.reshape(-1, x_BTD.shape[-1]), number_dtype(config)
+  taken_Nk = None if taken_BTk is None else taken_BTk.reshape(len(x_ND), -1)
+  _, taken_Nk = _route(x_ND, router_DE, config, taken_Nk)
+  return taken_Nk.reshape(*x_BTD.shape[:2], -1).astype(dtype)
 
 
 def _route(x_ND, router_DE, config: architecture.Config, taken_Nk=None):
   """Weights, float32, and numbers of the experts that each token takes: `[N, k]` both."""
   logits_NE = jnp.matmul(x_ND, router_DE, precision=types.precision(x_ND), preferred_element_type=jnp.float32)
   p_NE = jax.nn.softmax(logits_NE, axis=-1)
-  if taken_Nk is None:
-    weights_Nk, experts_Nk = jax.lax.top_k(p_NE, config.experts_per_token)
-  else:
-    experts_Nk = taken_Nk.astype(jnp.int32)
+  weights_Nk, experts_Nk = jax.lax.top_k(p_NE, config.experts_per_token)
+  if taken_Nk is not None:
+    experts_Nk = jnp.where(taken_Nk == free(taken_Nk.dtype), experts_Nk, taken_Nk.astype(jnp.int32))
     weights_Nk = jnp.take_along_axis(p_NE, experts_Nk, axis=1)
   if config.normalise_experts:
     weights_Nk = weights_Nk / jnp.sum(weights_Nk, axis=-1, keepdims=True)

@@ -65,7 +65,7 @@ class Block(nn.Module):
   def __call__(self, carry, rotations, seen: attention_lib.Seen, experts_BTLk):
     """Takes and returns (hidden states, cache or None, number of the layer); `rotations` are by kind of layer.
 
-    Tokens take the experts of `experts_BTLk`, or where it is None those that the router picks.
+    Tokens take the experts of `experts_BTLk`, see `Transformer`.
     """
     x_BTD, cache, layer = carry
     x_BTD = jax.ad_checkpoint.checkpoint_name(x_BTD, READ)
@@ -104,8 +104,8 @@ class Block(nn.Module):
       taken_BTk = None
       if experts_BTLk is not None:
         taken_BTk = jax.lax.dynamic_index_in_dim(experts_BTLk, layer, axis=2, keepdims=False)
-      elif cache is not None and cache.experts_LBKSH is not None:
-        taken_BTk = experts.choose(x_BTD, router, c)
+      if cache is not None and cache.experts_LBKSH is not None:
+        taken_BTk = experts.choose(x_BTD, router, c, taken_BTk)
         cache = kv_cache.with_experts(cache, layer, taken_BTk)
       how: dict[str, Any] = {'config': c, 'act': act, 'kernel': self.experts, 'taken_BTk': taken_BTk}
       return experts.feed_forward(x_BTD, router, gate, up, down, **how), cache

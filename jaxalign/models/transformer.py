@@ -114,7 +114,8 @@ class Transformer(nn.Module):
         last: they are not counted in its length.
       cache: None reads whole sequences; otherwise the tokens follow those in the cache, see `KVCache.mode`.
       branches_BT: int32, of the parts of a segment that share its beginning, see `attention.Seen`; without a cache.
-      experts_BTLk: the experts that tokens take in each layer, where that is not left to its router; without a cache.
+      experts_BTLk: the experts that tokens take in each layer, `experts.free` where its router chooses; None where all
+        routers do.
 
     Returns:
       Hidden states after the final norm, `[B, T, D]`; with a cache, these and the new cache.
@@ -136,8 +137,9 @@ class Transformer(nn.Module):
     if self.apart:
       caches: Any = cache or [None] * c.num_layers
       found = []
-      for block, own in zip(self._layers(), caches, strict=True):
-        x_BTD, own, _ = block((x_BTD, own, 0), rotations, seen, None)
+      for i, (block, own) in enumerate(zip(self._layers(), caches, strict=True)):
+        taken_BT1k = None if experts_BTLk is None else experts_BTLk[:, :, i : i + 1]
+        x_BTD, own, _ = block((x_BTD, own, 0), rotations, seen, taken_BT1k)
         found.append(own)
       cache = cache and tuple(found)
     else:
