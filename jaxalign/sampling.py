@@ -151,17 +151,13 @@ def sample(
   Raises:
     UsageError: a number has no meaning, or a guide has another vocabulary.
   """
-  told = {
-      'cache_dtype': cache_dtype,
-      'told_at': told_at,
-      'keeps_experts': keep_experts and model.config.num_experts > 0,
-  }
+  told = cache_dtype, told_at, keep_experts and model.config.num_experts > 0
   program, models_params, guides_prompts = _opened(model, params, stop_ids, guidance, told, rules, rule)
   if not prompts:
     return []
   read = [prompts, *(own or prompts for own in guides_prompts)]
   limits, key = _limits(max_new_tokens, len(prompts), n, rows), jax.random.key(seed)
-  requests, stop = requests or range(len(prompts)), stop or Stop((), lambda ids: '')
+  requests, stop = range(len(prompts)) if requests is None else requests, stop or Stop((), lambda ids: '')
   experts = experts if program.keeps_experts else None
   return _Run(program, models_params, read, experts, limits, requests, n, rows, key, stop, watch, between).all()
 
@@ -175,18 +171,20 @@ def _limits(max_new_tokens: int | Sequence[int], prompts: int, n: int, rows: int
   return found
 
 
-def _opened(model, params, stop_ids, guidance: Guidance | None, told: dict[str, Any], rules, rule) -> tuple:
+def _opened(
+    model, params, stop_ids, guidance: Guidance | None, told: tuple[str | None, float, bool], rules, rule
+) -> tuple:
   """The program, parameters of each model, and the prompts of the guides; see `sample`."""
   rule = choosing.Rule(**rule)
   rule.check()
-  check_cache_dtype(told['cache_dtype'])
+  check_cache_dtype(told[0])
   guidance = guidance or Guidance(None)
   models = (model, *(guide.model for guide in guidance.guides))
   sizes = {one.config.vocab_size for one in models}
   if len(sizes) > 1:
     raise types.UsageError(f'models that guide each other have one vocabulary; these have {sorted(sizes)} tokens')
   models = tuple(map(prepared, models))
-  program = decoding.Program(models, rule, tuple(stop_ids), guidance.process, **told)
+  program = decoding.Program(models, rule, tuple(stop_ids), guidance.process, *told)
   params_of: list[types.PyTree] = [decoding.prepare(models[0], params, as_pairs(rules))]
   for its_model, guide in zip(models[1:], guidance.guides, strict=True):
     # The policy may guide itself, behind another prompt.
