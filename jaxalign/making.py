@@ -129,7 +129,7 @@ class Maker:
     outputs = max(1, (models.critic or models.policy).config.score_outputs)
     # Of one response of one token, shapes do not tell.
     self._of_responses, _ = options.credit.names(options.samples, self._judge.weights_R.size, outputs)
-    self._wanted = wanted(options)
+    self._wanted, self._replays = wanted(options), options.replays(models.policy.config)
     self._run = jax.jit(annotate_fn(options, models), out_shardings=sharding.named(mesh))
     self._seconds: dict[str, float] = {}  # of the rollout in the making, by what they were spent on
 
@@ -242,7 +242,7 @@ class Maker:
         {},
         [environments.sampled_of(one) for one in own] if options.world is not None else None,
         drawn.version,
-        [one.experts for one in own] if options.replay_experts else None,
+        [one.experts for one in own] if self._replays else None,
     )
 
   def _spent(self, what: str, start: float) -> float:
@@ -319,7 +319,7 @@ class Maker:
     stop_ids = self._stop_ids(verdicts.are_chats(asked))
 
     # Of what is trained on, and no more.
-    replays = options.replay_experts and model is self._models.policy and temperature is None
+    replays = self._replays and model is self._models.policy and temperature is None
 
     def draw(prompts: list[list[int]], n: int, turn: int, experts=None) -> list[sampling.Sampled]:
       return sampling.sample(

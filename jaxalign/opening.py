@@ -38,15 +38,12 @@ def open_model(
   merged into its parameters.
 
   Raises:
-    UsageError: the tokenizer has more ids than the model's vocabulary, or the source another head that scores, or no
-      experts that rollouts could replay.
+    UsageError: the tokenizer has more ids than the model's vocabulary, or the source another head that scores.
     RunError: a file of the model is missing or corrupt.
   """
   config, read = _source(job, recipe)
   _check_vocabulary(config, tokenizer, job)
   _check_scores(config, recipe, job)
-  if recipe.rollouts is not None:
-    recipe.rollouts.check_model(config)
   adapter = _open_adapter(job, recipe, config)
   model = transformer.build(
       dataclasses.replace(config, score_outputs=recipe.score_outputs, score_bias=recipe.score_bias),

@@ -168,7 +168,7 @@ def _abstract(job, recipe, tokenizer, optimizer: optim.Optimizer, batch, needs: 
     critic = transformer.abstract_params(critic_model, mesh, recipe.critic_rules)
     trained = trained | {forward.CRITIC: lora.split(critic)[0] if critic_model.lora is not None else critic}
   own, ref, options = None, {}, recipe.rollouts
-  if options is not None and options.replay_experts:
+  if options is not None and options.replays(model.config):
     batch = batch.replace(experts_BTLk=experts.shape_of(model.config, batch.inputs_BT.shape))
   compared = needs.reference or (options is not None and bool(options.credit.reads & credit_lib.OF_REFERENCE))
   if compared and (options is not None or streams_lib.is_live(recipe, needs)):

@@ -179,10 +179,11 @@ class Options:
     named = {name: getattr(self, name) for name in ('top_k', 'top_p', 'min_p', 'cache_dtype', 'rows')}
     return named | {'stop': stop}
 
-  def check_model(self, config: architecture.Config) -> None:
-    """Raises UsageError where the policy lacks what is asked of it."""
-    if self.replay_experts and not config.num_experts:
+  def replays(self, policy: architecture.Config) -> bool:
+    """Whether experts are replayed; UsageError where they are to be, and the policy has none."""
+    if self.replay_experts and not policy.num_experts:
       raise types.UsageError('rollouts.Options.replay_experts = True: the model has no experts; leave it out')
+    return self.replay_experts
 
   @property
   def longest(self) -> int:

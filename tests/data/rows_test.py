@@ -145,6 +145,7 @@ class _Spy:
   def __init__(self, joined, read):
     self._joined, self._read = joined, read
     self.group_size, self.label_names, self.token_label_names = joined.group_size, joined.label_names, ()
+    self.free = joined.free
 
   def __getitem__(self, index):
     self._read.append(index)
