@@ -4,8 +4,10 @@ No other module spells a mesh axis or a PartitionSpec: models name logical axes,
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import math
 import os
 import re
@@ -272,7 +274,8 @@ def start_distributed() -> None:
     if not re.fullmatch(r'.+:\d+', address):
       raise types.UsageError(f'COORDINATOR_ADDRESS={address}: write HOST:PORT, or auto')
     logging.info('process %d of %d, which meet at %s', index, count, address)
-    _join(address, count, index)
+    with _before_jax():
+      jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=_GONE)
   elif (
       address
       or len(env.get('TPU_WORKER_HOSTNAMES', '').split(',')) > 1
@@ -281,12 +284,15 @@ def start_distributed() -> None:
       or ('SLURM_STEP_NODELIST' in env and int(env.get('SLURM_NTASKS', '1')) > 1)
       or int(env.get('OMPI_COMM_WORLD_SIZE', '1')) > 1
   ):
-    _join()
+    with _before_jax():
+      jax.distributed.initialize(heartbeat_timeout_seconds=_GONE)
 
 
-def _join(address: str | None = None, count: int | None = None, index: int | None = None) -> None:
+@contextlib.contextmanager
+def _before_jax() -> Iterator[None]:
+  """Says what to do where processes cannot meet as JAX is in use."""
   try:
-    jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=_GONE)
+    yield
   except RuntimeError as err:
     if 'must be called before any JAX calls' not in str(err):
       raise
