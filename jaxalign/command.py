@@ -96,6 +96,11 @@ def check_mode(args: flags.FlagValues) -> None:
       raise types.UsageError(f'--mode={mode} does not read --{name}{_INSTEAD.get(name, "")}')
 
 
+def bindings(args: flags.FlagValues) -> list[str]:
+  """The gin bindings of a run: those of `--gin`, then those of flags that have some."""
+  return [*args.gin, *lora_bindings(args.lora), *reward_bindings(args), *loop_bindings(args)]
+
+
 def reward_bindings(args: flags.FlagValues, options: str = 'rollouts.Options') -> list[str]:
   """The gin bindings of `--reward`, `--environment` and `--combine`, for rollouts or other options.
 
@@ -104,10 +109,10 @@ def reward_bindings(args: flags.FlagValues, options: str = 'rollouts.Options') -
   """
   for spec in args.reward:
     functions.parse(spec)
-  bindings = [f'{options}.environment = {args.environment!r}'] if args.environment else []
+  found = [f'{options}.environment = {args.environment!r}'] if args.environment else []
   if args.reward or args.environment:  # which rewards of its own, so that those of the data are not wanted
-    bindings.append(f'{options}.rewards = {tuple(args.reward)!r}')
-  return bindings + ([f'{options}.combine = {args.combine!r}'] if args['combine'].present else [])
+    found.append(f'{options}.rewards = {tuple(args.reward)!r}')
+  return found + ([f'{options}.combine = {args.combine!r}'] if args['combine'].present else [])
 
 
 def loop_bindings(args: flags.FlagValues) -> list[str]:
@@ -117,8 +122,8 @@ def loop_bindings(args: flags.FlagValues) -> list[str]:
     UsageError: `--profile` names no steps.
   """
   often = ('steps', 'log_every', 'eval_every', 'save_every')
-  bindings = [f'loop.Options.{flag} = {args[flag].value}' for flag in often if args[flag].value is not None]
-  return bindings + ([f'loop.Options.profile = {profiling.parse(args.profile)}'] if args.profile else [])
+  found = [f'loop.Options.{flag} = {args[flag].value}' for flag in often if args[flag].value is not None]
+  return found + ([f'loop.Options.profile = {profiling.parse(args.profile)}'] if args.profile else [])
 
 
 def sampling_options(args: flags.FlagValues) -> respond.Options:
@@ -139,17 +144,17 @@ def lora_bindings(text: str) -> list[str]:
     UsageError: an item is no setting of `lora.Lora`, or has no such value.
   """
   fields = {field.name: field.type for field in dataclasses.fields(lora.Lora)}
-  bindings = ['recipe.Recipe.lora = @lora.Lora()'] if text else []
+  found = ['recipe.Recipe.lora = @lora.Lora()'] if text else []
   for item in filter(None, text.split(',')):
     name, _, value = item.partition(':')
     read = _LORA_VALUES.get(fields.get(name, ''))
     if read is None:
       raise types.UsageError(f'--lora={text}: {item!r} is not NAME:VALUE; the names are {", ".join(fields)}')
     try:
-      bindings.append(f'lora.Lora.{name} = {read(value)!r}')
+      found.append(f'lora.Lora.{name} = {read(value)!r}')
     except (ValueError, KeyError) as err:
       raise types.UsageError(f'--lora={text}: {value!r} is no value of {name}') from err
-  return bindings
+  return found
 
 
 def describe(intro: str) -> str:

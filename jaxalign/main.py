@@ -26,6 +26,11 @@ import re
 import sys
 from typing import Any
 
+if __name__ == '__main__':  # Before what takes long to import: the process may begin anew.
+  from jaxalign import pages
+
+  pages.begin_with_huge()
+
 from absl import flags
 from absl import logging
 import jax
@@ -71,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise
     terminal.leave(_fail(f'another process of this job is gone, as its log may tell; resume all ({err})', _AGAIN))
   except TypeError as err:
-    problem = config.unbound(err)
-    if not problem:
+    if not (problem := config.unbound(err)):
       raise
     return _fail(problem, 2)
   except FloatingPointError as err:
@@ -109,8 +113,7 @@ def _configure(args: flags.FlagValues) -> recipe_lib.Recipe:
   if args.algo is None:
     raise types.UsageError(f'--algo is needed: {", ".join(catalog.algorithms())} (--list describes them)')
   catalog.check_algorithm(args.algo)
-  bindings = [*args.gin, *command.lora_bindings(args.lora), *command.reward_bindings(args)]
-  bindings += command.loop_bindings(args)
+  bindings = command.bindings(args)
   parse = lambda files: config.parse(args.algo, files=files, user_files=args.gin_file, bindings=bindings)
   files = catalog.own_files('models', [args.model or recipe_lib.DEFAULT_MODEL])
   parse(files)
@@ -155,9 +158,7 @@ def _scorings(rewards: Sequence[str]) -> dict[str, modelled.Scoring]:
   return found
 
 
-def _job(
-    args: flags.FlagValues, defaults: Mapping[str, Any], devices: list[jax.Device] | None = None
-) -> recipe_lib.Job:
+def _job(args: flags.FlagValues, defaults: Mapping[str, Any], devices: list[Any] | None = None) -> recipe_lib.Job:
   """What the flags say, and `defaults` (data of the recipe, the run.json of a checkpoint) where they say nothing."""
   algo = args.algo or defaults.get('algo', '')
   there = {} if devices is None else {'devices': devices}

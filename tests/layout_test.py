@@ -22,7 +22,7 @@ IGNORED = {'build', 'dist', 'runs', 'jaxalign.egg-info'}
 # Modules and packages, lowest first; each imports from rows below its own, and packages within themselves.
 ROWS = (
     ('types',),
-    ('compiling', 'masked', 'moments', 'storage'),
+    ('compiling', 'masked', 'moments', 'pages', 'storage'),
     ('losses', 'profiling', 'sharding'),
     ('advantages', 'buckets', 'data', 'hlo', 'topology', 'metrics', 'models', 'optim', 'rewards', 'tracing', 'vocab'),
     ('candidates', 'choosing', 'collapse', 'divergence', 'held_out', 'logps', 'returns'),

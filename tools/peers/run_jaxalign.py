@@ -11,6 +11,12 @@ import time
 from typing import Any
 
 import common
+
+from jaxalign import pages
+
+if __name__ == '__main__':  # As `python -m jaxalign.main` does.
+  pages.begin_with_huge()
+
 import jax
 import numpy as np
 
