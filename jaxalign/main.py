@@ -208,7 +208,7 @@ def _train(args: flags.FlagValues) -> None:
     _check_judged(args, args.data or recipe.data)
   _start(args)
   job = _job(args, _of(recipe))
-  if args.profile:
+  if config.is_users('loop.Options.profile'):
     profiling.folder(job.workdir)
   bindings = config.bindings()
   summary = resume.finished(job, bindings, config.query('loop.Options.steps'))

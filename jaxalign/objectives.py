@@ -219,16 +219,8 @@ def process(*, model: transformer.Transformer, loss_fn: tracing.LossFn, needs: t
   return Objective(forward.scores_fn(model), loss, needs.whole_step)
 
 
-def rewards(params, batch: types.Batch, *, model: transformer.Transformer, key=None) -> jax.Array:
-  """Scores `[G, K]` of the responses, float32: the one output of the head where the mask marks their last token.
-
-  Raises:
-    UsageError: the head has several outputs.
-  """
-  return _rewards(forward.scores(params, batch, model=model, key=key), batch)
-
-
 def _rewards(scores_BTO, batch: types.Batch) -> jax.Array:
+  """Scores `[G, K]` of the responses, float32: the one output of the head where the mask marks their last token."""
   if scores_BTO.shape[-1] != 1:
     raise types.UsageError(f'recipe.Recipe.score_outputs = {scores_BTO.shape[-1]}: a reward is one number')
   return masked.totals(scores_BTO[..., 0], batch)

@@ -101,7 +101,7 @@ class Options:
     roles = [role for role in self.roles if role != guidance.SHOWN] + ['value'] * self.has_value
     if (guidance.SHOWN in self.roles) != (self.prompt_fn is not None):
       raise types.UsageError(f'steering.Options.prompt_fn: it goes with a process that reads `{guidance.SHOWN}`')
-    if len(self.guides) != len(roles):
+    if len(self.guides) != len(roles) or not all(self.guides):
       given = ', '.join(self.guides) or 'none'
       wanted = f'one --guide=DIR for each of {" and ".join(roles)}, in this order' if roles else 'no --guide'
       raise types.UsageError(f'--guide: {wanted} is wanted; given: {given}')

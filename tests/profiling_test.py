@@ -97,9 +97,14 @@ class TestRun:
     assert any('PjitFunction(step)' in name or 'jit_step' in name for name in names), sorted(names)[:50]
 
   @pytest.mark.parametrize(
-      'flag,said', [('--profile=2:9', 'the run has 3 steps'), ('--workdir=gs://bucket/run', 'writes to a disk')]
+      'given,said',
+      [
+          (['--profile=2:9'], 'the run has 3 steps'),
+          (['--profile=2:3', '--workdir=gs://bucket/run'], 'writes to a disk'),
+          (['--gin=loop.Options.profile=(2, 3)', '--workdir=gs://bucket/run'], 'writes to a disk'),
+      ],
   )
-  def test_is_refused_before_anything_is_read(self, folder, tmp_path, capsys, flag, said):
-    assert main.main(runs.flags(folder, tmp_path / 'run', '--profile=2:3', flag, steps=3)) == 2
+  def test_is_refused_before_anything_is_read(self, folder, tmp_path, capsys, given, said):
+    assert main.main(runs.flags(folder, tmp_path / 'run', *given, steps=3)) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / 'run').exists()

@@ -283,6 +283,7 @@ class TestRefuses:
       [
           (['--decode=dara'], '--decode=dara: unknown method; there are best_of_n, cd, .*did you mean'),
           (['--decode=dera'], '--guide: one --guide=DIR for each of aligned, in this order is wanted; given: none'),
+          (['--decode=dera', '--guide='], 'for each of aligned, in this order is wanted; given: none'),
           (['--decode=proxy', '--guide={aligned}'], 'for each of tuned and base, in this order is wanted; given: /'),
           (['--decode=vote', '--guide={aligned}'], '--guide: no --guide is wanted'),
           (['--decode=best_of_n'], '--reward: candidates are chosen by it; give --reward=MODULE:FUNCTION'),

@@ -3,7 +3,7 @@
 A cache is a folder `CACHE_DIR/KEY` with three files:
 
   groups.arrayrecord   one group per entry, in the order of the source
-  index.npz            lengths_NK, trained_NK, keys_NK, shared_N, places_N
+  index.npz            lengths_NK, keys_NK, shared_N, places_N
   meta.json            counts, label names, sizes; written last
 
 `token_cache` makes it.
@@ -37,7 +37,6 @@ class Dataset:
 
   Attributes:
     lengths_NK: int32, token slots of each sequence (its tokens less one), 0 where a group has fewer than K.
-    trained_NK: int32, how many of them count.
     keys_NK: uint64, a hash of each sequence's ids and mask, the same wherever the sequence occurs.
     shared_N: int32, leading token slots that all sequences of a group have in common, see `examples.shared_slots`.
     group_size: K, the most sequences of a group.
@@ -61,7 +60,7 @@ class Dataset:
       if any(os.path.getsize(os.path.join(directory, name)) != size for name, size in meta['sizes'].items()):
         raise Damaged('a file has another size than was written')
       with np.load(os.path.join(directory, INDEX)) as index:
-        self.lengths_NK, self.trained_NK, self.keys_NK = (index[f'{n}_NK'] for n in ('lengths', 'trained', 'keys'))
+        self.lengths_NK, self.keys_NK = index['lengths_NK'], index['keys_NK']
         self.shared_N, self._places = index['shared_N'], index['places_N']
       self._groups = array_record_data_source.ArrayRecordDataSource(os.path.join(directory, GROUPS))
       if len(self._groups) != len(self._places):

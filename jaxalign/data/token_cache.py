@@ -116,7 +116,7 @@ def _write(
   """Writes the three files of a cache into the folder `scratch`."""
   report: dict[str, Any] = {'records': len(source), 'kept': 0, 'truncated': 0, 'bad': 0, 'dropped': {}}
   # Flat arrays, since lists of a million groups would take a gigabyte.
-  lengths, trained, keys, places, sizes, shared = (array.array(code) for code in 'iiQqii')
+  lengths, keys, places, sizes, shared = (array.array(code) for code in 'iQqii')
   every: set[str] = set()
   common: tuple[set[str], set[str]] = set(), set()
   path = os.path.join(scratch, dataset_lib.GROUPS)
@@ -130,7 +130,6 @@ def _write(
         write(_pack(group))
         sizes.append(len(group.sequences))
         lengths.extend(len(s.ids) - 1 for s in group.sequences)
-        trained.extend(int(np.count_nonzero(s.mask[1:])) for s in group.sequences)
         keys.extend(_key(s) for s in group.sequences)
         places.append(int(source.places[index]))
         shared.append(examples.shared_slots(group.sequences))
@@ -147,7 +146,6 @@ def _write(
   np.savez(
       os.path.join(scratch, dataset_lib.INDEX),
       lengths_NK=_table(np.array(lengths, np.int32), sizes),
-      trained_NK=_table(np.array(trained, np.int32), sizes),
       keys_NK=_table(np.array(keys, np.uint64), sizes),
       shared_N=np.array(shared, np.int32),
       places_N=np.array(places, np.int64),

@@ -72,10 +72,9 @@ class TestBuild:
     assert data.token_label_names == ('step',)
     assert [s.labels['step'].tolist() for s in data[0].sequences] == [[1, 0], [0, 1, 0.5]]
 
-  def test_indexes_slots_and_trained_tokens(self, token_dataset):
+  def test_indexes_slots(self, token_dataset):
     data = token_dataset(_RECORDS)
     np.testing.assert_array_equal(data.lengths_NK, [[3, 4], [2, 1], [3, 3]])
-    np.testing.assert_array_equal(data.trained_NK, [[2, 3], [2, 1], [2, 2]])
 
   def test_keys_follow_ids_and_mask(self, token_dataset):
     same = token_dataset(_RECORDS).keys_NK
@@ -259,7 +258,6 @@ class TestBuild:
     short = {'ids': [[1, 2, 3]], 'prompt': 1, 'margin': 0.0}
     data = build(write_jsonl([_RECORDS[0], short]))
     np.testing.assert_array_equal(data.lengths_NK, [[3, 4], [2, 0]])
-    np.testing.assert_array_equal(data.trained_NK, [[2, 3], [2, 0]])
     assert len(data[1].sequences) == 1
 
   def test_several_groups_of_a_record_are_as_many(self, build, write_jsonl):

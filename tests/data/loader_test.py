@@ -358,7 +358,7 @@ batches.close()
 read = []
 def extra(record, slot):
   read.append((record, slot))
-  return np.zeros(data.trained_NK[record, slot])
+  return np.zeros(np.count_nonzero(data[record].sequences[slot].mask[1:]))
 
 counted = opened.with_extra(extra)
 assert len(list(counted.ordered(range(len(data))))) > 1
