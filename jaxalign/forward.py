@@ -59,6 +59,7 @@ def _of_targets(
       dense=tuple(dense),
       softcap=model.config.final_softcap,
       temperature=temperature,
+      kept_bytes=model.kept_logits << 20,
   )
 
 

@@ -21,6 +21,7 @@ DENSE = ('correct', 'mean_logit', 'sharpness', 'entropy')
 class _Static(NamedTuple):
   output: vocab.Output
   dense: tuple[str, ...]
+  kept_bytes: int
 
 
 def token_stats(
@@ -34,6 +35,7 @@ def token_stats(
     dense: tuple[str, ...] = (),
     softcap: float = 0.0,
     temperature: float = 1.0,
+    kept_bytes: int = 0,
 ) -> dict[str, jax.Array]:
   """Log-probability of each target, and dense statistics of its distribution.
 
@@ -52,6 +54,7 @@ def token_stats(
       vocabulary) and 'sharpness' (log sum_v p_v^2). Entropy is differentiable, the others are not.
     softcap: c of c tanh(logit / c); 0 for none.
     temperature: of the distributions.
+    kept_bytes: of logits, a device, that the backward pass finds; it computes the others again.
 
   Returns:
     `logps` and each of `dense`, float32 `[B, T]`.
@@ -60,31 +63,33 @@ def token_stats(
   if unknown:
     raise ValueError(f'unknown dense statistics {sorted(unknown)}; there are {DENSE}')
   output = vocab.Output(vocab_size, chunk, softcap, temperature)
-  static = _Static(output, tuple(name for name in DENSE if name in dense))
+  static = _Static(output, tuple(name for name in DENSE if name in dense), kept_bytes)
   return _token_stats(static, hidden_BTD, head_DV.astype(hidden_BTD.dtype), targets_BT, mask_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_stats(static, hidden_BTD, head_DV, targets_BT, mask_BT):
-  return _forward(static, hidden_BTD, head_DV, targets_BT, mask_BT)[0]
+  return _forward(static._replace(kept_bytes=0), hidden_BTD, head_DV, targets_BT, mask_BT)[0]
 
 
 def _forward(static, hidden_BTD, head_DV, targets_BT, mask_BT):
-  """All statistics, and what the backward pass keeps: no more than `[B, T]` beside the inputs."""
+  """All statistics, and what the backward pass keeps: `[B, T]` beside the inputs, and the logits that are to be."""
   names = ('logps', 'normaliser', *static.dense)
-  run = vocab.sharded(functools.partial(_forward_local, static), 'htym', ('y',) * len(names))
-  stats = dict(zip(names, run(hidden_BTD, head_DV, targets_BT, mask_BT)))
-  normaliser_BT = stats.pop('normaliser')
-  return stats, (hidden_BTD, head_DV, targets_BT, mask_BT, normaliser_BT, stats.get('entropy'))
+  kept = ('logits',) if static.kept_bytes else ()
+  run = vocab.sharded(functools.partial(_forward_local, static), 'htym', ('y',) * len(names) + ('l',) * len(kept))
+  stats = dict(zip(names + kept, run(hidden_BTD, head_DV, targets_BT, mask_BT)))
+  normaliser_BT, *logits = (stats.pop(name) for name in ('normaliser', *kept))
+  return stats, (hidden_BTD, head_DV, targets_BT, mask_BT, normaliser_BT, stats.get('entropy'), logits)
 
 
 def _backward(static, kept, cotangents):
-  hidden_BTD, head_DV, targets_BT, mask_BT, normaliser_BT, entropy_BT = kept
+  hidden_BTD, head_DV, targets_BT, mask_BT, normaliser_BT, entropy_BT, logits = kept
   if entropy_BT is None:
     entropy_BT, entropy_cotangent_BT = jnp.zeros_like(normaliser_BT), jnp.zeros_like(normaliser_BT)
   else:
     entropy_cotangent_BT = cotangents['entropy']
-  d_hidden, d_head = vocab.sharded(functools.partial(_backward_local, static), 'htyyyyym', ('h', 't'))(
+  kinds = 'htyyyyym' + 'l' * len(logits)
+  d_hidden, d_head = vocab.sharded(functools.partial(_backward_local, static), kinds, ('h', 't'))(
       hidden_BTD,
       head_DV,
       targets_BT,
@@ -93,6 +98,7 @@ def _backward(static, kept, cotangents):
       cotangents['logps'],
       entropy_cotangent_BT,
       mask_BT,
+      *logits,
   )
   return d_hidden, d_head, None, None
 
@@ -111,24 +117,36 @@ def _forward_in_blocks(static, axes, block, hidden, head, targets, mask):
   hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
   index, chunks = vocab.chunks(axes, mask, chunk)
 
-  def of_block(sums, _, part, ids):
-    def of_chunk(i, sums):
+  def of_block(carry, start, part, ids):
+    def of_chunk(is_kept, i, carry):
+      sums, kept = carry
       at = (i * chunk,)
       rows = jax.lax.dynamic_slice(index, at, (chunk,))
-      logits = vocab.logits(static.output, vocab.take(hidden, rows), part, ids)
+      logits = vocab.unmasked_logits(static.output, vocab.take(hidden, rows), part)
+      if is_kept:
+        kept = jax.lax.dynamic_update_slice(kept, logits, (*at, start))
       is_target = ids == vocab.take(targets, rows)[:, None]
       old = {name: jax.lax.dynamic_slice(x, at, (chunk,)) for name, x in sums.items()}
-      new = _added(old, logits, is_target)
-      return {name: jax.lax.dynamic_update_slice(x, new[name], at) for name, x in sums.items()}
+      new = _added(old, vocab.masked(static.output, logits, ids), is_target)
+      return {name: jax.lax.dynamic_update_slice(x, new[name], at) for name, x in sums.items()}, kept
 
-    return jax.lax.fori_loop(0, chunks, of_chunk, sums)
+    return vocab.loop(chunks, most_kept, index.size // chunk, of_chunk, carry)
 
+  most_kept = _kept_chunks(static, index.size // chunk, chunk * head.shape[1])
   nothing = {name: jnp.zeros(index.size, jnp.float32) for name in _sums(static.dense)}
   nothing['top'] += vocab.MASKED_LOGIT
-  sums = vocab.fold(of_block, nothing, head, vocab.columns(axes, head.shape[1]), block)
+  none_kept = jnp.zeros((most_kept * chunk, head.shape[1]), jnp.float32)
+  carry = nothing, none_kept
+  sums, kept = vocab.fold(of_block, carry, head, vocab.columns(axes, head.shape[1]), block)
   found = _of_sums(static, _everywhere(axes, sums))
   zeros = jnp.zeros(targets.size, jnp.float32)
-  return tuple(zeros.at[index].set(x, mode='drop').reshape(shape) for x in found)
+  stats = tuple(zeros.at[index].set(x, mode='drop').reshape(shape) for x in found)
+  return (*stats, kept) if static.kept_bytes else stats
+
+
+def _kept_chunks(static, chunks: int, size: int) -> int:
+  """How many of a device's chunks, each with logits of this size, are kept."""
+  return min(chunks, static.kept_bytes // (4 * size))
 
 
 # What is summed up over the vocabulary, in words of l = logit - top. Differences to the largest logit lose nothing
@@ -195,18 +213,24 @@ def _backward_local(static, axes, hidden, head, *rest):
   return vocab.in_blocks(local, head.shape[1], hidden, head, *rest)
 
 
-def _backward_in_blocks(static, axes, block, hidden, head, targets, normaliser, entropy, d_logps, d_entropy, mask):
+def _backward_in_blocks(
+    static, axes, block, hidden, head, targets, normaliser, entropy, d_logps, d_entropy, mask, *kept
+):
   shape, chunk = hidden.shape, min(static.output.chunk, targets.size)
   hidden = hidden.reshape(-1, shape[-1])
   per_token = [x.reshape(-1) for x in (targets, normaliser, entropy, d_logps, d_entropy)]
   index, chunks = vocab.chunks(axes, mask, chunk)
 
-  def of_chunk(part, ids, several, i, carry):
+  def of_chunk(part, ids, start, several, is_kept, i, carry):
     d_hidden, d_part = carry
     rows = jax.lax.dynamic_slice(index, (i * chunk,), (chunk,))
     h = vocab.take(hidden, rows)
     y, z, ent, d_lp, d_ent = (vocab.take(x, rows) for x in per_token)
-    logits = vocab.logits(static.output, h, part, ids)
+    if is_kept:
+      logits = jax.lax.dynamic_slice(kept[0], (i * chunk, start), (chunk, part.shape[1]))
+    else:
+      logits = vocab.unmasked_logits(static.output, h, part)
+    logits = vocab.masked(static.output, logits, ids)
     is_target = ids == y[:, None]
     logp = logits - z[:, None]
     p = jnp.where(logits > vocab.MASKED_LOGIT, jnp.exp(logp), 0.0)
@@ -219,16 +243,19 @@ def _backward_in_blocks(static, axes, block, hidden, head, targets, normaliser, 
       d_h += jax.lax.dynamic_slice(d_hidden, (i * chunk, 0), d_h.shape)
     return jax.lax.dynamic_update_slice(d_hidden, d_h, (i * chunk, 0)), d_part + d_w
 
-  def of_block(carry, start, part, ids):
+  def of_block(first, carry, start, part, ids):
     d_hidden, d_head = carry
     several = part.shape[1] < d_head.shape[1]
     d_part = jax.lax.dynamic_slice_in_dim(d_head, start, part.shape[1], axis=1)
-    d_hidden, d_part = jax.lax.fori_loop(0, chunks, functools.partial(of_chunk, part, ids, several), (d_hidden, d_part))
+    body = functools.partial(of_chunk, part, ids, first + start, several)
+    d_hidden, d_part = vocab.loop(chunks, most_kept, index.size // chunk, body, (d_hidden, d_part))
     return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_part, start, axis=1)
 
-  def local(head, ids):
+  def local(start, head, ids):
     zeros = jnp.zeros((index.size, shape[-1]), jnp.float32), jnp.zeros(head.shape, jnp.float32)
-    return vocab.fold(of_block, zeros, head, ids, block)
+    return vocab.fold(functools.partial(of_block, start), zeros, head, ids, block)
+
+  most_kept = _kept_chunks(static, index.size // chunk, chunk * head.shape[1]) if kept else 0
 
   d_compact, d_head = vocab.gradients_in_parts(axes, local, (index.size, shape[-1]), head)
   d_hidden = jnp.zeros(hidden.shape, hidden.dtype).at[index].set(d_compact.astype(hidden.dtype), mode='drop')

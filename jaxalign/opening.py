@@ -50,6 +50,7 @@ def open_model(
       job.mesh,
       dtype=recipe.dtype,
       remat=recipe.remat,
+      kept_logits=recipe.kept_logits,
       attention=recipe.attention,
       experts=recipe.experts,
       lora=adapter.lora if adapter is not None else recipe.lora,

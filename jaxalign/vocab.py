@@ -50,7 +50,8 @@ class Output(NamedTuple):
 def sharded(local: Callable, ins: str, outs: tuple[str, ...]) -> Callable:
   """Runs `local(axes, ...)` on every device's shard; off a mesh, on the whole.
 
-  `ins` and `outs` spell the kind of each array: h hidden states, t the head, anything else one number per token.
+  `ins` and `outs` spell the kind of each array: h hidden states, t the head, l logits of compacted tokens, anything
+  else one number per token.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -58,7 +59,11 @@ def sharded(local: Callable, ins: str, outs: tuple[str, ...]) -> Callable:
   # A collective over an axis of one device is not always compiled away.
   split = lambda *names: tuple(a for name in names for a in sharding.axes_of(name) if mesh.shape[a] > 1)
   axes = Axes(split('batch', 'length'), split('vocab'), split('embed'))
-  kinds = {'h': sharding.spec('batch', 'length', None), 't': sharding.spec('embed', 'vocab')}
+  kinds = {
+      'h': sharding.spec('batch', 'length', None),
+      't': sharding.spec('embed', 'vocab'),
+      'l': jax.sharding.PartitionSpec(axes.tokens or None, axes.vocab or None),
+  }
   of = lambda kind: kinds.get(kind, sharding.spec('batch', 'length'))
   return jax.shard_map(
       functools.partial(local, axes),
@@ -83,6 +88,16 @@ def chunks(axes: Axes, mask, chunk: int):
   return index, -(-count // chunk)
 
 
+def loop(count, kept: int, most: int, body: Callable, carry):
+  """`body(is_kept, i, carry)` for `count` chunks, at most `most`, of which the logits of the first `kept` are."""
+  first = jnp.minimum(count, kept) if kept else 0
+  if kept:
+    carry = jax.lax.fori_loop(0, first, functools.partial(body, True), carry)
+  if kept < most:
+    carry = jax.lax.fori_loop(first, count, functools.partial(body, False), carry)
+  return carry
+
+
 def take(x, rows):
   """The rows of a chunk; 0 where an index is out of bounds."""
   return jnp.take(x, rows, axis=0, mode='fill', fill_value=0)
@@ -101,9 +116,18 @@ def columns(axes: Axes, width: int):
 
 def logits(output: Output, hidden, head, columns):
   """Float32 logits `[c, v]` of a chunk for these columns of the head, very low where they are padding."""
+  return masked(output, unmasked_logits(output, hidden, head), columns)
+
+
+def unmasked_logits(output: Output, hidden, head):
+  """Float32 logits `[c, v]` of a chunk for some columns of the head, whatever they are."""
   raw = soften(_product(hidden, head, (1, 0)), output.softcap)
-  raw = raw if output.temperature == 1 else raw / output.temperature
-  return jnp.where(columns < output.vocab_size, raw, MASKED_LOGIT)
+  return raw if output.temperature == 1 else raw / output.temperature
+
+
+def masked(output: Output, logits, columns):
+  """The logits, very low where the columns are padding."""
+  return jnp.where(columns < output.vocab_size, logits, MASKED_LOGIT)
 
 
 def in_blocks(local: Callable, width: int, *args):
@@ -171,7 +195,8 @@ def gradients_in_parts(axes: Axes, local: Callable, shape: tuple[int, int], head
 
   Args:
     axes: of the mesh.
-    local: (whole columns `[D, v]` of the head, their ids) -> float32 gradients of hidden states and of those columns.
+    local: (where they begin on this device, whole columns `[D, v]` of the head, their ids) -> float32 gradients of
+      hidden states and of those columns.
     shape: of the hidden states.
     head: this device's part.
   """
@@ -186,7 +211,7 @@ def gradients_in_parts(axes: Axes, local: Callable, shape: tuple[int, int], head
     part = head[:, at]
     if count > 1:  # Nothing is gathered before the columns to the left are done with.
       d_hidden, found, part = jax.lax.optimization_barrier((d_hidden, found, part))
-    of_part, d_part = gradients(axes, *local(whole(axes, part), ids[:, at]))
+    of_part, d_part = gradients(axes, *local(start, whole(axes, part), ids[:, at]))
     d_hidden, found = d_hidden + of_part, [*found, d_part]
   return d_hidden, jnp.concatenate(found, axis=1)
 

@@ -87,11 +87,11 @@ def _stats(data, mesh='', chunk=16, dense=DENSE):
     return jax.device_get(_jitted(vocab_size=VOCAB, chunk=chunk, dense=dense)(*data))
 
 
-def _gradients(data, weight_BT, entropy_weight_BT=None, mesh='', chunk=16):
+def _gradients(data, weight_BT, entropy_weight_BT=None, mesh='', chunk=16, **more):
   """Gradients of a weighted sum of log-probabilities (and entropies): (d hidden, d head)."""
   dense = () if entropy_weight_BT is None else ('entropy',)
   with _on(mesh):
-    fn = _jitted_gradients(vocab_size=VOCAB, chunk=chunk, dense=dense)
+    fn = _jitted_gradients(vocab_size=VOCAB, chunk=chunk, dense=dense, **more)
     return jax.device_get(fn(*data, weight_BT, entropy_weight_BT))
 
 
@@ -284,6 +284,40 @@ class TestTokenStats:
       _close(stats[name], gold[name], 1e-6)
     for got, want in zip(_gradients(data, *weights, mesh, chunk), _gold_gradients(*data, *weights), strict=True):
       _close(got, want, 1e-5)
+
+  # Some of a device's 3 to 20 chunks, and all. Half of 384 columns are 5 blocks of 39, the last of which begins within
+  # that before it.
+  @pytest.mark.parametrize('chunks', [2, 100])
+  @pytest.mark.parametrize('columns', ['whole', 'in blocks', 'in parts'])
+  @pytest.mark.parametrize('mesh', ['', 'fsdp:2,tensor:2,context:2', 'fsdp:8'])
+  def test_gradients_from_logits_that_were_kept_are_those_of_the_formula(self, mesh, columns, chunks, monkeypatch):
+    if columns == 'in blocks':
+      monkeypatch.setattr(vocab, '_CPU_BLOCK', 40)
+    elif columns == 'in parts':
+      monkeypatch.setattr(vocab, '_MOST', 1000)
+      monkeypatch.setattr(vocab, '_ALIGNED', 8)
+    _jitted_gradients.cache_clear()
+    data, weights, chunk = _data(), _weights(), 5
+    found = _gradients(data, *weights, mesh, chunk, kept_bytes=4 * chunks * chunk * V)
+    _jitted_gradients.cache_clear()
+    for got, want in zip(found, _gold_gradients(*data, *weights), strict=True):
+      _close(got, want, 1e-5)
+
+  # Forward 1; backward the product again, which logits that were kept spare, and one for each gradient.
+  @pytest.mark.parametrize('chunks, products', [(0, 1 + 3), (6, 1 + 2), (2, 2 * 1 + 2 + 3)])
+  def test_logits_that_were_kept_are_not_computed_again(self, chunks, products):
+    hidden_BTD, head_DV, targets_BT, mask_BT = _data()
+    kept = 4 * chunks * 16 * V
+
+    def total(hidden_BTD, head_DV):
+      options = {'vocab_size': VOCAB, 'chunk': 16, 'kept_bytes': kept}
+      return jnp.sum(logps.token_stats(hidden_BTD, head_DV, targets_BT, mask_BT, **options)['logps'])
+
+    gradient = jax.grad(total, argnums=(0, 1))
+    assert str(jax.make_jaxpr(gradient)(hidden_BTD, head_DV)).count('dot_general') == products
+    # Where nothing is differentiated nothing is kept.
+    assert _largest(total, hidden_BTD, head_DV) == 16 * V
+    assert _largest(gradient, hidden_BTD, head_DV) == 16 * V * max(1, chunks)
 
   def test_blocks_are_finite_where_logits_are_extreme(self, monkeypatch):
     monkeypatch.setattr(vocab, '_CPU_BLOCK', 100)

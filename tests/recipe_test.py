@@ -159,9 +159,17 @@ class TestOpenModel:
     with pytest.raises(types.UsageError, match='row_length = 65: the context of the model is 64'):
       open_model(make_job(), make_recipe(packing=loader.Packing(rows=8, row_length=65)))
 
+  @pytest.mark.parametrize('bound', [0, 7])
+  def test_keeps_as_many_logits_as_the_recipe_says(self, make_job, bound):
+    model, _, _ = open_model(make_job(), make_recipe(kept_logits=bound))
+    assert model.kept_logits == bound
+    with pytest.raises(types.UsageError, match='kept_logits = -1: it is a number of MiB'):
+      open_model(make_job(), make_recipe(kept_logits=-1))
+
   def test_takes_the_precision_of_the_recipe_and_keeps_weights_in_float32(self, make_job):
     model, params, _ = open_model(make_job(), make_recipe(dtype='bfloat16', remat='full', attention='xla'))
     assert (model.dtype, model.remat, model.attention) == (np.dtype('bfloat16'), 'full', 'xla')
+    assert model.kept_logits == 192  # of CPUs
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype('float32')}
 
 

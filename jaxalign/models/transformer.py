@@ -72,6 +72,7 @@ class Transformer(nn.Module):
     config: sizes.
     dtype: of the computation; parameters are float32, but for a frozen base (`lora.Lora.base`).
     remat: a key of REMAT.
+    kept_logits: MiB a device of those that the backward pass finds, and does not compute again.
     attention: one of `attention.KERNELS`, for whole sequences; behind what is in a cache attention is dense.
     experts: one of `grouped.KERNELS`.
     lora: what is adapted, None for nothing; with dropout `apply` takes `rngs={'dropout': key}`.
@@ -82,6 +83,7 @@ class Transformer(nn.Module):
   config: architecture.Config
   dtype: Any = jnp.float32
   remat: str = 'none'
+  kept_logits: int = 0
   attention: str = 'xla'
   experts: str = 'ragged_dot'
   lora: lora_lib.Lora | None = None
@@ -206,11 +208,11 @@ def scores(params: types.PyTree, hidden_BTD: types.Array) -> types.Array:
 
 
 def for_rows(
-    model: Transformer, mesh: jax.sharding.Mesh, length: int, *, dtype: str | None = None, **kernels: str | None
+    model: Transformer, mesh: jax.sharding.Mesh, length: int, *, dtype: str | None = None, **kernels: Any
 ) -> Transformer:
   """The same model for rows of `length` tokens, computing in `dtype` (None: its own) by kernels as `build` has them."""
-  dtype = dtype or model.dtype.name
-  return build(model.config, mesh, dtype=dtype, remat=model.remat, lora=model.lora, length=length, **kernels)
+  own: dict[str, Any] = {name: getattr(model, name) for name in ('remat', 'kept_logits', 'lora')}
+  return build(model.config, mesh, dtype=dtype or model.dtype.name, length=length, **own, **kernels)
 
 
 def build(
@@ -219,6 +221,7 @@ def build(
     *,
     dtype: jax.typing.DTypeLike = 'float32',
     remat: str = 'none',
+    kept_logits: int | None = None,
     attention: str | None = None,
     experts: str | None = None,
     lora: lora_lib.Lora | None = None,
@@ -231,6 +234,8 @@ def build(
     mesh: see `attention.pick`.
     dtype: of the computation.
     remat: a key of REMAT.
+    kept_logits: MiB a device, see `Transformer`; None for 192 on CPUs, where the product with the head takes longer
+      than memory does, and 0 elsewhere.
     attention: one of `attention.KERNELS`; None picks it.
     experts: one of `grouped.KERNELS`; None picks it.
     lora: what is adapted, None for nothing.
@@ -243,6 +248,10 @@ def build(
     raise types.UsageError(f'recipe.Recipe.remat = {remat!r}: it is one of {", ".join(REMAT)}')
   if remat == 'offload':
     sharding.check_memory(mesh, 'pinned_host', 'recipe.Recipe.remat')
+  if kept_logits is None:
+    kept_logits = _KEPT.get(sharding.platform_of(mesh), 0)
+  if kept_logits < 0:
+    raise types.UsageError(f'recipe.Recipe.kept_logits = {kept_logits}: it is a number of MiB, 0 for none')
   if dtype not in DTYPES:
     raise types.UsageError(f'recipe.Recipe.dtype = {dtype!r}: it is one of {", ".join(DTYPES)}')
   for what, kernel, known in (
@@ -268,7 +277,7 @@ def build(
   if config.num_experts:
     experts = experts or grouped.pick(mesh, dtype, inner=config.embed_dim, outer=config.mlp_dim)
   adapted = lora.of(config) if lora is not None else None
-  return Transformer(config, jnp.dtype(dtype), remat, name, experts or 'ragged_dot', adapted)
+  return Transformer(config, jnp.dtype(dtype), remat, kept_logits, name, experts or 'ragged_dot', adapted)
 
 
 def without_dropout(model: Transformer) -> Transformer:
@@ -283,6 +292,7 @@ def without_adapters(model: Transformer) -> Transformer:
 
 _ONE = np.zeros((1, 1), np.int32)  # a single token, which no kernel but XLA takes
 _PLATFORMS = {'splash': 'tpu', 'cudnn': 'gpu', 'megablox': 'tpu'}  # of kernels that run on one alone
+_KEPT = {'cpu': 192}  # MiB of logits, by platform
 _PLAIN: dict[str, Any] = {'attention': 'xla', 'experts': 'ragged_dot'}
 
 
