@@ -29,21 +29,26 @@ def hidden_states(
     batch: the micro-batch.
     model: what reads it.
     key: for its dropout.
-    replays: whether tokens take the experts that the batch names, of a model that has as many layers of them.
+    replays: whether tokens take the experts that the batch names, which are the policy's.
   """
   rngs = {} if key is None else {'dropout': key}
   tokens = batch.inputs_BT, batch.positions_BT, batch.segments_BT
-  named, c = batch.experts_BTLk, model.config
-  fits = named is not None and bool(c.num_experts) and named.shape[-2:] == (c.num_layers, c.experts_per_token)
-  experts_BTLk = named if replays and fits else None
+  experts_BTLk = batch.experts_BTLk if replays else None
   return model.apply({'params': params}, *tokens, branches_BT=batch.branches_BT, experts_BTLk=experts_BTLk, rngs=rngs)
 
 
 def target_stats(
-    params, batch: types.Batch, *, model: transformer.Transformer, dense=(), key=None, temperature: float = 1.0
+    params,
+    batch: types.Batch,
+    *,
+    model: transformer.Transformer,
+    dense=(),
+    key=None,
+    temperature: float = 1.0,
+    replays: bool = True,
 ) -> dict[str, jax.Array]:
   """Log-probabilities `logps` and dense statistics of the targets, `[B, T]` float32 (see `logps.token_stats`)."""
-  hidden_BTD = hidden_states(params, batch, model=model, key=key)
+  hidden_BTD = hidden_states(params, batch, model=model, key=key, replays=replays)
   return _of_targets(hidden_BTD, params, batch, batch.targets_BT, model, dense, temperature)
 
 
@@ -61,6 +66,12 @@ def _of_targets(
       temperature=temperature,
       kept_bytes=model.kept_logits << 20,
   )
+
+
+def _critic_logps(params, batch: types.Batch, *, model: transformer.Transformer, policy, temperature: float):
+  """Those of a critic without a head, whose tokens take the policy's experts where it is of the policy's shape."""
+  replays = model.config == policy.config
+  return target_stats(params, batch, model=model, temperature=temperature, replays=replays)['logps']
 
 
 def ref_logps(params, batch: types.Batch, *, model: transformer.Transformer) -> jax.Array:
@@ -118,7 +129,7 @@ def annotations(
     if ref_model is not None:
       found['ref_logps'] = target_stats(ref, micro, model=ref_model, temperature=temperature)['logps']
     if critic_model is not None and not critic_model.config.score_outputs:
-      found['critic_logps'] = target_stats(critic, micro, model=critic_model, temperature=temperature)['logps']
+      found['critic_logps'] = _critic_logps(critic, micro, model=critic_model, policy=model, temperature=temperature)
     elif critic_model is not None:
       found |= by_output(scores(critic, micro, model=critic_model))
     elif model.config.score_outputs:
@@ -185,7 +196,8 @@ def targets_fn(
       own = critic is None
       found['scores'] = transformer.scores(policy, hidden_BTD) if own else of_critic(scores, critic, frozen, batch)
     if reads('policy.critic_logps_BT'):
-      found['critic_logps'] = of_critic(target_stats, critic, frozen, batch, temperature=temperature)['logps']
+      how = {'policy': model, 'temperature': temperature}
+      found['critic_logps'] = of_critic(_critic_logps, critic, frozen, batch, **how)
     if reads('policy.rival_logps_BT'):
       rivals_BT = _rivals(hidden_BTD, policy, batch, model, key, among)
       found['rival_logps'] = _of_targets(hidden_BTD, policy, batch, rivals_BT, model)['logps']

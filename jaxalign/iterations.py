@@ -164,7 +164,7 @@ class Iterations:
       drawn = _parsed(path, making.Drawn.of_text)
     else:
       drawn = self._maker.draw(iteration, params)
-      self._write(path, drawn.to_text())
+      self._write(path, drawn.to_text)
     return _Ahead(drawn, begin(lambda: self._maker.judge(panel, drawn)))
 
   def _finished(self, iteration: int, ahead: '_Ahead', params: rollouts.Params) -> episodes.Rollout:
@@ -199,13 +199,13 @@ class Iterations:
     return groups.with_texts([self._texts[i] for i in chosen])
 
   def _kept(self, iteration: int, rollout: episodes.Rollout) -> episodes.Rollout:
-    self._write(self._path(iteration), rollout.to_text(self._tokenizer))
+    self._write(self._path(iteration), lambda: rollout.to_text(self._tokenizer))
     return rollout
 
-  def _write(self, path: storage.Path, text: str) -> None:
+  def _write(self, path: storage.Path, text_fn: Callable[[], str]) -> None:
     if jax.process_index() == 0:
       with storage.naming(f'{path}: the rollout cannot be written'):
-        storage.write_text(path, text)
+        storage.write_text(path, text_fn())
 
   def _path(self, iteration: int) -> storage.Path:
     return self._folder / f'{iteration:06d}.jsonl'

@@ -153,7 +153,7 @@ def run(
 
   Raises:
     RunError: too many consecutive steps were not finite, or a checkpoint could not be written, or a reward failed; the
-      steps before that are saved, unless one of several processes failed alone.
+      steps before that are saved, in a job of several processes where all of them fail alike (`everywhere`).
     Preempted: SIGTERM came, and the step that was running, or the last before it, is saved.
   """
   first = step = int(state.step)

@@ -29,7 +29,7 @@ from typing import Any
 if __name__ == '__main__':  # Before what takes long to import: the process may begin anew.
   from jaxalign import pages
 
-  pages.begin_with_huge()
+  pages.begin_with_huge(['-m', 'jaxalign.main'])
 
 from absl import flags
 from absl import logging

@@ -35,9 +35,9 @@ class Options:
     advantage_fn: from `advantages`, or any function that `credit` can call: what it reads its parameters name.
     replay_experts: whether the policy, when it is trained, and the reference send each token of prompt and response to
       the experts that it took when it was sampled: where router logits are close, rounding would send it elsewhere, and
-      ratios would tell of that. Texts and a critic's values are left to their routers. Rollout routing replay, R3: Ma
-      et al., 2025, https://arxiv.org/abs/2510.11370, Sec. 3. They are kept with the rollout, a byte or two for each
-      layer, expert and token.
+      ratios would tell of that. Texts, and a critic of another shape or with a head, are left to their routers.
+      Rollout routing replay, R3: Ma et al., 2025, https://arxiv.org/abs/2510.11370, Sec. 3. They are kept with the
+      rollout, 4/3 bytes for each layer, expert and token, or twice as many from 256 experts on.
     temperature: of sampling.
     top_k: see `sampling.sample`.
     top_p: see `sampling.sample`.

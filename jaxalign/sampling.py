@@ -329,7 +329,7 @@ class _Run:
       found = self._found[owner]
       assert found is not None
       read = len(self._prompts[0][owner // self._n]) + len(found.ids) - 1
-      self._found[owner] = found._replace(experts=experts[:read])
+      self._found[owner] = found._replace(experts=experts[:read].copy())  # Not all that was fetched with it.
 
   def _look(self, row: int, owner: int, known: int, done: bool, written: Sequence[np.ndarray]) -> bool:
     """Whether the response of a row has ended; keeps it then."""

@@ -162,9 +162,13 @@ def _unknown(logical: str) -> ValueError:
   return ValueError(f'unknown logical axis {logical!r}; sharding.RULES knows {", ".join(RULES)}')
 
 
-def spec(*logical: str | None) -> jax.sharding.PartitionSpec:
-  """The PartitionSpec of an array whose axes have these logical names; None is an axis that is never split."""
-  return jax.sharding.PartitionSpec(*((_rule(name) or None) if name else None for name in logical))
+def spec(*logical: str | tuple[str, ...] | None) -> jax.sharding.PartitionSpec:
+  """The PartitionSpec of an array whose axes have these logical names, several of one that is two axes made into one.
+
+  None is an axis that is never split.
+  """
+  several = ((name,) if isinstance(name, str) else name or () for name in logical)
+  return jax.sharding.PartitionSpec(*(sum(map(_rule, names), ()) or None for names in several))
 
 
 def named(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, *logical: str | None) -> jax.sharding.NamedSharding:
@@ -297,8 +301,8 @@ def _before_jax() -> Iterator[None]:
     if 'must be called before any JAX calls' not in str(err):
       raise
     raise types.UsageError(
-        'several processes cannot meet once JAX is in use: a module that --reward, --environment or a gin file names'
-        ' calls JAX as it is imported; have its functions do so'
+        'several processes cannot meet once JAX is in use: where a module that --reward, --environment or a gin file'
+        ' names calls JAX as it is imported, have its functions do so'
     ) from err
 
 

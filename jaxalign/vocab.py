@@ -62,7 +62,7 @@ def sharded(local: Callable, ins: str, outs: tuple[str, ...]) -> Callable:
   kinds = {
       'h': sharding.spec('batch', 'length', None),
       't': sharding.spec('embed', 'vocab'),
-      'l': jax.sharding.PartitionSpec(axes.tokens or None, axes.vocab or None),
+      'l': sharding.spec(('batch', 'length'), 'vocab'),
   }
   of = lambda kind: kinds.get(kind, sharding.spec('batch', 'length'))
   return jax.shard_map(

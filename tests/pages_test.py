@@ -11,13 +11,13 @@ import pytest
 from jaxalign import pages
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Begins anew wherever it runs; the second time the environment holds it back.
+# Begins anew wherever it runs; the second time its environment holds it back.
 PROGRAM = """
 import json, os, sys
 from jaxalign import pages
 pages._offered = lambda: True
 print('began', flush=True)
-pages.begin_with_huge()
+pages.begin_with_huge(['program.py'])
 print(json.dumps([sys.argv[1:], os.environ.get('GLIBC_TUNABLES'), os.getpid()]))
 """
 
@@ -43,6 +43,13 @@ def test_begins_anew_once_with_its_arguments_and_process_id(tmp_path, given, kep
   pid, begun, found = _run(tmp_path, ['--a=b c', ''], GLIBC_TUNABLES=given)
   assert found == [['--a=b c', ''], kept, pid]
   assert begun == 2
+
+
+def test_goes_on_where_it_cannot_begin_anew_or_has(tmp_path):
+  (tmp_path / 'sitecustomize.py').write_text('import os\nos.environ.pop("GLIBC_TUNABLES", None)\n')
+  assert _run(tmp_path, [], PYTHONPATH=f'{tmp_path}:{ROOT}')[1] == 2  # Not again and again.
+  (tmp_path / 'sitecustomize.py').write_text('import sys\nsys.executable = "/is/not/there"\n')
+  assert _run(tmp_path, [], PYTHONPATH=f'{tmp_path}:{ROOT}')[1] == 1
 
 
 def test_who_has_set_it_is_not_asked(tmp_path):
@@ -71,13 +78,17 @@ def test_where_huge_pages_are_to_be_had(tmp_path, monkeypatch, kernel, library, 
   begun = []
   monkeypatch.setattr(os, 'execve', lambda *args: begun.append(args))
   monkeypatch.setattr(sys, 'gettrace', lambda: None)
-  for name in ('debugpy', 'pydevd', 'pdb'):
+  for name in pages._WATCHERS:
     monkeypatch.delitem(sys.modules, name, raising=False)
   monkeypatch.delenv('GLIBC_TUNABLES', raising=False)
-  pages.begin_with_huge()
+  monkeypatch.delenv('JAXALIGN_BEGUN', raising=False)
+  monkeypatch.setattr(sys, 'argv', ['where/main.py', '--a'])
+  monkeypatch.setattr(sys, 'orig_argv', ['python', '-u', '-m', 'a.main', '--a'])
+  pages.begin_with_huge(['-m', 'a.main'])
   assert bool(begun) == is_offered
+  pages.begin_with_huge(['-m', 'another.main'])
   monkeypatch.setitem(sys.modules, 'debugpy', pages)
-  pages.begin_with_huge()
+  pages.begin_with_huge(['-m', 'a.main'])
   assert len(begun) == is_offered
 
 

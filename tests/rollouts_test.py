@@ -648,6 +648,10 @@ class TestRuns:
       assert 0 <= experts.min() < experts.max() < 8
       if not options:
         np.testing.assert_allclose(line['token_labels']['old_logps'], line['sampler_logps'], atol=1e-5)
+    text = (tmp_path / 'straight/rollouts/000001.jsonl').read_text()
+    groups = episodes.of_text(text, len(lines) // len({line['prompt'] for line in lines})).groups()
+    trained_on = [one.experts for index in range(len(groups)) for one in groups[index].sequences]
+    assert [x.tolist() for x in trained_on] == [episodes.experts_of_text(line['experts']).tolist() for line in lines]
     assert runs.logged(tmp_path / 'straight')[1]['grad_norm'] > 0
 
   def test_refuse_to_replay_experts_that_there_are_not(self, tmp_path, capsys):

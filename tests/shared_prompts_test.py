@@ -140,19 +140,55 @@ class TestSharedPrompts:
 
 class TestExperts:
 
-  def test_of_tokens_are_those_that_sequences_name_in_policy_and_reference(self):
-    mesh, random = sharding.make_mesh('', devices=jax.devices()[:1]), np.random.default_rng(1)
-    model, c = transformer.build(FAMILIES['moe'], mesh, length=32), FAMILIES['moe']
-    policy, ref = (transformer.init_params(model, jax.random.key(seed), mesh) for seed in (0, 1))
+  def named(self, random):
+    """Groups whose tokens name experts, those of a prompt the same ones."""
     named = []
-    for group in (data := groups(6, 3)):
-      whole, sequences = random.integers(0, 4, (64, c.num_layers, 2)), []
+    for group in groups(6, 3):
+      whole, sequences = random.integers(0, 4, (64, FAMILIES['moe'].num_layers, 2)), []
       for one in group.sequences:
         experts = whole[: len(one.ids) - 1].copy()
         experts[group.prompt_tokens - 1 :] = random.integers(0, 4, experts[group.prompt_tokens - 1 :].shape)
         sequences.append(dataclasses.replace(one, experts=experts.astype(np.uint8)))
       named.append(dataclasses.replace(group, sequences=tuple(sequences)))
-    data = episodes.Groups(named)
+    return episodes.Groups(named)
+
+  def test_of_texts_are_chosen_by_the_routers(self):
+    mesh, text = sharding.make_mesh('', devices=jax.devices()[:1]), groups(1, 1)[0]
+    data = self.named(np.random.default_rng(1)).with_texts([text])
+    loader = loader_of(data, mesh, False, rows=4)
+    ((placements, batch),) = loader.ordered([0, len(data) - 1])
+    chosen = {0: [], len(data) - 1: []}
+    for place in loader.places(placements):
+      chosen[place.record] += np.asarray(batch.experts_BTLk)[place.micro, place.row, place.targets].ravel().tolist()
+    assert set(chosen[0]) == {0, 1, 2, 3} and set(chosen[len(data) - 1]) == {255}
+
+  @pytest.mark.parametrize('num_experts, replays', [(4, True), (2, False)])
+  def test_are_taken_by_critics_of_the_same_shape_without_a_head_alone(self, num_experts, replays):
+    mesh, c = sharding.make_mesh('', devices=jax.devices()[:1]), dataclasses.replace(FAMILIES['moe'], score_outputs=0)
+    loader = loader_of(self.named(np.random.default_rng(1)), mesh, False, rows=4)
+    (_, batch), *_ = loader.ordered([0])
+    free = dataclasses.replace(batch, experts_BTLk=np.full_like(batch.experts_BTLk, 255))
+    model = transformer.build(c, mesh, length=32)
+    params = transformer.init_params(model, jax.random.key(0), mesh)
+    for head in (0, 1):
+      critic_model = transformer.build(
+          dataclasses.replace(c, num_experts=num_experts, score_outputs=head), mesh, length=32
+      )
+      critic = transformer.init_params(critic_model, jax.random.key(1), mesh)
+      if head:
+        critic['score'] += 1.0
+      run = functools.partial(forward.annotations, params, critic, None, model=model, critic_model=critic_model)
+      of_named, of_free = (jax.jit(functools.partial(run, ref_model=None))(one) for one in (batch, free))
+      name = 'values_0' if head else 'critic_logps'
+      assert np.any(of_free[name]) and np.all(np.isfinite(of_free[name]))
+      assert np.array_equal(of_named[name], of_free[name]) == (head == 1 or not replays)
+      assert not np.array_equal(of_named['logps'], of_free['logps'])
+
+  def test_of_tokens_are_those_that_sequences_name_in_policy_and_reference(self):
+    mesh, random = sharding.make_mesh('', devices=jax.devices()[:1]), np.random.default_rng(1)
+    model, c = transformer.build(FAMILIES['moe'], mesh, length=32), FAMILIES['moe']
+    policy, ref = (transformer.init_params(model, jax.random.key(seed), mesh) for seed in (0, 1))
+    data = self.named(random)
     run = jax.jit(
         lambda batch: forward.annotations(policy, None, ref, batch, model=model, critic_model=None, ref_model=model)
     )

@@ -248,16 +248,9 @@ def build(
     raise types.UsageError(f'recipe.Recipe.remat = {remat!r}: it is one of {", ".join(REMAT)}')
   if remat == 'offload':
     sharding.check_memory(mesh, 'pinned_host', 'recipe.Recipe.remat')
-  if kept_logits is None:
-    kept_logits = _KEPT.get(sharding.platform_of(mesh), 0)
-  if kept_logits < 0:
-    raise types.UsageError(f'recipe.Recipe.kept_logits = {kept_logits}: it is a number of MiB, 0 for none')
   if dtype not in DTYPES:
     raise types.UsageError(f'recipe.Recipe.dtype = {dtype!r}: it is one of {", ".join(DTYPES)}')
-  for what, kernel, known in (
-      ('attention', attention, attention_lib.KERNELS),
-      ('experts', experts, grouped.KERNELS),
-  ):
+  for what, kernel, known in (('attention', attention, attention_lib.KERNELS), ('experts', experts, grouped.KERNELS)):
     if kernel is not None and kernel not in known:
       raise types.UsageError(f'recipe.Recipe.{what} = {kernel!r}: it is one of {", ".join(known)}')
     platform = sharding.platform_of(mesh)
@@ -276,8 +269,14 @@ def build(
   )
   if config.num_experts:
     experts = experts or grouped.pick(mesh, dtype, inner=config.embed_dim, outer=config.mlp_dim)
-  adapted = lora.of(config) if lora is not None else None
-  return Transformer(config, jnp.dtype(dtype), remat, kept_logits, name, experts or 'ragged_dot', adapted)
+  adapted, kept = lora.of(config) if lora is not None else None, _kept(kept_logits, mesh)
+  return Transformer(config, jnp.dtype(dtype), remat, kept, name, experts or 'ragged_dot', adapted)
+
+
+def _kept(logits: int | None, mesh: jax.sharding.Mesh) -> int:
+  if logits is not None and logits < 0:
+    raise types.UsageError(f'recipe.Recipe.kept_logits = {logits}: it is a number of MiB, 0 for none')
+  return _KEPT.get(sharding.platform_of(mesh), 0) if logits is None else logits
 
 
 def without_dropout(model: Transformer) -> Transformer:

@@ -15,7 +15,7 @@ import common
 from jaxalign import pages
 
 if __name__ == '__main__':  # As `python -m jaxalign.main` does.
-  pages.begin_with_huge()
+  pages.begin_with_huge(sys.argv[:1])
 
 import jax
 import numpy as np
