@@ -22,9 +22,9 @@ from jaxalign.data import tokenizers
 from jaxalign.rewards import calling
 from jaxalign.rewards import functions
 
-# (prompts, responses to each, number of the turn, experts of their tokens, see `sampling.sample`) -> responses, one
-# prompt's behind another's
-Draw = Callable[..., list[sampling.Sampled]]
+# (prompts, responses to each, number of the turn, experts of their tokens or None, see `sampling.sample`) -> responses,
+# one prompt's behind another's
+Draw = Callable[[list[list[int]], int, int, list[np.ndarray | None] | None], list[sampling.Sampled]]
 
 
 class Episode(NamedTuple):
@@ -129,7 +129,7 @@ class Environment:
       experts = [episodes[n].experts for n in live]
       more = (1 << (len(live) - 1).bit_length()) - len(live)
       behind, experts = behind + behind[:1] * more, experts + experts[:1] * more
-      drawn = draw(behind, 1, turn, experts) if turn else draw(first, count, 0)
+      drawn = draw(behind, 1, turn, experts) if turn else draw(first, count, 0, None)
       going = []
       for n, said in zip(live, drawn):  # Those that fill it up are let go.
         text = tokenizer.decode(said.ids, continuation=True)
@@ -154,7 +154,7 @@ def respond(
 ) -> Sequence[Response]:
   """Responses to each prompt: episodes with `world`, or what is drawn where there is none."""
   if world is None:
-    return draw([one.ids for one in prompts], count, 0)
+    return draw([one.ids for one in prompts], count, 0, None)
   return world.play(prompts, count, tokenizer, draw)
 
 

@@ -144,7 +144,7 @@ def sample(
   stop_ids = prompts_lib.stop_ids(tokenizer, verdicts.are_chats(prompts), setting.template)
   how: dict[str, Any] = {'max_new_tokens': samples.max_new_tokens, 'temperature': samples.temperature}
   how |= {'stop_ids': stop_ids, **setting.ways}
-  draw = lambda behind, n, turn, _=None: sampling.sample(model, params, behind, n=n, seed=seed + turn, **how)
+  draw = lambda behind, n, turn, _: sampling.sample(model, params, behind, n=n, seed=seed + turn, **how)
   drawn = environments.respond(setting.world, prompts, samples.per_prompt, tokenizer, draw)
   ids = [one.ids for one in drawn]
   values = {'distinct_2': rules.distinct(2, ids), 'mean_length': float(np.mean([len(one.logps) for one in drawn]))}

@@ -321,7 +321,7 @@ class Maker:
     # Of what is trained on, and no more.
     replays = self._replays and model is self._models.policy and temperature is None
 
-    def draw(prompts: list[list[int]], n: int, turn: int, experts=None) -> list[sampling.Sampled]:
+    def draw(prompts: list[list[int]], n: int, turn: int, experts) -> list[sampling.Sampled]:
       return sampling.sample(
           model,
           params,

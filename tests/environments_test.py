@@ -74,7 +74,7 @@ class TestPlay:
     ]
     asked = []
 
-    def draw(behind, n, turn, experts=None):
+    def draw(behind, n, turn, experts):
       asked.append((len(behind), n))
       return sampling.sample(model, params, behind, n=n, max_new_tokens=5, seed=turn, stop_ids=(tokenizer.eos_id,))
 
@@ -103,7 +103,7 @@ class TestPlay:
 
   def test_cuts_long_answers_and_says_so(self, tokenizer):
     prompts = [verdicts.Prompt([1], {'name': 'Tom', 'turns': 2}, 'here')]
-    draw = lambda behind, n, turn, experts=None: [said_once(400 + turn)]
+    draw = lambda behind, n, turn, experts: [said_once(400 + turn)]
     (one,) = environment(observation_tokens=2).play(prompts, 1, tokenizer, draw)
     answer = tokenizer.encode(' and 1 Tom', continuation=True)
     assert one.ids == [400, *answer[:2], 401]
@@ -118,7 +118,7 @@ class TestPlay:
   def test_gives_later_turns_the_experts_of_earlier_ones(self, tokenizer):
     prompts, given = [verdicts.Prompt([1], {'name': name, 'turns': 2}, 'here') for name in ('Tom', 'Max', 'Lily')], []
 
-    def draw(behind, n, turn, experts=None):
+    def draw(behind, n, turn, experts):
       given.append(experts)
       named = [np.full((len(ids), 1, 2), 10 * turn + row, np.uint8) for row, ids in enumerate(behind)]
       return [said_once(400 + turn)._replace(experts=one) for one in named]
@@ -132,7 +132,7 @@ class TestPlay:
   def test_takes_numbers_and_truths_of_numpy(self, tokenizer):
     prompts = [verdicts.Prompt([1], {'what': 'arrays'}, 'here')]
     (one,) = environment(f'{HERE}:returned').play(
-        prompts, 1, tokenizer, lambda behind, n, turn, experts=None: [said_once(400)]
+        prompts, 1, tokenizer, lambda behind, n, turn, experts: [said_once(400)]
     )
     assert (one.reward, one.finished) == (2.0, True)
 
@@ -152,7 +152,7 @@ class TestPlay:
       ],
   )
   def test_says_which_record_and_function_went_wrong(self, tokenizer, name, record, said):
-    draw = lambda behind, n, turn, experts=None: [said_once(400)]
+    draw = lambda behind, n, turn, experts: [said_once(400)]
     with pytest.raises(types.RunError, match=f'environment {HERE}:{said}' if name in said else said):
       environment(f'{HERE}:{name}').play([verdicts.Prompt([1], record, 'here')], 1, tokenizer, draw)
 

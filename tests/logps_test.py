@@ -285,9 +285,9 @@ class TestTokenStats:
     for got, want in zip(_gradients(data, *weights, mesh, chunk), _gold_gradients(*data, *weights), strict=True):
       _close(got, want, 1e-5)
 
-  # Some of a device's 3 to 20 chunks, and all. Half of 384 columns are 5 blocks of 39, the last of which begins within
-  # that before it.
-  @pytest.mark.parametrize('chunks', [2, 100])
+  # None of a device's 3 to 20 chunks, some and all. Half of 384 columns are 5 blocks of 39, the last of which begins
+  # within that before it.
+  @pytest.mark.parametrize('chunks', [0.5, 2, 100])
   @pytest.mark.parametrize('columns', ['whole', 'in blocks', 'in parts'])
   @pytest.mark.parametrize('mesh', ['', 'fsdp:2,tensor:2,context:2', 'fsdp:8'])
   def test_gradients_from_logits_that_were_kept_are_those_of_the_formula(self, mesh, columns, chunks, monkeypatch):
@@ -298,16 +298,16 @@ class TestTokenStats:
       monkeypatch.setattr(vocab, '_ALIGNED', 8)
     _jitted_gradients.cache_clear()
     data, weights, chunk = _data(), _weights(), 5
-    found = _gradients(data, *weights, mesh, chunk, kept_bytes=4 * chunks * chunk * V)
+    found = _gradients(data, *weights, mesh, chunk, kept_bytes=int(4 * chunks * chunk * V))
     _jitted_gradients.cache_clear()
     for got, want in zip(found, _gold_gradients(*data, *weights), strict=True):
       _close(got, want, 1e-5)
 
   # Forward 1; backward the product again, which logits that were kept spare, and one for each gradient.
-  @pytest.mark.parametrize('chunks, products', [(0, 1 + 3), (6, 1 + 2), (2, 2 * 1 + 2 + 3)])
+  @pytest.mark.parametrize('chunks, products', [(0, 1 + 3), (0.5, 1 + 3), (2, 2 * 1 + 2 + 3), (6, 1 + 2)])
   def test_logits_that_were_kept_are_not_computed_again(self, chunks, products):
     hidden_BTD, head_DV, targets_BT, mask_BT = _data()
-    kept = 4 * chunks * 16 * V
+    kept = int(4 * chunks * 16 * V)
 
     def total(hidden_BTD, head_DV):
       options = {'vocab_size': VOCAB, 'chunk': 16, 'kept_bytes': kept}
