@@ -1,11 +1,12 @@
-"""Log-probabilities of targets from hidden states, in chunks: full logits `[B, T, V]` never exist.
+"""Log-probabilities of targets from hidden states, in chunks: full logits `[B, T, V]` never exist unless they are kept.
 
 Only targets that the mask counts are computed. They are compacted to the front, and a loop takes them a chunk at a
-time, forward and backward; the largest array with a vocabulary axis is `[chunk, V / tensor]`. The loop runs under
-`shard_map`, so that the head is gathered over fsdp once before it and its gradient is reduced and scattered once after
-it.
+time, forward and backward; the largest array with a vocabulary axis is `[chunk, V / tensor]`, but for logits that the
+forward pass is told to keep for the backward pass, which makes the others again. The loop runs under `shard_map`, so
+that the head is gathered over fsdp once before it and its gradient is reduced and scattered once after it.
 """
 
+from collections.abc import Callable
 import functools
 from typing import NamedTuple
 
@@ -130,7 +131,7 @@ def _forward_in_blocks(static, axes, block, hidden, head, targets, mask):
       new = _added(old, vocab.masked(static.output, logits, ids), is_target)
       return {name: jax.lax.dynamic_update_slice(x, new[name], at) for name, x in sums.items()}, kept
 
-    return vocab.loop(chunks, most_kept, index.size // chunk, of_chunk, carry)
+    return _loop(chunks, most_kept, index.size // chunk, of_chunk, carry)
 
   most_kept = _kept_chunks(static, index.size // chunk, chunk * head.shape[1])
   nothing = {name: jnp.zeros(index.size, jnp.float32) for name in _sums(static.dense)}
@@ -147,6 +148,16 @@ def _forward_in_blocks(static, axes, block, hidden, head, targets, mask):
 def _kept_chunks(static, chunks: int, size: int) -> int:
   """How many of a device's chunks, each with logits of this size, are kept."""
   return min(chunks, static.kept_bytes // (4 * size))
+
+
+def _loop(count, kept: int, most: int, body: Callable, carry):
+  """`body(is_kept, i, carry)` for `count` chunks, at most `most`, of which the logits of the first `kept` are."""
+  first = jnp.minimum(count, kept) if kept else 0
+  if kept:
+    carry = jax.lax.fori_loop(0, first, functools.partial(body, True), carry)
+  if kept < most:
+    carry = jax.lax.fori_loop(first, count, functools.partial(body, False), carry)
+  return carry
 
 
 # What is summed up over the vocabulary, in words of l = logit - top. Differences to the largest logit lose nothing
@@ -248,7 +259,7 @@ def _backward_in_blocks(
     several = part.shape[1] < d_head.shape[1]
     d_part = jax.lax.dynamic_slice_in_dim(d_head, start, part.shape[1], axis=1)
     body = functools.partial(of_chunk, part, ids, first + start, several)
-    d_hidden, d_part = vocab.loop(chunks, most_kept, index.size // chunk, body, (d_hidden, d_part))
+    d_hidden, d_part = _loop(chunks, most_kept, index.size // chunk, body, (d_hidden, d_part))
     return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_part, start, axis=1)
 
   def local(start, head, ids):

@@ -88,16 +88,6 @@ def chunks(axes: Axes, mask, chunk: int):
   return index, -(-count // chunk)
 
 
-def loop(count, kept: int, most: int, body: Callable, carry):
-  """`body(is_kept, i, carry)` for `count` chunks, at most `most`, of which the logits of the first `kept` are."""
-  first = jnp.minimum(count, kept) if kept else 0
-  if kept:
-    carry = jax.lax.fori_loop(0, first, functools.partial(body, True), carry)
-  if kept < most:
-    carry = jax.lax.fori_loop(first, count, functools.partial(body, False), carry)
-  return carry
-
-
 def take(x, rows):
   """The rows of a chunk; 0 where an index is out of bounds."""
   return jnp.take(x, rows, axis=0, mode='fill', fill_value=0)
