@@ -14,31 +14,31 @@ import jax
 import numpy as np
 
 from jaxalign import checkpoint
-from jaxalign import choosing
-from jaxalign import environments
-from jaxalign import episodes
 from jaxalign import forward
 from jaxalign import held_out
 from jaxalign import metrics
 from jaxalign import needs as needs_lib
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
-from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import streams as streams_lib
 from jaxalign import types
-from jaxalign import verdicts
 from jaxalign.data import dataset as dataset_lib
 from jaxalign.data import examples
 from jaxalign.data import prompts as prompts_lib
 from jaxalign.data import sources
 from jaxalign.data import tokenizers
+from jaxalign.generation import next_token
+from jaxalign.generation import sampling
 from jaxalign.models import lora
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
 from jaxalign.rewards import modelled
 from jaxalign.rewards import rules
+from jaxalign.rl import experience
+from jaxalign.rl import multi_turn
+from jaxalign.rl import verdicts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,14 +103,14 @@ class Setting(NamedTuple):
 
   rewards: Sequence[functions.Reward | modelled.Model] = ()
   how: str = 'sum'
-  world: environments.Environment | None = None
+  world: multi_turn.Environment | None = None
   scorers: Callable[[], Mapping[str, functions.Scorer]] = dict
   template: str | None = None
   ways: Mapping[str, Any] = MappingProxyType({})
 
 
 # (prompts, responses) -> the summed log-probability of each response under a reference, in nats
-RefLogps = Callable[[list[list[int]], Sequence[environments.Response]], np.ndarray]
+RefLogps = Callable[[list[list[int]], Sequence[multi_turn.Response]], np.ndarray]
 
 
 def sample(
@@ -145,14 +145,14 @@ def sample(
   how: dict[str, Any] = {'max_new_tokens': samples.max_new_tokens, 'temperature': samples.temperature}
   how |= {'stop_ids': stop_ids, **setting.ways}
   draw = lambda behind, n, turn, _: sampling.sample(model, params, behind, n=n, seed=seed + turn, **how)
-  drawn = environments.respond(setting.world, prompts, samples.per_prompt, tokenizer, draw)
+  drawn = multi_turn.respond(setting.world, prompts, samples.per_prompt, tokenizer, draw)
   ids = [one.ids for one in drawn]
   values = {'distinct_2': rules.distinct(2, ids), 'mean_length': float(np.mean([len(one.logps) for one in drawn]))}
-  responses, given = verdicts.responses(prompts, tokenizer, drawn), environments.rewards_of(drawn)
+  responses, given = verdicts.responses(prompts, tokenizer, drawn), multi_turn.rewards_of(drawn)
   judged = setting.rewards, setting.how, samples.pass_at, responses, len(prompts), given, setting.scorers()
   values |= verdicts.measured(*judged)
-  rule = choosing.Rule(samples.temperature, **{k: x for k, x in setting.ways.items() if k in choosing.Rule._fields})
-  if ref_logps is not None and rule == choosing.Rule():
+  rule = next_token.Rule(samples.temperature, **{k: x for k, x in setting.ways.items() if k in next_token.Rule._fields})
+  if ref_logps is not None and rule == next_token.Rule():
     own = np.array([np.sum(one.logps, dtype=np.float64) for one in drawn])
     gaps = own - ref_logps([one.ids for one in prompts for _ in range(samples.per_prompt)], drawn)
     values |= {'kl': float(gaps.mean()), 'kl_stderr': float(gaps.std() / math.sqrt(len(gaps)))}
@@ -293,9 +293,9 @@ class Evaluator:
 
   def _summed(self, params: types.PyTree, prompts, responses) -> np.ndarray:
     pairs = zip(prompts, responses, strict=True)
-    read = [episodes.sequence(prompt, one.ids, {}, sampled=environments.sampled_of(one)) for prompt, one in pairs]
-    found, groups = np.zeros(len(read)), episodes.Groups([examples.Group((one,), {}) for one in read])
-    for group, _, of in episodes.annotated(params, groups, self._ref_run, self._packing, self._mesh):
+    read = [experience.sequence(prompt, one.ids, {}, sampled=multi_turn.sampled_of(one)) for prompt, one in pairs]
+    found, groups = np.zeros(len(read)), experience.Groups([examples.Group((one,), {}) for one in read])
+    for group, _, of in experience.annotated(params, groups, self._ref_run, self._packing, self._mesh):
       found[group] = of['logps'].sum(dtype=np.float64)
     return found
 

@@ -35,25 +35,25 @@ from absl import flags
 from absl import logging
 import jax
 
-from jaxalign import catalog
 from jaxalign import checkpoint
-from jaxalign import command
 from jaxalign import compiling
-from jaxalign import config
 from jaxalign import profiling
 from jaxalign import recipe as recipe_lib
 from jaxalign import respond
 from jaxalign import resume
 from jaxalign import score
-from jaxalign import searching
 from jaxalign import sharding
 from jaxalign import steering
 from jaxalign import storage
 from jaxalign import streams
-from jaxalign import terminal
-from jaxalign import topology as topology_lib
 from jaxalign import types
+from jaxalign.cli import catalog
+from jaxalign.cli import command
+from jaxalign.cli import config
+from jaxalign.cli import terminal
 from jaxalign.data import sources
+from jaxalign.planning import search
+from jaxalign.planning import topology as topology_lib
 from jaxalign.rewards import functions
 from jaxalign.rewards import modelled
 
@@ -335,7 +335,7 @@ def _plan(args: flags.FlagValues) -> None:
   config.check_reachable('plan.plan', 'recipe.Recipe')
   job = _job(args, _of(recipe), topology.devices)
   plan = functools.partial(config.get('plan.plan'), topology=topology, is_data_known=bool(args.data))
-  searched = functools.partial(searching.planned, job, recipe, plan, topology, args.mesh, args.dcn_mesh)
+  searched = functools.partial(search.planned, job, recipe, plan, topology, args.mesh, args.dcn_mesh)
   found = searched() if args.search else plan(job, recipe=recipe)
   sys.stdout.write(json.dumps(found.to_json(), indent=1) + '\n' if args.json else found.table())
 

@@ -5,15 +5,15 @@ from typing import Any
 
 from absl import logging
 
-from jaxalign import credit as credit_lib
 from jaxalign import objectives
 from jaxalign import recipe as recipe_lib
-from jaxalign import rollouts as rollouts_lib
 from jaxalign import step
 from jaxalign import tracing
 from jaxalign import types
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
+from jaxalign.rl import credit as credit_lib
+from jaxalign.rl import rollouts as rollouts_lib
 
 
 def labels_of(recipe: recipe_lib.Recipe, options: rollouts_lib.Options) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -13,7 +13,6 @@ import jax
 
 from jaxalign import checkpoint
 from jaxalign import reference as reference_lib
-from jaxalign import rollouts as rollouts_lib
 from jaxalign import sharding
 from jaxalign import storage
 from jaxalign import types
@@ -28,6 +27,7 @@ from jaxalign.models import hf
 from jaxalign.models import hf_import
 from jaxalign.models import lora as lora_lib
 from jaxalign.models import transformer
+from jaxalign.rl import rollouts as rollouts_lib
 
 DEFAULT_MODEL = 'builtin:stories260K'
 

@@ -12,16 +12,16 @@ from absl import logging
 import jax
 
 from jaxalign import checkpoint
-from jaxalign import choosing
 from jaxalign import recipe as recipe_lib
-from jaxalign import sampling
 from jaxalign import types
-from jaxalign import verdicts
 from jaxalign.data import examples
 from jaxalign.data import prompts as prompts_lib
 from jaxalign.data import records
 from jaxalign.data import sources
 from jaxalign.data import tokenizers
+from jaxalign.generation import next_token
+from jaxalign.generation import sampling
+from jaxalign.rl import verdicts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Options:
     chat: whether a prompt is what a user says, to be written by the tokenizer's chat template.
     per_prompt: responses to each prompt.
     max_new_tokens: length at which a response is cut.
-    temperature: 0 is greedy; see `choosing.Rule`, likewise the next four.
+    temperature: 0 is greedy; see `next_token.Rule`, likewise the next four.
     top_k: likewise.
     top_p: likewise.
     min_p: likewise.
@@ -62,9 +62,9 @@ class Options:
       raise types.UsageError(f'--{err}') from err
 
   @property
-  def rule(self) -> choosing.Rule:
+  def rule(self) -> next_token.Rule:
     """How tokens are chosen."""
-    return choosing.Rule(**{name: getattr(self, name) for name in choosing.Rule._fields})
+    return next_token.Rule(**{name: getattr(self, name) for name in next_token.Rule._fields})
 
   def before_stop(self, text: str) -> str:
     """A text up to the first of the texts that end it."""

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from jaxalign import checkpoint
-from jaxalign import episodes
 from jaxalign import reading
 from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
@@ -26,6 +25,7 @@ from jaxalign.models import transformer
 from jaxalign.rewards import ensembles
 from jaxalign.rewards import functions
 from jaxalign.rewards import modelled
+from jaxalign.rl import experience
 
 LENGTH = 1024  # of a row, at most, where nothing says more
 ROWS = 8  # at least; more where the mesh splits them
@@ -258,10 +258,10 @@ class Scorer:
     """What the model makes of the marks of each sequence of each group, `[n, O]` float64."""
     found: list[list[np.ndarray]] = [[np.zeros(0)] * len(group.sequences) for group in groups]
     if groups:
-      data = episodes.Groups(groups)
+      data = experience.Groups(groups)
       run = lambda params, batch: {'outputs': self.run(params, batch)}
       with jax.set_mesh(self._mesh):
-        for group, slot, marks in episodes.annotated(self._reading.params, data, run, self._packing, self._mesh):
+        for group, slot, marks in experience.annotated(self._reading.params, data, run, self._packing, self._mesh):
           found[group][slot] = marks['outputs'].astype(np.float64)
     return found
 

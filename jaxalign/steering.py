@@ -17,24 +17,24 @@ from absl import logging
 import jax
 import numpy as np
 
-from jaxalign import blocks
-from jaxalign import candidates
-from jaxalign import catalog
 from jaxalign import checkpoint
-from jaxalign import command
-from jaxalign import config
-from jaxalign import guidance
 from jaxalign import recipe as recipe_lib
 from jaxalign import respond
-from jaxalign import sampling
 from jaxalign import scorers
 from jaxalign import types
-from jaxalign import verdicts
+from jaxalign.cli import catalog
+from jaxalign.cli import command
+from jaxalign.cli import config
 from jaxalign.data import examples
 from jaxalign.data import records
+from jaxalign.generation import blocks
+from jaxalign.generation import candidates
+from jaxalign.generation import guidance
+from jaxalign.generation import sampling
 from jaxalign.rewards import functions
 from jaxalign.rewards import modelled
 from jaxalign.rewards import panels
+from jaxalign.rl import verdicts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,16 +11,11 @@ from absl import logging
 import jax
 import numpy as np
 
-from jaxalign import credit
 from jaxalign import forward
-from jaxalign import iterations
-from jaxalign import judging
-from jaxalign import making
 from jaxalign import metrics
 from jaxalign import needs as needs_lib
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
-from jaxalign import rollouts
 from jaxalign import scorers
 from jaxalign import sharding
 from jaxalign import tracing
@@ -32,6 +27,11 @@ from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
+from jaxalign.rl import collect
+from jaxalign.rl import credit
+from jaxalign.rl import iterations
+from jaxalign.rl import judging
+from jaxalign.rl import rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +186,7 @@ def open_prompts(
   iterations.check_fit(options, prompts, packing, model.config.max_length, texts)
   ref = options.credit.reads & credit.OF_REFERENCE
   shared: dict[str, Any] = {'tokenizer': tokenizer, 'mesh': job.mesh, 'seed': job.seed, 'packing': packing}
-  maker = making.Maker(
+  maker = collect.Maker(
       options,
       prompts,
       _records(job, options.rewards if train else ()),

@@ -12,7 +12,6 @@ from absl import logging
 import jax
 
 from jaxalign import checkpoint
-from jaxalign import collapse
 from jaxalign import evaluate
 from jaxalign import forward
 from jaxalign import loop
@@ -24,7 +23,6 @@ from jaxalign import optim
 from jaxalign import profiling
 from jaxalign import recipe as recipe_lib
 from jaxalign import reference
-from jaxalign import rollouts
 from jaxalign import step as step_lib
 from jaxalign import storage
 from jaxalign import streams as streams_lib
@@ -33,6 +31,8 @@ from jaxalign.data import tokenizers
 from jaxalign.models import architecture
 from jaxalign.models import lora
 from jaxalign.models import transformer
+from jaxalign.rl import collapse
+from jaxalign.rl import rollouts
 
 
 def train(

@@ -55,7 +55,7 @@ read_options() {
     [[ $arg_ != --* || "$switches_$valued_" != *" $name_ "* ]] ||
       misuse "--$name_ must come before the flags of jaxalign"
     # What is misspelt is found before there are machines to be paid.
-    [[ $arg_ != --?* ]] || grep -qF -e "'$name_'," -e "'${name_#no}'," "$ROOT/jaxalign/flag_table.py" ||
+    [[ $arg_ != --?* ]] || grep -qF -e "'$name_'," -e "'${name_#no}'," "$ROOT/jaxalign/cli/flag_table.py" ||
       misuse "--$name_: neither an option nor a flag of jaxalign"
   done
   rest=("$@")

@@ -10,11 +10,11 @@ import pytest
 from safetensors import numpy as st
 
 from jaxalign import checkpoint
-from jaxalign import command
-from jaxalign import config
 from jaxalign import main
 from jaxalign import recipe
 from jaxalign import sharding
+from jaxalign.cli import command
+from jaxalign.cli import config
 from jaxalign.models import hf
 from jaxalign.models import hf_import
 from jaxalign.models import lora as lora_lib

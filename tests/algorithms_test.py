@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from jaxalign import catalog
 from jaxalign import main
+from jaxalign.cli import catalog
 from tests import runs
 
 # What data of an algorithm say that the package's data do not.

@@ -11,9 +11,9 @@ from sentencepiece import sentencepiece_model_pb2
 
 from jaxalign import evaluate
 from jaxalign import recipe
-from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign.data import tokenizers
+from jaxalign.generation import sampling
 from jaxalign.models import hf
 from jaxalign.models import hf_import
 from jaxalign.models import transformer

@@ -8,19 +8,19 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign import config
 from jaxalign import evaluate
 from jaxalign import recipe as recipe_lib
-from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign import types
-from jaxalign import verdicts
+from jaxalign.cli import config
 from jaxalign.data import examples
 from jaxalign.data import texts
 from jaxalign.data import tokenizers
+from jaxalign.generation import sampling
 from jaxalign.models import architecture
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
+from jaxalign.rl import verdicts
 
 
 @pytest.fixture(scope='module')

@@ -12,14 +12,14 @@ import shutil
 import jax
 import pytest
 
-from jaxalign import catalog
 from jaxalign import checkpoint
-from jaxalign import command
-from jaxalign import config
-from jaxalign import flag_table
 from jaxalign import main
 from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
+from jaxalign.cli import catalog
+from jaxalign.cli import command
+from jaxalign.cli import config
+from jaxalign.cli import flag_table
 from tests import runs as processes
 
 README = pathlib.Path(__file__).resolve().parents[1] / 'README.md'

@@ -5,11 +5,8 @@ import types as pytypes
 
 import pytest
 
-from jaxalign import advantages
 from jaxalign import needs as needs_lib
 from jaxalign import objectives
-from jaxalign import returns
-from jaxalign import rollouts
 from jaxalign import sharding
 from jaxalign import tracing
 from jaxalign import types
@@ -17,6 +14,9 @@ from jaxalign.losses import actor_critic
 from jaxalign.losses import policy
 from jaxalign.models import architecture
 from jaxalign.models import transformer
+from jaxalign.rl import advantages
+from jaxalign.rl import returns
+from jaxalign.rl import rollouts
 
 TINY = architecture.Config(512, 1, 16, 2, 1, 8, 32, 64)
 

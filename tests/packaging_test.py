@@ -11,14 +11,14 @@ import zipfile
 
 import pytest
 
-from jaxalign import catalog
+from jaxalign.cli import catalog
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HOSTILE = 'this is not gin at all ('
 PROBE = """
 import pathlib, sys
 import jaxalign
-from jaxalign import catalog, config
+from jaxalign.cli import catalog, config
 config.parse('dpo', files=['models/stories260K.gin'], user_files=[], bindings=['preference.dpo.label_smoothing=0.25'])
 assert config.query('losses.preference.dpo.label_smoothing') == 0.25
 assert pathlib.Path(jaxalign.__file__).is_relative_to(sys.argv[1]), jaxalign.__file__

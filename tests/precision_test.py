@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxalign import choosing
 from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import tracing
+from jaxalign.generation import next_token
 from jaxalign.losses import preference
 from jaxalign.models import architecture
 from jaxalign.models import kv_cache
@@ -62,7 +62,7 @@ class TestPrecision:
     def token(params):
       ones = jnp.ones((2, 1), jnp.int32)
       hidden_BTD, _ = model.apply({'params': params}, ones, ones, ones, cache)
-      return choosing.logits(model, params, hidden_BTD[:, 0])
+      return next_token.logits(model, params, hidden_BTD[:, 0])
 
     count, share = shares(jax.make_jaxpr(token)(params))
     assert count == 10  # seven weights, two of attention, the head

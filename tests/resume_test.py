@@ -1,7 +1,7 @@
 """How the bindings of two runs are compared."""
 
-from jaxalign import config
 from jaxalign import resume
+from jaxalign.cli import config
 
 
 class TestDiff:

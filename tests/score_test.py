@@ -12,11 +12,11 @@ import pytest
 from safetensors import numpy as st
 
 from jaxalign import checkpoint
-from jaxalign import config
 from jaxalign import main
 from jaxalign import recipe
 from jaxalign import scorers
 from jaxalign import sharding
+from jaxalign.cli import config
 from jaxalign.data import tokenizers
 from jaxalign.models import transformer
 from jaxalign.rewards import functions

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign import episodes
 from jaxalign import forward
 from jaxalign import objectives
 from jaxalign import sharding
@@ -21,6 +20,7 @@ from jaxalign.losses import preference
 from jaxalign.losses import reward
 from jaxalign.models import architecture
 from jaxalign.models import transformer
+from jaxalign.rl import experience
 
 SIZES = {'vocab_size': 50, 'num_layers': 2, 'embed_dim': 16, 'num_heads': 2, 'num_kv_heads': 1, 'head_size': 8}
 SIZES |= {'mlp_dim': 24, 'max_length': 64, 'score_outputs': 1}
@@ -46,7 +46,7 @@ def groups(count, size, *, whole=True, marks=False):
     scores = random.normal(size=len(sequences)).tolist()
     labels = {'score': scores, 'margin': [0.0] * len(sequences)}
     found.append(examples.Group(tuple(sequences), labels, prompt_tokens=len(prompt)))
-  return episodes.Groups(found)
+  return experience.Groups(found)
 
 
 def loader_of(data, mesh, share, *, rows, row_length=32):
@@ -150,7 +150,7 @@ class TestExperts:
         experts[group.prompt_tokens - 1 :] = random.integers(0, 4, experts[group.prompt_tokens - 1 :].shape)
         sequences.append(dataclasses.replace(one, experts=experts.astype(np.uint8)))
       named.append(dataclasses.replace(group, sequences=tuple(sequences)))
-    return episodes.Groups(named)
+    return experience.Groups(named)
 
   def test_of_texts_are_chosen_by_the_routers(self):
     mesh, text = sharding.make_mesh('', devices=jax.devices()[:1]), groups(1, 1)[0]

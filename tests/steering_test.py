@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import guidance
 from jaxalign import main
 from jaxalign import recipe
-from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign.data import tokenizers
+from jaxalign.generation import guidance
+from jaxalign.generation import sampling
 from jaxalign.models import hf
 from jaxalign.models import hf_export
 from jaxalign.models import transformer

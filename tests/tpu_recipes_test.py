@@ -7,9 +7,9 @@ import re
 import jax
 import pytest
 
-from jaxalign import hlo
 from jaxalign import main
-from jaxalign import plan as plan_lib
+from jaxalign.planning import hlo
+from jaxalign.planning import plan as plan_lib
 
 pytestmark = [pytest.mark.tpu, pytest.mark.usefixtures('optimised')]
 

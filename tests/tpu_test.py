@@ -10,21 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import choosing
-from jaxalign import decoding
-from jaxalign import hlo
 from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import tracing
 from jaxalign import types
+from jaxalign.generation import decoding
+from jaxalign.generation import next_token
 from jaxalign.losses import preference
 from jaxalign.models import architecture
 from jaxalign.models import experts
 from jaxalign.models import grouped
 from jaxalign.models import lora as lora_lib
 from jaxalign.models import transformer
+from jaxalign.planning import hlo
 
 pytestmark = [pytest.mark.libtpu, pytest.mark.usefixtures('optimised')]
 
@@ -114,7 +114,7 @@ class TestDecoding:
     mesh = sharding.make_mesh('fsdp:2,tensor:8', devices=topology('v5e:4x4'))
     llama = architecture.Config(128256, 32, 4096, 32, 8, 128, 14336, 131072, rope_theta=500000.0, tie_embeddings=False)
     model = transformer.build(llama, mesh, dtype='bfloat16', length=1024)
-    program = decoding.Program((model,), choosing.Rule(1.0, top_k=50), (128001,), cache_dtype=cache_dtype)
+    program = decoding.Program((model,), next_token.Rule(1.0, top_k=50), (128001,), cache_dtype=cache_dtype)
     params = jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), transformer.abstract_params(model, mesh))
     with jax.set_mesh(mesh):
       begun = decoding.start.lower(program, 64, (2048,), 1024).compile()

@@ -19,13 +19,13 @@ from absl import logging
 import jax
 
 from jaxalign import checkpoint
-from jaxalign import choosing
 from jaxalign import recipe
 from jaxalign import respond
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign.data import chat
 from jaxalign.data import examples
+from jaxalign.generation import next_token
 
 _NO_TEMPLATE = (
     'this tokenizer has no chat template: what you type is continued as plain text; to chat, name one'
@@ -109,7 +109,7 @@ def start(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Conversation:
   is_chat = args.template != 'none' and bool(loaded.tokenizer.chat_template)
   if not is_chat and args.template is None:
     print(_NO_TEMPLATE, file=sys.stderr)
-  given = {name: getattr(args, name) for name in ('max_new_tokens', *choosing.Rule._fields)}
+  given = {name: getattr(args, name) for name in ('max_new_tokens', *next_token.Rule._fields)}
   options = respond.Options(chat=is_chat, stop=tuple(args.stop), **given)
   return Conversation(loaded, options, args.seed)
 

@@ -17,12 +17,12 @@ import sys
 
 import jax
 
-from jaxalign import catalog
 from jaxalign import checkpoint
 from jaxalign import recipe
 from jaxalign import sharding
 from jaxalign import storage
 from jaxalign import types
+from jaxalign.cli import catalog
 from jaxalign.models import hf
 from jaxalign.models import hf_export
 from jaxalign.models import peft

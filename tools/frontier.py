@@ -21,16 +21,16 @@ import sys
 import jax
 import numpy as np
 
-from jaxalign import catalog
 from jaxalign import checkpoint
 from jaxalign import evaluate
 from jaxalign import main as main_lib
 from jaxalign import recipe
-from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign import storage
 from jaxalign import types
+from jaxalign.cli import catalog
 from jaxalign.data import examples
+from jaxalign.generation import sampling
 from jaxalign.models import transformer
 from jaxalign.rewards import rules
 

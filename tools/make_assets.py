@@ -23,11 +23,11 @@ import jax
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
-from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign import storage
 from jaxalign.data import examples
 from jaxalign.data import tokenizers
+from jaxalign.generation import sampling
 from jaxalign.models import hf
 from jaxalign.models import hf_import
 from jaxalign.models import transformer

@@ -30,11 +30,11 @@ from safetensors import numpy as st
 
 from jaxalign import forward
 from jaxalign import recipe
-from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign import storage
 from jaxalign import types
 from jaxalign import vocab
+from jaxalign.generation import sampling
 from jaxalign.models import hf
 from jaxalign.models import hf_import
 from jaxalign.models import lora as lora_lib

@@ -20,10 +20,10 @@ import subprocess
 import sys
 from typing import Any
 
-from jaxalign import catalog
 from jaxalign import storage
-from jaxalign import topology as topology_lib
 from jaxalign import types
+from jaxalign.cli import catalog
+from jaxalign.planning import topology as topology_lib
 
 # Of each kind a slice that such models are trained on.
 _TOPOLOGIES = {

@@ -27,12 +27,12 @@ from absl import logging
 import jax
 import numpy as np
 
-from jaxalign import catalog
-from jaxalign import config
 from jaxalign import recipe
-from jaxalign import sampling
 from jaxalign import sharding
 from jaxalign import types
+from jaxalign.cli import catalog
+from jaxalign.cli import config
+from jaxalign.generation import sampling
 from jaxalign.models import transformer
 
 

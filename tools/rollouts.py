@@ -21,10 +21,10 @@ import os
 import sys
 from typing import Any
 
-from jaxalign import episodes
 from jaxalign import storage
 from jaxalign import types
 from jaxalign.data import tokenizers
+from jaxalign.rl import experience
 
 _FIELDS = {
     'group': int,
@@ -102,7 +102,7 @@ def overview(paths: dict[int, storage.Path], prompt: str) -> Iterator[str]:
   for number, shown in table.items():
     if shown:
       text = ''.join(json.dumps(line) + '\n' for group in shown for line in group)
-      found = episodes.of_text(text, len(shown[0])).metrics()
+      found = experience.of_text(text, len(shown[0])).metrics()
       names = 'mean_length', 'clipped_ratio', 'distinct_2'
       values = [found['reward'], found['reward_std'], *(found[f'completions/{name}'] for name in names)]
       yield f'{number:7d} {sum(map(len, shown)):9d} ' + ' '.join(f'{value:10.4f}' for value in values)

@@ -1,6 +1,6 @@
 """Environments that episodes are played with: `step(state, text) -> (observation, reward, done)`.
 
-`state` has the columns of the record; see `jaxalign.environments`.
+`state` has the columns of the record; see `jaxalign.rl.multi_turn`.
 """
 
 import ast

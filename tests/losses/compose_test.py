@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from jaxalign import config
+from jaxalign.cli import config
 from jaxalign.losses import preference
 from jaxalign.losses import reference_free
 from jaxalign.losses import shaped

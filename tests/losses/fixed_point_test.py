@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from jaxalign import catalog
+from jaxalign.cli import catalog
 from jaxalign.losses import batchwise
 from jaxalign.losses import listwise
 from jaxalign.losses import parts

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from jaxalign import catalog
+from jaxalign.cli import catalog
 from tests.losses import fixed_point_test as fixed_point
 from tests.losses import methods_test as methods
 

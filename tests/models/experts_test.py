@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign import hlo
 from jaxalign import sharding
 from jaxalign.models import architecture
 from jaxalign.models import experts
 from jaxalign.models import grouped
+from jaxalign.planning import hlo
 
 CONFIG = architecture.Config(50, 2, 8, 2, 2, 4, 12, 64, num_experts=4, experts_per_token=2)
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxalign import catalog
-from jaxalign import config
+from jaxalign.cli import catalog
+from jaxalign.cli import config
 from jaxalign.models import transformer
 
 # As the safetensors metadata of each release has it.

@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from jaxalign import episodes
 from jaxalign import recipe
 from jaxalign.data import tokenizers
+from jaxalign.rl import experience
 from tools import rollouts
 
 
@@ -22,7 +22,7 @@ def workdir(tmp_path):
   rewards_GK = np.array([[0.0, 1.0, 0.5], [np.nan, 0.25, 0.75]])
   (tmp_path / 'rollouts').mkdir()
   for number in range(2):
-    rollout = episodes.Rollout(
+    rollout = experience.Rollout(
         prompts,
         ids,
         [[-1.5] * len(one) for one in ids],

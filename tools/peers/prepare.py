@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import tokenizers as hf_tokenizers
 
-from jaxalign import catalog
-from jaxalign import config
 from jaxalign import recipe
 from jaxalign import types
+from jaxalign.cli import catalog
+from jaxalign.cli import config
 from jaxalign.data import examples
 from jaxalign.data import sources
 from jaxalign.data import tokenizers

@@ -22,8 +22,8 @@ import numpy as np
 
 from jaxalign import main as main_lib
 from jaxalign import metrics
-from jaxalign import sampling
 from jaxalign import sharding
+from jaxalign.generation import sampling
 from tools import rollout_speed
 
 

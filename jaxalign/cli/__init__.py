@@ -1,0 +1,1 @@
+"""The command line: flags, gin files, and what the terminal shows."""

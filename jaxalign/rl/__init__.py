@@ -1,0 +1,1 @@
+"""Online RL: rollouts, what rewards and advantages make of them, and the batches they become."""

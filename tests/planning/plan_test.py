@@ -1,0 +1,243 @@
+"""What `--mode=plan` says of runs, against counts by hand."""
+
+import dataclasses
+import functools
+import json
+import math
+import types as pytypes
+
+import jax
+import pytest
+
+from jaxalign import main
+from jaxalign import optim
+from jaxalign import sharding
+from jaxalign import step as step_lib
+from jaxalign import types
+from jaxalign.planning import plan as plan_lib
+from jaxalign.planning import programs
+from jaxalign.planning import search
+from jaxalign.planning import topology
+
+L, D, N, K, H, F, V = 3, 128, 4, 2, 64, 256, 1024
+ROWS, LENGTH = 16, 256
+MATRICES = L * (D * H * (2 * N + 2 * K) + 3 * D * F)
+PARAMS = MATRICES + 2 * D * V + (2 * L + 1) * D
+ATTENTION = L * N * H * LENGTH  # twice the products of queries and keys for a token that sees half of them
+
+
+def flags(where, algo, *more):
+  sizes = f'vocab_size = {V}', f'num_layers = {L}', f'embed_dim = {D}', f'num_heads = {N}', f'num_kv_heads = {K}'
+  sizes += f'head_size = {H}', f'mlp_dim = {F}', 'max_length = 4096', 'tie_embeddings = False'
+  bound = [f'architecture.Config.{one}' for one in sizes]
+  bound += ["recipe.Recipe.dtype = 'bfloat16'", "recipe.Recipe.remat = 'full'"]
+  bound += [f'loader.Packing.rows = {ROWS}', f'loader.Packing.row_length = {LENGTH}', *more]
+  named = '--mode=plan', f'--algo={algo}', '--model=llama3_1_8b', f'--topology={where}', '--json', '--eval_data='
+  return ['jaxalign', *named, *(f'--gin={one}' for one in bound)]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def in_haste(optimised):
+  jax.config.update('jax_exec_time_optimization_effort', -1.0)
+  yield
+  jax.config.update('jax_exec_time_optimization_effort', 0.0)
+
+
+def planned(capsys, args):
+  code = main.main(args)
+  out = capsys.readouterr()
+  if code and 'libtpu is wanted' in out.err:
+    pytest.skip('libtpu is not installed')
+  assert code == 0, out.err
+  return json.loads(out.out)
+
+
+@pytest.mark.libtpu
+class TestPlan:
+
+  def test_of_pairs_counts_memory_and_products(self, capsys):
+    found = planned(capsys, flags('v5e:2x2', 'dpo'))
+    step, reference = found['programs']
+    assert [step['name'], reference['name']] == ['step', 'reference']
+    classes = found['hbm_by_class']
+    assert classes['parameters'] == PARAMS * 4 / 4 + (2 * L + 1) * D * 4 * 3 / 4  # norms are whole on each of the four
+    assert classes['optimizer'] == pytest.approx(2 * classes['parameters'], abs=16)
+    assert sum(classes.values()) == pytest.approx(found['hbm_bytes'], rel=0.01)
+    assert found['fits'] and found['hbm_bytes'] < found['hbm_limit_bytes'] == 15.75 * 2**30
+    tokens = ROWS * LENGTH / 4
+    head = D * V
+    # Forward twice, as all is computed again but what the last product gives, and backward; of the head likewise.
+    again = MATRICES - L * F * D
+    kernels = ATTENTION * (2 + 2 + 4 + 3) / 2 * 2
+    assert step['flops'] == pytest.approx(tokens * (2 * (3 * MATRICES + again + 4 * head) + kernels), rel=1e-3)
+    assert step['model_flops'] == pytest.approx(tokens * (6 * (MATRICES + head) + 6 * ATTENTION), rel=1e-6)
+    assert reference['flops'] == pytest.approx(tokens * (2 * (MATRICES + head) + 2 * ATTENTION), rel=1e-3)
+    assert found['tokens_per_step'] == ROWS * LENGTH
+    bound = step['model_flops'] / (197e12 * found['seconds_bound'])
+    assert found['mfu_bound'] == pytest.approx(bound)
+    assert 0 < bound < 1
+    gathered = found['collectives']['all-gather']['bytes']
+    # In 16 bits: weights of each layer forward and again backward; the head for both passes, once. Of embeddings what
+    # is wanted is exchanged, and in the backward pass what they change by.
+    assert gathered == pytest.approx(2 * (2 * MATRICES + D * V), rel=0.03)
+    assert found['collectives']['all-to-all']['bytes'] == pytest.approx(2 * 2 * tokens * D, rel=0.01)
+
+  def test_of_rollouts_has_what_samples_and_what_reads_again(self, capsys):
+    few = 'rollouts.Options.prompts = 4', 'rollouts.Options.samples = 4', 'rollouts.Options.max_new_tokens = 96'
+    found = planned(capsys, flags('v5e:2x2', 'ppo', *few, 'prompts.alone.longest = 32'))
+    of = {one['name']: one for one in found['programs']}
+    assert list(of) == ['step', 'prefill', 'decode', 'annotation']
+    cache = of['decode']['hbm_by_class']['kv cache']
+    slots = 192 + 96  # the bucket of the longest prompt, and what is written
+    assert cache == pytest.approx(2 * L * 16 * slots * K * H * 2 / 4, rel=0.01)
+    # While rows are written, training's state lies beside.
+    assert {'parameters', 'optimizer', 'critic', 'weights for sampling'} <= of['decode']['hbm_by_class'].keys()
+    assert of['step']['hbm_by_class']['critic'] > 0.9 * of['step']['hbm_by_class']['parameters']
+    assert found['hbm_bytes'] == max(one['hbm_bytes'] for one in of.values())
+
+  def test_of_rollouts_gathers_weights_once_where_rules_say_so(self, capsys):
+    few = 'rollouts.Options.prompts = 4', 'rollouts.Options.samples = 4', 'rollouts.Options.max_new_tokens = 96'
+    bytes_of = lambda one: one['collectives'].get('all-gather', {'bytes': 0})['bytes']
+    decodes = []
+    for rules in ('None', "{'embed': ()}"):
+      bound = *few, 'prompts.alone.longest = 32', f'rollouts.Options.sampling_rules = {rules}'
+      found = planned(capsys, flags('v5e:2x2', 'grpo', *bound))
+      decodes.append(next(one for one in found['programs'] if one['name'] == 'decode'))
+    spread, whole = decodes
+    assert bytes_of(spread) > 2 * MATRICES > 50 * bytes_of(whole)
+    weights = [one['hbm_by_class']['weights for sampling'] for one in decodes]
+    assert weights[1] == pytest.approx(4 * weights[0], rel=0.01)
+
+
+class TestEstimate:
+
+  def test_of_gpus_is_said_to_be_one(self, capsys):
+    found = planned(capsys, flags('h100:8', 'sft'))
+    assert found['estimated'] and found['devices'] == 8 and found['chip'] == 'h100'
+    assert found['hbm_by_class']['parameters'] == PARAMS * 4 / 8 + (2 * L + 1) * D * 4 * 7 / 8
+    args = [one for one in flags('h100:8', 'sft') if one != '--json']
+    assert main.main(args) == 0
+    out = capsys.readouterr().out
+    assert 'sft of llama3_1_8b on 8 x h100 (estimated on CPUs, whose programs are others)' in out
+    assert 'fits, ' in out and 'tokens/s' in out
+
+
+@pytest.mark.libtpu
+class TestHost:
+
+  def test_holds_what_is_kept_there_and_the_device_the_rest(self):
+    try:
+      mesh = sharding.make_mesh('fsdp:4', devices=topology.find('v5e:2x2').devices)
+    except types.UsageError as err:
+      pytest.skip(str(err))
+    params = {'w': jax.ShapeDtypeStruct((1024, 1024), 'float32', sharding=sharding.named(mesh, 'embed', None))}
+    opt = optim.adamw(10, schedule=functools.partial(optim.constant, lr=0.1), moments='bfloat16', memory='pinned_host')
+    moments = step_lib.abstract_state(mesh, params, opt.tx, 0, memory=opt.memory).opt_state
+    where = jax.tree.map(lambda x: x.sharding, (params, moments))
+    run = jax.jit(opt.tx.update, out_shardings=where)
+    roles = {'parameters': params, 'optimizer': moments}
+    step = plan_lib._compiled(
+        programs.Program('step', lambda: run.lower(params, moments, params), roles, 1, 1.0),
+        roles,
+        topology.CHIPS['v5e'],
+    )
+    assert step.host_bytes == 4 * 1024 * 1024 / 4
+    assert step.hbm_by_class['parameters'] == 4 * 1024 * 1024 / 4
+    assert step.hbm_by_class['optimizer'] == 8  # two counts
+    # 1 MB each of weights, gradients and steps, moments as they come and go, the program; not what the host holds.
+    assert sum(step.hbm_by_class.values()) == pytest.approx(step.hbm_bytes, rel=0.01)
+    assert step.hbm_bytes < 5.5e6
+    made = plan_lib.Plan(
+        {'algo': 'a', 'model': 'b'}, topology.CHIPS['v5e'], 4, False, [dataclasses.replace(step, host_bytes=2**30)]
+    )
+    assert 'in the memory of the host   1.00 GiB, which the step reads and writes' in made.table()
+
+
+class TestTopology:
+
+  @pytest.mark.parametrize(
+      ('args', 'said'),
+      [
+          (['--mode=plan', '--algo=dpo'], 'needs --topology'),
+          (['--mode=plan', '--algo=dpo', '--topology=v9:2x2'], 'the chips are v4, v5e'),
+          (['--mode=plan', '--algo=dpo', '--topology=h100:2x2'], 'of GPUs their number'),
+          (['--mode=plan', '--algo=dpo', '--topology=h100:0'], 'write for example v5e:4x4, v5p:4x4x4 or h100:8'),
+          (['--mode=plan', '--algo=dpo', '--topology=v5p:4x4'], 'v5p has 3 sizes, as v5p:4x4x4, not 2'),
+          (['--mode=plan', '--algo=dpo', '--topology=v5e:64x64'], 'a slice of v5e has at most 256 chips'),
+          (['--mode=plan', '--algo=dpo', '--topology=v6e:2x2x2'], 'v6e has 2 sizes, as v6e:4x4, not 3'),
+          (['--algo=dpo', '--topology=v5e:2x2'], '--mode=train does not read --topology; it goes with --mode=plan'),
+          (['--mode=plan', '--algo=dpo', '--topology=h100:8', '--mesh=fsdp:3'], 'does not divide the 8 devices'),
+      ],
+      ids=lambda x: x[-1] if isinstance(x, list) else '',
+  )
+  def test_is_refused_by_name(self, args, said, capsys):
+    assert main.main(['jaxalign', *args]) == 2
+    assert said in capsys.readouterr().err
+
+  def test_says_what_to_install(self, monkeypatch):
+    def missing(**_):
+      raise NotImplementedError('JAX TPU support not installed; cannot generate TPU topology')
+
+    monkeypatch.setattr(topology.topologies, 'get_topology_desc', missing)
+    with pytest.raises(types.UsageError, match=r"v5e:2x2: libtpu is wanted.*pip install -e '.\[tpu\]'"):
+      topology.find('v5e:2x2')
+
+
+class TestRefused:
+
+  def test_reads_how_much_the_compiler_wanted(self):
+    refused = plan_lib._Refused()
+    with refused:
+      raise jax.errors.JaxRuntimeError(
+          'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 36.49G of 15.75G hbm. Exceeded hbm capacity'
+          ' by 20.74G. Largest program allocations in hbm: 1. Size: 99.00G'
+      )
+    assert refused.needed == 36.49 * 2**30
+
+  def test_lets_other_errors_through(self):
+    with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'), plan_lib._Refused():
+      raise jax.errors.JaxRuntimeError('INTERNAL: 3G')
+
+
+def made(size, seconds, fits=True):
+  step = plan_lib.Compiled('step', size, {}, 0.0, fits, 1.0, 1.0, 1.0, seconds, {}, 0.0, 8, 0.0)
+  return plan_lib.Plan({'algo': 'a'}, topology.CHIPS['v5e'], 4, False, [step])
+
+
+class TestSearch:
+
+  def test_front_is_what_nothing_beats_in_both(self):
+    plans = [made(8, 1.0), made(4, 2.0), made(9, 1.5), made(2, 3.0, fits=False), made(4, 2.5)]
+    assert search.pareto(plans) == [0, 1]
+
+  def test_points_keep_the_rows_of_a_step(self):
+    packing = pytypes.SimpleNamespace(rows=16, micro_batches=2)
+    points = list(search.points(pytypes.SimpleNamespace(packing=packing), ['fsdp:4'], lambda text: 4))
+    assert {point['rows'] * point['micro_batches'] for point in points} == {32}
+    assert {point['rows'] for point in points} == {4, 8, 16, 32}
+    assert {point['remat'] for point in points} == {'full', 'attention', 'dots'}
+
+  def test_prints_the_flags_of_what_it_found(self, capsys):
+    args = [one for one in flags('h100:8', 'sft') if one != '--json']
+    assert main.main([*args, '--search', '--mesh=fsdp:8', '--gin=loader.Packing.rows = 8']) == 0
+    out = capsys.readouterr().out
+    assert out.startswith('3 compiled; none of the others')
+    assert '--mesh=fsdp:8 --gin=loader.Packing.rows=8 --gin=loader.Packing.micro_batches=1 ' in out
+
+  def test_says_what_is_too_large(self):
+    point = {'mesh': 'fsdp:4', 'rows': 8, 'micro_batches': 1, 'remat': 'full'}
+    said = search.front([(point, made(17 * 2**30, 1.0, fits=False))])
+    assert said == f'none of 1 fits; the smallest is 1.25 GiB too large: {search.command(point)}\n'
+
+
+class TestMeshes:
+
+  def test_multiply_to_the_devices(self):
+    for text in search.meshes(8):
+      assert math.prod(sharding.parse_mesh(text).values()) == 8
+    assert search.meshes(2) == ['fsdp:2', 'fsdp:1,tensor:2']
+
+
+def test_chips_are_named_as_topologies_are():
+  assert {name: chip.name for name, chip in topology.CHIPS.items()} == {name: name for name in topology.CHIPS}
+  assert all(min(dataclasses.astuple(chip)[1:5]) > 0 for chip in topology.CHIPS.values())
