@@ -119,8 +119,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 def _positive(text: str) -> int:
   """A whole number from 1 on; argparse says so of another."""
-  if int(text) < 1:
-    raise argparse.ArgumentTypeError(f'{text}: it must be at least 1')
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f'{text}: it is a whole number, at least 1')
   return int(text)
 
 
