@@ -98,7 +98,7 @@ def _kl_local(output, axes, hidden, head, ref_hidden, ref_head, mask):
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     return out.at[rows].set(vocab.total(axes, p - q + q * (log_q - log_p)), mode='drop')
 
-  out = jax.lax.fori_loop(0, chunks, body, jnp.zeros(mask.size, jnp.float32))
+  out = vocab.loop(0, chunks, index.size // chunk, body, jnp.zeros(mask.size, jnp.float32))
   return (out.reshape(mask.shape),)
 
 
@@ -116,7 +116,7 @@ def _slope_local(output, axes, hidden, head, ref_hidden, ref_head, d_kl, mask):
     return d_hidden.at[rows].set(d_h, mode='drop'), d_head + d_w
 
   zeros = jnp.zeros(models[0].shape, jnp.float32), jnp.zeros(models[1].shape, jnp.float32)
-  d_hidden, d_head = vocab.gradients(axes, *jax.lax.fori_loop(0, chunks, body, zeros))
+  d_hidden, d_head = vocab.gradients(axes, *vocab.loop(0, chunks, index.size // chunk, body, zeros))
   return d_hidden.reshape(hidden.shape).astype(hidden.dtype), d_head.astype(head.dtype)
 
 
@@ -176,5 +176,5 @@ def _rivals_local(output, among, axes, hidden, head, targets, uniform, mask):
     place = jnp.minimum(jnp.sum(below, axis=1), among - 1)
     return out.at[rows].set(jnp.take_along_axis(ids, place[:, None], axis=1)[:, 0], mode='drop')
 
-  out = jax.lax.fori_loop(0, chunks, body, jnp.zeros(mask.size, jnp.int32))
+  out = vocab.loop(0, chunks, index.size // chunk, body, jnp.zeros(mask.size, jnp.int32))
   return (out.reshape(mask.shape),)

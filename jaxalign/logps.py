@@ -55,7 +55,7 @@ def token_stats(
       vocabulary) and 'sharpness' (log sum_v p_v^2). Entropy is differentiable, the others are not.
     softcap: c of c tanh(logit / c); 0 for none.
     temperature: of the distributions.
-    kept_bytes: of logits, a device, that the backward pass finds; it computes the others again.
+    kept_bytes: of logits, a device, that the backward pass finds, in whole chunks; it computes the others again.
 
   Returns:
     `logps` and each of `dense`, float32 `[B, T]`.
@@ -154,9 +154,9 @@ def _loop(count, kept: int, most: int, body: Callable, carry):
   """`body(is_kept, i, carry)` for `count` chunks, at most `most`, of which the logits of the first `kept` are."""
   first = jnp.minimum(count, kept) if kept else 0
   if kept:
-    carry = jax.lax.fori_loop(0, first, functools.partial(body, True), carry)
+    carry = vocab.loop(0, first, kept, functools.partial(body, True), carry)
   if kept < most:
-    carry = jax.lax.fori_loop(first, count, functools.partial(body, False), carry)
+    carry = vocab.loop(first, count, most - kept, functools.partial(body, False), carry)
   return carry
 
 

@@ -30,7 +30,7 @@ class Options:
     log_every: steps between logged lines; each holds the mean over those steps.
     eval_every: steps between evaluations on held-out data; 0 evaluates only before and after.
     save_every: steps between checkpoints; 0 saves only the last.
-    max_skipped: consecutive steps that were not finite after which the run stops.
+    max_skipped: consecutive steps that were not finite after which the run stops, at the next line that is logged.
     profile: the first and the last step that JAX's profiler records; None for none.
   """
 
@@ -170,7 +170,7 @@ def run(
       with jax.transfer_guard('disallow') if tools.debug and step > first else contextlib.nullcontext():
         state, measured = tools.step_fn(state, batch)
       if waiting is not None:
-        _write(waiting.step, _fetch(waiting, tools), options, tools, progress)
+        _write(waiting.step, _fetch(waiting, tools), options, tools, progress, failures)
         waiting = None
       running.append(measured)
       step += 1
@@ -183,7 +183,7 @@ def run(
       if pausing and waiting is not None:
         values, waiting = _fetch(waiting, tools), None
         evaluated = _pause(state, tools, step == first + 1, due(options.eval_every), values, failures) or evaluated
-        _write(step, values, options, tools, progress)
+        _write(step, values, options, tools, progress, failures)
         if saving:
           _save(tools, state, step, data_state, evaluated)
         tools.clock.start()
@@ -191,7 +191,8 @@ def run(
         break
     if step > first and not saving:  # The signal, or the failure, came behind a step that was not saved.
       if waiting or running:
-        _write(step, _fetch(waiting or _Interval(step, data_state, running), tools), options, tools, progress)
+        values = _fetch(waiting or _Interval(step, data_state, running), tools)
+        _write(step, values, options, tools, progress, failures)
       _save(tools, state, step, data_state, evaluated)
   if failures:
     tools.store.wait()
@@ -276,13 +277,17 @@ def _fetch(interval: _Interval, tools: Tools) -> dict[str, float]:
   return {**values, **tools.constants(interval.data_state)}
 
 
-def _write(step: int, values: dict[str, float], options: Options, tools: Tools, progress: metrics.Progress) -> None:
-  """Logs what was fetched, and stops a run that does not recover."""
+def _write(
+    step: int, values: dict[str, float], options: Options, tools: Tools, progress: metrics.Progress, failures: list
+) -> None:
+  """Logs what was fetched; a run that does not recover is a failure, in every process alike."""
   tools.writer.write(step, values)
   progress.show(step, values)
   if values['skipped_in_row'] >= options.max_skipped:
-    raise types.RunError(
-        f'step {step}: the loss or its gradient was not finite in {int(values["skipped_in_row"])} consecutive'
-        ' steps; parameters are as they were before them. Lower the learning rate, look for extreme rows with'
-        ' --mode=show, or find the operation with --debug'
+    failures.append(
+        types.RunError(
+            f'step {step}: the loss or its gradient was not finite in {int(values["skipped_in_row"])} consecutive'
+            ' steps; parameters are as they were before them. Lower the learning rate, look for extreme rows with'
+            ' --mode=show, or find the operation with --debug'
+        )
     )

@@ -82,7 +82,7 @@ def _fill(text: str, flag: str, count: int, things: str) -> tuple[int, ...]:
   if count % fixed or (wild is None and fixed != count):
     named = ' x '.join(f'{a}:{s}' for a, s in sizes.items() if s != -1) or '1'
     raise types.UsageError(
-        f'{flag}={text}: {named} = {fixed} does not divide the {count} {things}'
+        f'{flag}={text}: {named} = {fixed} does not divide the {count} {things}; choose sizes whose product does'
         if count % fixed
         else f'{flag}={text}: {named} = {fixed}, but there are {count} {things}; make one axis -1 to take the rest'
     )

@@ -88,6 +88,12 @@ def chunks(axes: Axes, mask, chunk: int):
   return index, -(-count // chunk)
 
 
+def loop(first, last, most: int, body: Callable, carry):
+  """`body(i, carry)` for each i from `first` up to `last`, at most `most` turns, which the program's text tells."""
+  with jax.named_scope(f'at_most_{most}_turns'):  # read by `planning.hlo`
+    return jax.lax.fori_loop(first, last, body, carry)
+
+
 def take(x, rows):
   """The rows of a chunk; 0 where an index is out of bounds."""
   return jnp.take(x, rows, axis=0, mode='fill', fill_value=0)

@@ -251,9 +251,11 @@ class TestTokenStats:
     _close(stats['logps'], gold['logps'], 1e-5)
     _close(stats['entropy'], gold['entropy'], 1e-5)
     got, want = _gradients((*narrow, *data[2:]), *weights), _gold_gradients(*rounded, *data[2:], *weights)
-    for g, w in zip(got, want):
-      assert g.dtype == jnp.bfloat16
+    again = _gradients((*narrow, *data[2:]), *weights, kept_bytes=4 * 2 * 16 * V)
+    for g, w, same in zip(got, want, again, strict=True):
+      assert g.dtype == same.dtype == jnp.bfloat16
       _close(g.astype(np.float64), w, 1e-2)
+      _close(same.astype(np.float64), w, 1e-2)
 
   @pytest.mark.parametrize('mesh', MESHES)
   def test_values_and_gradients_on_a_mesh_are_those_of_one_device(self, mesh):
@@ -438,9 +440,10 @@ class TestTemperature:
 
 class TestSoften:
 
+  @pytest.mark.parametrize('kept', [0, 2, 100])
   @pytest.mark.parametrize('temperature', [1.0, 0.6])
   @pytest.mark.parametrize('mesh', ['', 'fsdp:2,tensor:2,context:2'])
-  def test_caps_logits_and_their_gradient_and_divides_them(self, mesh, temperature):
+  def test_caps_logits_and_their_gradient_and_divides_them(self, mesh, temperature, kept):
     *data, mask_BT = _data()
     weight_BT, entropy_weight_BT = _weights()
     options = {'vocab_size': VOCAB, 'chunk': 16, 'dense': ('entropy',), 'softcap': 3.0, 'temperature': temperature}
@@ -453,7 +456,8 @@ class TestSoften:
       return jnp.sum(mask_BT * (weight_BT * chosen + entropy_weight_BT * entropy))
 
     with _on(mesh):
-      found = jax.device_get(_jitted_gradients(**options)(*data, mask_BT, weight_BT, entropy_weight_BT))
+      gradients = _jitted_gradients(**options, kept_bytes=4 * kept * 16 * V)
+      found = jax.device_get(gradients(*data, mask_BT, weight_BT, entropy_weight_BT))
       stats = jax.device_get(_jitted(**options)(*data, mask_BT))
     np.testing.assert_allclose(
         np.sum(stats['logps'] * weight_BT + stats['entropy'] * entropy_weight_BT), dense(*data[:2]), rtol=1e-5

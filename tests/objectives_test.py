@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import gin
 import jax
@@ -324,6 +325,24 @@ class TestTemperature:
     wanted = np.take_along_axis(logits, np.asarray(batch.targets_BT)[..., None], 2)[..., 0]
     wanted -= np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
     np.testing.assert_allclose(found, wanted * np.asarray(batch.mask_BT), rtol=1e-4, atol=1e-4)
+
+
+class TestKeptLogits:
+
+  # 2,000 entries and 512 targets at a time make 4 MB: of 10 no chunk, one, or the only one is there for 0, 4 and 400.
+  @pytest.mark.parametrize('bound,size', [(0, 512), (3, 512), (4, 512), (9, 2 * 512), (400, 3 * 512)])
+  def test_of_a_model_are_there_for_the_backward_pass(self, bound, size):
+    config = dataclasses.replace(CONFIG, vocab_size=2000)
+    model = transformer.build(config, MESH, length=32, kept_logits=bound)
+    params = transformer.abstract_params(model, MESH)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch_of(40 * ALONE[:1]))
+
+    def total(params, batch):
+      return jnp.sum(forward.target_stats(params, batch, model=model)['logps'])
+
+    text = str(jax.make_jaxpr(jax.grad(total))(params, batch))
+    wide = params['head'].shape[1]
+    assert max(int(rows) for rows in re.findall(rf'f32\[(\d+),{wide}\]', text)) == size
 
 
 class TestNeeds:

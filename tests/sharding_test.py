@@ -82,9 +82,9 @@ class TestMakeMesh:
   @pytest.mark.parametrize(
       ('text', 'words'),
       [
-          ('tensor:3', 'tensor:3 = 3 does not divide the 8 devices'),
-          ('fsdp:16', 'fsdp:16 = 16 does not divide the 8 devices'),
-          ('data:3,fsdp:-1', 'data:3 = 3 does not divide the 8 devices'),
+          ('tensor:3', 'tensor:3 = 3 does not divide the 8 devices; choose sizes whose product does'),
+          ('fsdp:16', 'fsdp:16 = 16 does not divide the 8 devices; choose sizes whose product does'),
+          ('data:3,fsdp:-1', 'data:3 = 3 does not divide the 8 devices; choose sizes whose product does'),
           ('fsdp:2,tensor:2', 'fsdp:2 x tensor:2 = 4, but there are 8 devices; make one axis -1 to take the rest'),
       ],
   )

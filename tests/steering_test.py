@@ -281,7 +281,7 @@ class TestRefuses:
   @pytest.mark.parametrize(
       ('flags', 'said'),
       [
-          (['--decode=dara'], '--decode=dara: unknown method; there are best_of_n, cd, .*did you mean'),
+          (['--decode=dara'], '--decode=dara: unknown method; did you mean .*there are best_of_n, cd, '),
           (['--decode=dera'], '--guide: one --guide=DIR for each of aligned, in this order is wanted; given: none'),
           (['--decode=dera', '--guide='], 'for each of aligned, in this order is wanted; given: none'),
           (['--decode=proxy', '--guide={aligned}'], 'for each of tuned and base, in this order is wanted; given: /'),

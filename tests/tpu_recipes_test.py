@@ -40,9 +40,9 @@ def planned(capsys, monkeypatch, algo, model, topology, slices, mesh, bound):
   """What is said of a recipe, and the text of each of its programs."""
   texts, costs = [], hlo.costs
 
-  def spy(text, trips=1.0):
+  def spy(text):
     texts.append(text)
-    return costs(text, trips)
+    return costs(text)
 
   monkeypatch.setattr(plan_lib.hlo, 'costs', spy)
   rows = math.prod(int(part.split(':')[1]) for part in mesh.split(',') if 'fsdp' in part) * slices
@@ -61,7 +61,7 @@ def in_loops(module):
   """Instructions that run in a loop."""
   loops = [one for lines in module.computations.values() for one in lines if one.op == 'while']
   for loop in loops:
-    for one, _, _ in module._runs(loop.called('body'), 1.0, 1.0, False):
+    for one, _, _ in module._runs(loop.called('body'), 1.0, False):
       yield one
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign import logps
 from jaxalign import objectives
 from jaxalign import optim
 from jaxalign import sharding
@@ -249,3 +250,24 @@ class TestExperts:
     assert found.kernel_flops == products * 2 * (2 * tokens) * D * F / 16
     # The router's alone are left, whose 8 columns the compiler may pad.
     assert found.flops < 0.05 * found.kernel_flops
+
+
+class TestLogits:
+
+  # As on CPUs, `planning.hlo_test`: the names of loops are still there when the TPU compiler is done.
+  @pytest.mark.parametrize('kept', [0, 1, 4])
+  def test_that_are_kept_are_not_counted_again(self, kept):
+    mesh = sharding.make_mesh('data:4', devices=topology('v5e:2x2'))
+    width, tokens, ids = 256, 4 * CHUNK, 2048
+
+    def total(hidden_BTD, head_DV, targets_BT, mask_BT):
+      options = {'vocab_size': ids, 'chunk': CHUNK, 'kept_bytes': 4 * kept * CHUNK * ids}
+      return jnp.sum(logps.token_stats(hidden_BTD, head_DV, targets_BT, mask_BT, **options)['logps'])
+
+    rows = sharding.named(mesh, 'batch')
+    shape = lambda shape, dtype, where: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+    args = shape((4, tokens, width), jnp.bfloat16, rows), shape((width, ids), jnp.bfloat16, sharding.named(mesh))
+    args += shape((4, tokens), jnp.int32, rows), shape((4, tokens), jnp.float32, rows)
+    with jax.set_mesh(mesh):
+      text = jax.jit(jax.grad(total, (0, 1))).lower(*args).compile().as_text()
+    assert hlo.costs(text).flops == (4 * 4 - kept) * 2 * CHUNK * width * ids

@@ -298,16 +298,19 @@ class TestTrain:
     assert said in capsys.readouterr().err
     assert not (folder / 'refused').exists()
 
-  def test_stops_where_no_step_is_finite_any_more(self, folder, broken, capsys):
+  def test_stops_where_no_step_is_finite_any_more_and_keeps_what_was_before(self, folder, broken, capsys):
     workdir = folder / 'skipped'
     more = '--gin=loop.Options.max_skipped = 3', '--gin=loop.Options.log_every = 2'
-    args = [x for x in runs.flags(folder, workdir, *broken, *more) if 'log_every=' not in x]
+    args = [x for x in runs.flags(folder, workdir, *broken, *more) if not re.match('--(log|save)_every=', x)]
     assert main.main(args) == 1
     assert (
         'jaxalign: step 4: the loss or its gradient was not finite in 4 consecutive steps; parameters are as they were'
         in capsys.readouterr().err
     )
-    assert {step: line['skipped_steps'] for step, line in runs.logged(workdir).items()} == {1: 1, 2: 2, 4: 4}
+    assert {step: line['skipped_steps'] for step, line in runs.logged(workdir).items()} == {1: 1, 2: 2, 4: 4, 5: 5}
+    store = checkpoint.Store(workdir / 'checkpoints', checkpoint.Options())
+    assert store.latest() == 5  # though none was due; it had begun when the line of step 4 was read
+    store.close()
 
   def test_under_debug_names_the_line_that_made_a_nan(self, folder, broken):
     code, err = runs.finished(runs.spawn(runs.flags(folder, folder / 'broken', '--debug', *broken)))

@@ -54,9 +54,11 @@ def check_decoding(name: str) -> None:
 def _check(name: str, known: Collection[str], problem: str) -> None:
   if name in known:
     return
-  nearest = difflib.get_close_matches(name, known, 1, cutoff=0.3)
-  hint = f'; did you mean {nearest[0]}?' if nearest else ''
-  raise types.UsageError(f'{problem}; there are {", ".join(known)}{hint}')
+  close = lambda count, cutoff: difflib.get_close_matches(name, known, count, cutoff)
+  swapped = [one for one in known if sorted(one) == sorted(name)]
+  nearest = swapped or close(2, 0.6) or close(1, 0.3)
+  hint = f'; did you mean {" or ".join(nearest)}?' if nearest else ''
+  raise types.UsageError(f'{problem}{hint} (there are {", ".join(known)})')
 
 
 def listing() -> str:

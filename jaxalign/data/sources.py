@@ -81,7 +81,11 @@ def open_source(spec: str, data_dir: str | None = None) -> Source:
   scheme, colon, rest = spec.partition(':')
   rest, bounds = _cut_slice(rest)
   if scheme not in SCHEMES or not colon or not rest:
-    raise types.UsageError(f'data {spec!r}: write {", ".join(f"{s}:..." for s in SCHEMES[:-1])} or {SCHEMES[-1]}:...')
+    meant = re.search(r'\.(jsonl|parquet)(\.gz)?$', spec)
+    hint = f'; did you mean {meant[1]}:{spec}?' if meant else ''
+    raise types.UsageError(
+        f'data {spec!r}: write {", ".join(f"{s}:..." for s in SCHEMES[:-1])} or {SCHEMES[-1]}:...{hint}'
+    )
   if scheme == 'jsonl':
     source = _open_jsonl(spec, os.path.basename(rest), _read_bytes(spec, rest))
   elif scheme == 'parquet':
@@ -198,7 +202,7 @@ def _open_jsonl(spec: str, name: str, data) -> Source:
     line = lines[index]
     where = f'{name}:{line + 1}'
     try:
-      record = json.loads(data[starts[line] : starts[line + 1]].decode('utf-8-sig'))
+      record = json.loads(data[starts[line] : starts[line + 1]].rstrip().decode('utf-8-sig'))
     except UnicodeDecodeError as err:
       raise BadRecord(f'{where}: not UTF-8 ({err.reason} at byte {err.start})') from err
     except json.JSONDecodeError as err:

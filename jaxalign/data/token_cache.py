@@ -208,7 +208,8 @@ def _examples(
     # The first line is ours; what calls the function by configuration (gin) may have added others.
     message = f'{where}: {str(err).splitlines()[0].removeprefix(f"{where}: ")}'
     if not skip_bad_records:
-      raise types.RunError(message) from err
+      hint = '; --skip_bad_records leaves such records out' if isinstance(err, sources.BadRecord) else ''
+      raise types.RunError(f'{message}{hint}') from err
     report['bad'] += 1
     if report['bad'] <= _SHOWN_BAD:
       logging.warning('%s (skipped)', message)

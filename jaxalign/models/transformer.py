@@ -72,7 +72,7 @@ class Transformer(nn.Module):
     config: sizes.
     dtype: of the computation; parameters are float32, but for a frozen base (`lora.Lora.base`).
     remat: a key of REMAT.
-    kept_logits: MiB a device of those that the backward pass finds, and does not compute again.
+    kept_logits: MiB a device and pass over targets, of whole chunks that the backward pass does not compute again.
     attention: one of `attention.KERNELS`, for whole sequences; behind what is in a cache attention is dense.
     experts: one of `grouped.KERNELS`.
     lora: what is adapted, None for nothing; with dropout `apply` takes `rngs={'dropout': key}`.

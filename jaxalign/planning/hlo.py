@@ -15,6 +15,7 @@ _BITS = {'pred': 8, 's4': 4, 'u4': 4, 's8': 8, 'u8': 8, 's16': 16, 'u16': 16, 'b
 _BITS |= {'u32': 32, 'f32': 32, 's64': 64, 'u64': 64, 'f64': 64, 'f8e4m3fn': 8, 'f8e5m2': 8}
 _ARRAY = re.compile(r'([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?')
 _NAMES = re.compile(r'%([\w.\-]+)')
+_MOST = re.compile(r'at_most_(\d+)_turns\)*/while"')  # a scope right around a loop; see `vocab.loop`
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'collective-permute', 'all-to-all')
 # What only names what is there already.
 _FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all'}
@@ -87,9 +88,10 @@ class Module:
     return [self.of_name[name].shape for name in instruction.operands if name in self.of_name]
 
   def trips(self, loop: Instruction) -> int | None:
-    """How often the body of a `while` runs, None where that is known at run time alone."""
-    if (known := self.known_trips(loop)) is not None:
-      return known
+    """How often the body of a `while` runs, at most where the run tells; None where nothing says so."""
+    told = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.rest) or _MOST.search(loop.rest)
+    if told:
+      return int(told[1])
     body, condition = loop.called('body'), loop.called('condition')
     assert body and condition, loop
     root = next((one for one in self.computations[condition] if one.is_root), None)
@@ -105,11 +107,6 @@ class Module:
     start = self._constant(self.of_name[given.operands[index]], loop)
     step = self._step(self.computations[body], index)
     return None if start is None or not step else max(0, -(-(most - start) // step))
-
-  def known_trips(self, loop: Instruction) -> int | None:
-    """What the compiler says of it."""
-    found = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.rest)
-    return int(found[1]) if found else None
 
   def _constant(self, one: Instruction | None, loop: Instruction) -> int | None:
     if one is None:
@@ -145,38 +142,36 @@ class Module:
 
     return added(root.operands[index]) or 1
 
-  def runs(self, trips: float) -> Iterator[tuple[Instruction, float, bool]]:
-    """Every instruction, how often it runs, and whether it stands inside a fusion; a dynamic loop has `trips` turns."""
-    yield from self._runs(self.entry, 1.0, trips, False)
+  def runs(self) -> Iterator[tuple[Instruction, float, bool]]:
+    """Every instruction, how often it runs (in a loop of unknown length once), and whether it stands in a fusion."""
+    yield from self._runs(self.entry, 1.0, False)
 
-  def _runs(self, name: str, times: float, trips: float, fused: bool) -> Iterator[tuple[Instruction, float, bool]]:
+  def _runs(self, name: str, times: float, fused: bool) -> Iterator[tuple[Instruction, float, bool]]:
     for one in self.computations.get(name, ()):
       yield one, times, fused
       if one.op == 'while':
         turns = self.trips(one)
         body = one.called('body')
         assert body is not None
-        yield from self._runs(body, times * (trips if turns is None else turns), trips, fused)
+        yield from self._runs(body, times * (1 if turns is None else turns), fused)
       elif one.op == 'conditional':
         branches = re.search(r'branch_computations=\{([^}]*)\}', one.rest)
         names = _NAMES.findall(branches[1]) if branches else [one.called('true_computation')]
         for branch in filter(None, names[:1]):
-          yield from self._runs(branch, times, trips, fused)
+          yield from self._runs(branch, times, fused)
       elif one.op in ('fusion', 'call', 'async-start') and (inner := one.called('calls') or one.called('to_apply')):
-        yield from self._runs(inner, times, trips, fused or one.op == 'fusion')
+        yield from self._runs(inner, times, fused or one.op == 'fusion')
 
 
-def costs(text: str, trips: float = 1.0) -> Costs:
-  """What one device does in a run of a compiled program.
+def costs(text: str) -> Costs:
+  """What one device does in a run of a compiled program, whose text is `compiled.as_text()`.
 
-  Args:
-    text: of the program, `compiled.as_text()`.
-    trips: turns of a loop whose length is known at run time alone.
+  A loop whose length is known at run time alone counts with the most turns that its name gives (`vocab.loop`), or once.
   """
   module, found = Module(text), Costs()
   channels: dict[tuple[str, str], tuple[float, float]] = {}
   scattered = _scattering(module)
-  for number, (one, times, fused) in enumerate(module.runs(trips)):
+  for number, (one, times, fused) in enumerate(module.runs()):
     found.flops += times * _flops(module, one)
     kind = one.op.removesuffix('-start')
     # Groups of one device exchange nothing.

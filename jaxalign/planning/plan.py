@@ -185,7 +185,7 @@ def _compiled(program: programs_lib.Program, resident, chip: topology_lib.Chip) 
   parts |= {'results': made, 'program': memory.generated_code_size_in_bytes}
   parts['padding'] = max(0.0, memory.argument_size_in_bytes - sum(of.values()))
   whole = peak + memory.generated_code_size_in_bytes + sum(beside.values())
-  costs = hlo.costs(compiled.as_text(), program.trips)
+  costs = hlo.costs(compiled.as_text())
   flops = costs.flops + costs.kernel_flops
   cycles = costs.cycles / chip.clock + costs.kernel_flops / chip.flops if chip.clock else 0.0
   sent = sum(kind['bytes'] for kind in costs.collectives.values())

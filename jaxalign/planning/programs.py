@@ -24,7 +24,6 @@ from jaxalign import step as step_lib
 from jaxalign import streams as streams_lib
 from jaxalign import tracing
 from jaxalign import types
-from jaxalign import vocab
 from jaxalign.data import dataset
 from jaxalign.data import rows as rows_lib
 from jaxalign.data import tokenizers
@@ -53,7 +52,6 @@ class Program(NamedTuple):
     roles: its arguments, shapes with shardings, by what they are.
     tokens: that it reads, of the whole mesh.
     model_flops: that its work takes on a device, without what is computed again.
-    trips: turns of those loops whose length is known at run time alone, at most.
   """
 
   name: str
@@ -61,7 +59,6 @@ class Program(NamedTuple):
   roles: Mapping[str, types.PyTree]
   tokens: int
   model_flops: float
-  trips: float = 1.0
 
 
 class Abstract(NamedTuple):
@@ -205,12 +202,6 @@ def resident(programs: list[Program]) -> Mapping[str, types.PyTree]:
   return {name: tree for name, tree in programs[0].roles.items() if name in RESIDENT}
 
 
-def _loops(of: Abstract, mesh: jax.sharding.Mesh) -> float:
-  """Turns of the loop over chunks of targets, where all of them count."""
-  _, rows, length = of.batch.inputs_BT.shape
-  return math.ceil(rows * length / (sharding.parts(mesh, 'batch') * sharding.parts(mesh, 'length')) / vocab.CHUNK)
-
-
 def _of_tokens(of: Abstract, mesh, config: architecture.Config, passes: str) -> float:
   """Model FLOPs of a device for all tokens of a step: of a step of training, or of a pass forward."""
   tokens, length = math.prod(of.batch.inputs_BT.shape), of.batch.inputs_BT.shape[-1]
@@ -236,7 +227,6 @@ def _step(job, recipe, optimizer: optim.Optimizer, of: Abstract) -> Program:
       _roles(of, *RESIDENT, 'batch'),
       math.prod(of.batch.inputs_BT.shape),
       flops,
-      _loops(of, job.mesh),
   )
 
 
@@ -254,7 +244,6 @@ def _cached_reference(job, of: Abstract) -> Program:
       {'parameters': params, 'batch': batch},
       tokens,
       _of_tokens(of, job.mesh, model.config, 'forward'),
-      _loops(of, job.mesh),
   )
 
 
@@ -269,7 +258,6 @@ def _evaluation(job, recipe, of: Abstract) -> Program:
       _roles(of, 'parameters', 'frozen base', 'reference', 'batch'),
       math.prod(of.batch.inputs_BT.shape),
       _of_tokens(of, job.mesh, model.config, 'forward'),
-      _loops(of, job.mesh),
   )
 
 
@@ -330,7 +318,6 @@ def _annotation(job, recipe, of: Abstract, policy: types.PyTree) -> Program:
       _roles(of, 'parameters', 'critic', 'frozen base', 'reference') | {'batch': batch},
       math.prod(batch.inputs_BT.shape),
       passes * _of_tokens(of, job.mesh, of.model.config, 'forward'),
-      _loops(of, job.mesh),
   )
 
 

@@ -176,6 +176,11 @@ class TestParse:
     for part in parts:
       assert part in message
 
+  @pytest.mark.parametrize('line', ['recipe.kept_logits = 1', 'preference.beta = 1'])
+  def test_says_what_a_binding_of_a_module_alone_lacks(self, line):
+    message = refusal(bindings=[line])
+    assert line in message and 'write MODULE.NAME.PARAMETER=VALUE' in message
+
   def test_names_the_innermost_file_that_is_wrong(self, write):
     write('inner.gin', IMPORTS + 'optim.linear.rate = 1\n')
     user = write('my.gin', "# a comment\ninclude 'inner.gin'\n")

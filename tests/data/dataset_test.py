@@ -235,6 +235,10 @@ class TestBuild:
     assert (data.report['bad'], data.report['kept'], data.where(1)) == (2, 2, 'data.jsonl:4')
     assert 'data.jsonl:2: not valid JSON' in caplog.text
 
+  def test_a_line_that_cannot_be_read_is_an_error_that_says_how_to_leave_it_out(self, build, write_jsonl):
+    with pytest.raises(types.RunError, match=r'^data.jsonl:2: not valid JSON .*; --skip_bad_records leaves such rec'):
+      build(write_jsonl([_RECORDS[0], '{"ids"']))
+
   def test_no_record_left_is_an_error_with_reasons(self, build, write_jsonl, tmp_path):
     spec = write_jsonl([{'drop': 'equal responses'}, '{'])
     with pytest.raises(

@@ -82,7 +82,7 @@ class TestOpenSource:
   @pytest.mark.parametrize(
       ('line', 'message'),
       [
-          ('{"a": 1', r'a\.jsonl:2: not valid JSON \(.*column'),
+          ('{"a": 1', r"a\.jsonl:2: not valid JSON \(Expecting ',' delimiter at column 8\)"),
           ('{"a": }', r'a\.jsonl:2: not valid JSON \(Expecting value at column 7\)'),
           ('[1, 2]', r'a\.jsonl:2: not a JSON object but a list'),
           ('null', r'a\.jsonl:2: not a JSON object but a NoneType'),
@@ -179,10 +179,15 @@ class TestOpenSource:
     with pytest.raises(types.UsageError, match="data 'builtin:nope': unknown; there is "):
       sources.open_source('builtin:nope')
 
-  @pytest.mark.parametrize('spec', ['x.jsonl', 'csv:x.csv', 'jsonl:', 'jsonl', '', 'jsonl:[3:]'])
+  @pytest.mark.parametrize('spec', ['x.csv', 'csv:x.csv', 'jsonl:', 'jsonl', '', 'jsonl:[3:]'])
   def test_a_spec_of_another_form_is_refused(self, spec):
-    with pytest.raises(types.UsageError, match=r'write jsonl:\.\.\., parquet:\.\.\., tfds:\.\.\. or builtin:\.\.\.'):
+    with pytest.raises(types.UsageError, match=r'write jsonl:\.\.\., parquet:\.\.\., tfds:\.\.\. or builtin:\.\.\.$'):
       sources.open_source(spec)
+
+  @pytest.mark.parametrize('file,meant', [('x.jsonl', 'jsonl:'), ('a/x.jsonl.gz', 'jsonl:'), ('x.parquet', 'parquet:')])
+  def test_a_file_alone_is_answered_with_its_spec(self, file, meant):
+    with pytest.raises(types.UsageError, match=f'; did you mean {meant}{file}\\?$'):
+      sources.open_source(file)
 
   @pytest.mark.parametrize('scheme', ['jsonl', 'parquet'])
   def test_a_missing_file_is_named(self, tmp_path, scheme):

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxalign import logps
 from jaxalign import sharding
+from jaxalign import vocab
 from jaxalign.planning import hlo
 
 # As libtpu writes them: a loop without a known count that goes two by two, products as convolutions with padding, one
@@ -116,12 +118,17 @@ class TestCosts:
     alone = TPU.replace('channel_id=7, replica_groups={{0,1}}', 'channel_id=7, replica_groups={{0},{1}}')
     assert 'all-gather' not in hlo.costs(alone).collectives
 
-  def test_takes_the_turns_that_a_program_does_not_tell_from_its_caller(self):
+  @pytest.mark.parametrize(
+      'name,turns', [('', 1), ('jit(f)/at_most_5_turns/while', 5), ('jit(f)/at_most_5_turns/while/body/while', 1)]
+  )
+  def test_takes_the_turns_that_a_program_does_not_tell_from_the_name_of_the_loop(self, name, turns):
     text = TPU.replace(
         '%eight = u32[]{:T(128)} constant(8)', '%eight = u32[]{:T(128)} get-tuple-element(%arg.2), index=0'
     )
-    once, often = hlo.costs(text), hlo.costs(text, 5)
-    assert (once.cycles, often.cycles) == (100, 500)
+    of_loop = 'condition=%condition, body=%body'
+    assert text.count(of_loop) == 1
+    text = text.replace(of_loop, f'{of_loop}, metadata={{op_name="{name}"}}')
+    assert hlo.costs(text).cycles == turns * 100
 
   def test_leaves_out_what_stays_on_the_chip(self):
     on_chip = hlo.costs(TPU.replace('bf16[64,32]{1,0}', 'bf16[64,32]{1,0:S(1)}'))
@@ -132,12 +139,25 @@ class TestCosts:
   def test_agrees_with_hand_counts_of_what_this_machine_compiles(self, turns):
     layers, mesh = 5, sharding.make_mesh('fsdp:8')
 
-    def run(x, weights, turns):
+    def run(x, weights, last):
       deep = lambda x: jax.lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, weights)[0]
-      return jax.lax.fori_loop(0, turns, lambda _, x: deep(x), x)
+      return vocab.loop(0, last, turns, lambda _, x: deep(x), x)
 
     args = jnp.ones((64, 24)), jnp.ones((layers, 24, 24)), jnp.int32(turns)
     where = sharding.named(mesh, 'batch', None), sharding.named(mesh), sharding.named(mesh)
     compiled = jax.jit(run, in_shardings=where).lower(*args).compile()
-    found = hlo.costs(compiled.as_text(), turns)
-    assert found.flops == turns * layers * 2 * (64 // 8) * 24 * 24
+    assert hlo.costs(compiled.as_text()).flops == turns * layers * 2 * (64 // 8) * 24 * 24
+
+  # Of each chunk a product forward, two for gradients, and that forward again where its logits are not kept.
+  @pytest.mark.usefixtures('optimised')
+  @pytest.mark.parametrize('kept,products', [(0, 4 * 4), (1, 4 * 4 - 1), (3, 4 * 4 - 3), (9, 4 * 4 - 4)])
+  def test_counts_logits_again_where_they_are_not_kept(self, kept, products):
+    chunk, width, tokens, ids = 16, 24, 64, 160
+
+    def total(hidden, head, targets, mask):
+      options = {'vocab_size': ids, 'chunk': chunk, 'kept_bytes': 4 * kept * chunk * ids}
+      return jnp.sum(logps.token_stats(hidden, head, targets, mask, **options)['logps'])
+
+    args = jnp.ones((1, tokens, width)), jnp.ones((width, ids)), jnp.ones((1, tokens), jnp.int32), jnp.ones((1, tokens))
+    compiled = jax.jit(jax.grad(total, (0, 1))).lower(*args).compile()
+    assert hlo.costs(compiled.as_text()).flops == products * 2 * chunk * width * ids
