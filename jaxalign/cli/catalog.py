@@ -56,7 +56,7 @@ def _check(name: str, known: Collection[str], problem: str) -> None:
     return
   close = lambda count, cutoff: difflib.get_close_matches(name, known, count, cutoff)
   swapped = [one for one in known if sorted(one) == sorted(name)]
-  nearest = swapped or close(2, 0.6) or close(1, 0.3)
+  nearest = list(dict.fromkeys((*swapped, *close(2, 0.6)))) or close(1, 0.3)
   hint = f'; did you mean {" or ".join(nearest)}?' if nearest else ''
   raise types.UsageError(f'{problem}{hint} (there are {", ".join(known)})')
 
