@@ -332,9 +332,9 @@ def _plan(args: flags.FlagValues) -> None:
   if catalog.own_files('models', [args.model or '']) and not args.tokenizer:
     args['tokenizer'].value = recipe_lib.DEFAULT_MODEL  # Of shapes alone any will do.
   recipe = _configure(args)
-  config.check_reachable('plan.plan', 'recipe.Recipe')
+  config.check_reachable('planning.plan.plan', 'recipe.Recipe')
   job = _job(args, _of(recipe), topology.devices)
-  plan = functools.partial(config.get('plan.plan'), topology=topology, is_data_known=bool(args.data))
+  plan = functools.partial(config.get('planning.plan.plan'), topology=topology, is_data_known=bool(args.data))
   searched = functools.partial(search.planned, job, recipe, plan, topology, args.mesh, args.dcn_mesh)
   found = searched() if args.search else plan(job, recipe=recipe)
   sys.stdout.write(json.dumps(found.to_json(), indent=1) + '\n' if args.json else found.table())
