@@ -231,7 +231,7 @@ class Scorer:
     """Scores of responses; what says nothing in a language of steps has none.
 
     Raises:
-      RunError: a response cannot be read, or a score is not finite; it names the record.
+      RunError: a response cannot be read, or a score is not finite; it names the record. All processes meet it.
     """
     count = len(responses.responses)
     texts = {n: text for n in range(count) if (text := self._text(responses, n)) is not None}
@@ -242,7 +242,8 @@ class Scorer:
       flat = np.concatenate([one.reshape(-1) for one in found])
       if not np.all(np.isfinite(flat)):
         value = flat[~np.isfinite(flat)][0]
-        raise types.RunError(f'reward {self._known.model.name}, {responses.where[n]}: the model gives {value}')
+        place = f'reward {self._known.model.name}, {responses.where[n]}'
+        raise types.RunError(f'{place}: the model gives {value}', everywhere=True)
       values_N[n], marks = self._value(found)
       if tokens is not None and texts[n].places is not None:
         tokens[n][texts[n].places] = marks
@@ -287,7 +288,8 @@ class Scorer:
       return self._of_words(responses, n)
     except (examples.Dropped, types.RunError) as err:
       problem = err.reason if isinstance(err, examples.Dropped) else err
-      raise types.RunError(f'reward {self._known.model.name}, {responses.where[n]}: {problem}') from err
+      place = f'reward {self._known.model.name}, {responses.where[n]}'
+      raise types.RunError(f'{place}: {problem}', everywhere=True) from err
 
   def _of_ids(self, prompt: Sequence[int], ids: Sequence[int]) -> _Text | None:
     whole = np.array([*prompt, *ids], np.int32)

@@ -167,4 +167,6 @@ class RunError(Exception):
   For `everywhere` see `UsageError`.
   """
 
-  everywhere: bool = False
+  def __init__(self, message: str, *, everywhere: bool = False):
+    super().__init__(message)
+    self.everywhere = everywhere

@@ -145,8 +145,9 @@ class TestHeads:
       np.testing.assert_allclose(opened(names + options)(responses).values, wanted_N, atol=1e-3)
 
   def test_that_are_not_finite_name_the_record(self, heads):
-    with pytest.raises(types.RunError, match=r'reward .*nan, d.jsonl:1: the model gives nan'):
+    with pytest.raises(types.RunError, match=r'reward .*nan, d.jsonl:1: the model gives nan') as caught:
       opened(str(heads['nan'][0]))(sampled())
+    assert caught.value.everywhere  # so that a job of several processes saves the steps before
 
 
 OF_STEPS = {'min': np.min, 'mean': np.mean, 'last': lambda x: x[-1], 'product': np.prod}

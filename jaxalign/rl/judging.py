@@ -117,7 +117,7 @@ class Judge:
     """The same; RunError where every reward abstained on all responses, the first of which is to `where`."""
     total = self.total(judged.values_RN)
     if np.all(np.isnan(total)):
-      raise types.RunError(f'every reward abstains on all {len(total)} responses (from {where} on)')
+      raise types.RunError(f'every reward abstains on all {len(total)} responses (from {where} on)', everywhere=True)
     return total
 
   def dull(self, judged: Judged, samples: int) -> np.ndarray:
