@@ -55,7 +55,7 @@ def _check(name: str, known: Collection[str], problem: str) -> None:
   if name in known:
     return
   close = lambda count, cutoff: difflib.get_close_matches(name, known, count, cutoff)
-  swapped = [one for one in known if sorted(one) == sorted(name)]
+  swapped = [one for i in range(len(name)) if (one := name[:i] + name[i : i + 2][::-1] + name[i + 2 :]) in known]
   nearest = list(dict.fromkeys((*swapped, *close(2, 0.6)))) or close(1, 0.3)
   hint = f'; did you mean {" or ".join(nearest)}?' if nearest else ''
   raise types.UsageError(f'{problem}{hint} (there are {", ".join(known)})')

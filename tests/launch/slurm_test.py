@@ -79,7 +79,7 @@ class Cluster:
     shutil.copytree(ROOT / 'launch', self.checkout / 'launch')
     (self.checkout / 'launch' / 'local.sh').write_text(LOCAL)
     (self.checkout / 'jaxalign').mkdir()
-    shutil.copy(ROOT / 'jaxalign' / 'flag_table.py', self.checkout / 'jaxalign')
+    shutil.copytree(ROOT / 'jaxalign' / 'cli', self.checkout / 'jaxalign' / 'cli')
 
   def _call(self, *command):
     env = os.environ | {'PATH': f'{self.calls / "bin"}:/usr/bin:/bin', 'CALLS': str(self.calls), 'SLURM_JOB_ID': '123'}

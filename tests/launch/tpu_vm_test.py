@@ -131,7 +131,7 @@ class Cloud:
     (checkout / 'jaxalign' / '__pycache__').mkdir(parents=True)
     (checkout / 'jaxalign' / '__pycache__' / 'main.pyc').touch()
     (checkout / 'jaxalign' / 'main.py').touch()
-    shutil.copy(ROOT / 'jaxalign' / 'flag_table.py', checkout / 'jaxalign')
+    shutil.copytree(ROOT / 'jaxalign' / 'cli', checkout / 'jaxalign' / 'cli')
     (checkout / 'jaxalign' / 'gin_configs').symlink_to('../gin_configs')
     programs = {'gcloud': GCLOUD, 'python3': PYTHON}
     programs |= dict.fromkeys(('nvidia-smi', 'python3.11', 'python3.12', 'python3.13'), '#!/bin/sh\nexit 9\n')
@@ -206,7 +206,7 @@ class TestTpuVm:
     run('my-tpu', 'us-x1-a', '--algo=dpo')
     there = run.calls / 'worker-1' / 'jaxalign'
     assert {path.name for path in there.iterdir()} >= {'setup.py', 'README.md', 'LICENSE', 'launch', '.venv'}
-    assert {path.name for path in (there / 'jaxalign').iterdir()} == {'main.py', 'flag_table.py', 'gin_configs'}
+    assert {path.name for path in (there / 'jaxalign').iterdir()} == {'main.py', 'cli', 'gin_configs'}
     assert (there / 'jaxalign' / 'gin_configs' / 'dpo.gin').is_file()
 
   def test_leaves_no_archive_behind(self, run):

@@ -140,7 +140,7 @@ class TestPlay:
       'name,record,said',
       [
           ('leaving', {}, 'leaving, here: SystemExit: 0'),
-          ('failing', {}, r"failing, here: KeyError: 'unknown' \(environments_test.py:\d+: return state"),
+          ('failing', {}, r"failing, here: KeyError: 'unknown' \(multi_turn_test.py:\d+: return state"),
           (
               'returned',
               {'what': 'tuple'},
