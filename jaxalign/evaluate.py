@@ -36,9 +36,9 @@ from jaxalign.models import transformer
 from jaxalign.rewards import functions
 from jaxalign.rewards import modelled
 from jaxalign.rewards import rules
+from jaxalign.rewards import verdicts
 from jaxalign.rl import experience
 from jaxalign.rl import multi_turn
-from jaxalign.rl import verdicts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -157,8 +157,9 @@ def run(
     Preempted: SIGTERM came, and the step that was running, or the last before it, is saved.
   """
   first = step = int(state.step)
-  if first >= options.steps:
-    return state  # A run that went further: what it would read next was not prepared.
+  if first >= options.steps:  # A run that went further: what it would read next was not prepared.
+    _check_finite(first, int(state.skipped_in_row), options)
+    return state
   due = lambda every: step == options.steps or (every > 0 and step % every == 0)
   running: list[step_lib.Packed] = []
   waiting: _Interval | None = None
@@ -182,7 +183,8 @@ def run(
         waiting, running = _Interval(step, data_state, running), []
       if pausing and waiting is not None:
         values, waiting = _fetch(waiting, tools), None
-        evaluated = _pause(state, tools, step == first + 1, due(options.eval_every), values, failures) or evaluated
+        evaluates = due(options.eval_every) and not failures
+        evaluated = _pause(state, tools, step == first + 1, evaluates, values, failures) or evaluated
         _write(step, values, options, tools, progress, failures)
         if saving:
           _save(tools, state, step, data_state, evaluated)
@@ -280,14 +282,19 @@ def _fetch(interval: _Interval, tools: Tools) -> dict[str, float]:
 def _write(
     step: int, values: dict[str, float], options: Options, tools: Tools, progress: metrics.Progress, failures: list
 ) -> None:
-  """Logs what was fetched; a run that does not recover is a failure, in every process alike."""
+  """Logs what was fetched; a run that does not recover is a failure."""
   tools.writer.write(step, values)
   progress.show(step, values)
-  if values['skipped_in_row'] >= options.max_skipped:
-    failures.append(
-        types.RunError(
-            f'step {step}: the loss or its gradient was not finite in {int(values["skipped_in_row"])} consecutive'
-            ' steps; parameters are as they were before them. Lower the learning rate, look for extreme rows with'
-            ' --mode=show, or find the operation with --debug'
-        )
+  with _collecting(failures):
+    _check_finite(step, int(values['skipped_in_row']), options)
+
+
+def _check_finite(step: int, skipped: int, options: Options) -> None:
+  """Raises RunError, in all processes, where as many steps in a row were not finite as are borne."""
+  if skipped >= options.max_skipped:
+    raise types.RunError(
+        f'step {step}: the loss or its gradient was not finite in {skipped} consecutive steps; parameters are as they'
+        ' were before them. Lower the learning rate, look for extreme rows with --mode=show, or find the operation with'
+        ' --debug',
+        everywhere=True,
     )

@@ -21,7 +21,7 @@ from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.generation import next_token
 from jaxalign.generation import sampling
-from jaxalign.rl import verdicts
+from jaxalign.rewards import verdicts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ from jaxalign.generation import sampling
 from jaxalign.rewards import functions
 from jaxalign.rewards import modelled
 from jaxalign.rewards import panels
-from jaxalign.rl import verdicts
+from jaxalign.rewards import verdicts
 
 
 @dataclasses.dataclass(frozen=True)

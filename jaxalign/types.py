@@ -148,25 +148,26 @@ class LossOut:
   state: PyTree = ()
 
 
-class UsageError(Exception):
+class _Failure(Exception):
+
+  def __init__(self, message: str, *, everywhere: bool = False):
+    super().__init__(message)
+    self.everywhere = everywhere
+
+
+class UsageError(_Failure):
   """What the user asked for cannot be done as asked; `main` prints the message and exits with 2.
 
   `everywhere` says of one that was raised whether all processes of the job met it, or what came of it, at one place.
   """
-
-  everywhere: bool = False
 
 
 class Preempted(Exception):
   """The machine is taken away, and what was done is saved; `main` exits with 75, at which launchers run it again."""
 
 
-class RunError(Exception):
+class RunError(_Failure):
   """The run met something it cannot go on with (data, files, numbers); `main` prints the message and exits with 1.
 
   For `everywhere` see `UsageError`.
   """
-
-  def __init__(self, message: str, *, everywhere: bool = False):
-    super().__init__(message)
-    self.everywhere = everywhere

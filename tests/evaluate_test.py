@@ -20,7 +20,7 @@ from jaxalign.generation import sampling
 from jaxalign.models import architecture
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
-from jaxalign.rl import verdicts
+from jaxalign.rewards import verdicts
 
 
 @pytest.fixture(scope='module')

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import dataclasses
 import graphlib
 import pathlib
+import re
 import textwrap
 
 import pytest
@@ -25,8 +26,8 @@ ROWS = (
     ('types',),
     ('compiling', 'masked', 'moments', 'pages', 'storage'),
     ('losses', 'profiling', 'sharding'),
-    ('data', 'metrics', 'models', 'optim', 'rewards', 'tracing', 'vocab'),
-    ('divergence', 'held_out', 'logps'),
+    ('data', 'metrics', 'models', 'optim', 'tracing', 'vocab'),
+    ('divergence', 'held_out', 'logps', 'rewards'),
     ('forward', 'generation'),
     ('objectives', 'reference', 'rl'),
     ('step',),
@@ -326,6 +327,12 @@ class TestRules:
     assert not list(sizes_are_readable(Module('loop', text)))
     assert list(sizes_are_readable(Module('loop', text + '  x = 1\n')))
     assert list(sizes_are_readable(Module('step', text)))
+
+  def test_are_told_of_in_the_readme(self):
+    text = (ROOT / 'README.md').read_text(encoding='utf-8').split('## Reading the code')[1].split('\n## ')[0]
+    cells = [line.split('|')[1] for line in text.splitlines() if line.startswith('| `')]
+    named = [name for cell in cells for name in re.findall(r'`(\w+)(?:\.py|/)`', cell)]
+    assert sorted(named) == sorted(ROW_OF)
 
 
 class TestTop:

@@ -311,6 +311,12 @@ class TestTrain:
     store = checkpoint.Store(workdir / 'checkpoints', checkpoint.Options())
     assert store.latest() == 5  # though none was due; it had begun when the line of step 4 was read
     store.close()
+    # One that ends so at its last step is not over and done with.
+    ended = [x.replace(str(workdir), str(folder / 'ended')).replace('--steps=12', '--steps=4') for x in args]
+    for _ in range(2):
+      assert main.main(ended) == 1
+      assert 'jaxalign: step 4: the loss or its gradient was not finite in 4 ' in capsys.readouterr().err
+    assert not (folder / 'ended' / 'summary.json').exists()
 
   def test_under_debug_names_the_line_that_made_a_nan(self, folder, broken):
     code, err = runs.finished(runs.spawn(runs.flags(folder, folder / 'broken', '--debug', *broken)))

@@ -54,6 +54,7 @@ def check_decoding(name: str) -> None:
 def _check(name: str, known: Collection[str], problem: str) -> None:
   if name in known:
     return
+  name = name.lower()
   close = lambda count, cutoff: difflib.get_close_matches(name, known, count, cutoff)
   swapped = [one for i in range(len(name)) if (one := name[:i] + name[i : i + 2][::-1] + name[i + 2 :]) in known]
   nearest = list(dict.fromkeys((*swapped, *close(2, 0.6)))) or close(1, 0.3)

@@ -232,7 +232,8 @@ def _plain(text: str) -> str:
   unknown = re.fullmatch(r"Configurable '(.*)' doesn't have a parameter named '(.*)'\.", text)
   if unknown:
     return f"{unknown[1]} has no parameter '{unknown[2]}'{_parameters(unknown[1])}"
-  if text.startswith('not enough values to unpack'):  # gin looks for a class or function in what is a module
+  # What gin says of NAME.PARAMETER where NAME is a module.
+  if text == 'not enough values to unpack (expected at least 2, got 1)':
     return 'a module alone has no parameters; write MODULE.NAME.PARAMETER=VALUE'
   macro = re.match(r"No bindings specified for '(.*)/gin\.macro'", text)
   if macro:

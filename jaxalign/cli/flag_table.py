@@ -87,8 +87,8 @@ FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         'lora',
         '',
         'Train low-rank adapters of a frozen model: rank:16,alpha:32,dropout:0.05,targets:q+v,rslora:true,dora:true,'
-        'base:bfloat16 or adapter:DIR (a PEFT directory to start from); what is left out has its default, see'
-        ' models/lora.py.',
+        'base:bfloat16 (or int8, nf4), or adapter:DIR (a PEFT directory to start from); what is left out has its'
+        ' default, see models/lora.py.',
     ),
     (
         flags.DEFINE_string,

@@ -81,7 +81,7 @@ def open_source(spec: str, data_dir: str | None = None) -> Source:
   scheme, colon, rest = spec.partition(':')
   rest, bounds = _cut_slice(rest)
   if scheme not in SCHEMES or not colon or not rest:
-    meant = re.search(r'\.(jsonl|parquet)(\.gz)?$', spec)
+    meant = None if colon and not storage.is_remote(spec) else re.search(r'\.(jsonl|parquet)(\.gz)?(\[.*)?$', spec)
     hint = f'; did you mean {meant[1]}:{spec}?' if meant else ''
     raise types.UsageError(
         f'data {spec!r}: write {", ".join(f"{s}:..." for s in SCHEMES[:-1])} or {SCHEMES[-1]}:...{hint}'

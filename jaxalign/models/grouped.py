@@ -61,7 +61,7 @@ def product(name: str, x_RD: types.Array, w_EDF: types.Array, sizes_E: types.Arr
     x_RD: rows, those of a group together, groups in order; as many as `rounded` says.
     w_EDF: a matrix for each group.
     sizes_E: int32, rows of each group.
-    usual: rows that groups have in all on average, which a plan counts (`hlo.kernel_flops`).
+    usual: rows that groups have in all on average, which a plan counts (`planning.hlo.kernel_flops`).
   """
   if name == 'megablox':
     return _megablox(x_RD, w_EDF, sizes_E, usual)

@@ -140,6 +140,8 @@ def plan(
   Raises:
     UsageError: recipe, data, model and mesh do not agree.
   """
+  if topology.estimated:  # by a mesh of CPUs, whose default is another
+    recipe = dataclasses.replace(recipe, kept_logits=recipe.kept_logits or 0)
   packing = recipe.packing
   setting = {
       'algo': job.algo,

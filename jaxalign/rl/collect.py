@@ -27,12 +27,12 @@ from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.generation import sampling
 from jaxalign.rewards import panels
+from jaxalign.rewards import verdicts
 from jaxalign.rl import credit as credit_lib
 from jaxalign.rl import experience
 from jaxalign.rl import judging
 from jaxalign.rl import multi_turn
 from jaxalign.rl import rollouts
-from jaxalign.rl import verdicts
 
 # By name, as they are sampled.
 Verdicts = Mapping[str, judging.Judged]

@@ -181,7 +181,8 @@ class Iterations:
       for part in np.concatenate([parts, texts], axis=1):
         steps = loader.ordered(part.tolist())
         if len(steps) != 1:
-          raise types.RunError(f'rollout {iteration} does not fit a step: raise loader.Packing.rows')
+          problem = f'rollout {iteration} does not fit a step: raise loader.Packing.rows'
+          raise types.RunError(problem, everywhere=True)
         ((_, batch),) = steps
         number += 1
         if number > update:

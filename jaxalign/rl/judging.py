@@ -11,8 +11,8 @@ from jaxalign.data import sources
 from jaxalign.data import tokenizers
 from jaxalign.rewards import functions
 from jaxalign.rewards import panels
+from jaxalign.rewards import verdicts
 from jaxalign.rl import multi_turn
-from jaxalign.rl import verdicts
 
 _FIRST = 100  # records that are looked at
 

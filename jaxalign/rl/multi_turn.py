@@ -20,7 +20,7 @@ from jaxalign.data import tokenizers
 from jaxalign.generation import sampling
 from jaxalign.rewards import calling
 from jaxalign.rewards import functions
-from jaxalign.rl import verdicts
+from jaxalign.rewards import verdicts
 
 # (prompts, responses to each, number of the turn, experts of their tokens or None, see `sampling.sample`) -> responses,
 # one prompt's behind another's

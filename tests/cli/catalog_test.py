@@ -32,7 +32,14 @@ class TestCheckAlgorithm:
 
   @pytest.mark.parametrize(
       ('wrong', 'near'),
-      [('dop', 'dpo'), ('dppo', 'dpop or ppo or dpo'), ('orpoo', 'orpo'), ('stf', 'sft'), ('rmm', 'rm')],
+      [
+          ('dop', 'dpo'),
+          ('DPO', 'dpo'),
+          ('dppo', 'dpop or ppo or dpo'),
+          ('orpoo', 'orpo'),
+          ('stf', 'sft'),
+          ('rmm', 'rm'),
+      ],
   )
   def test_names_the_choices_and_the_nearest(self, wrong, near):
     with pytest.raises(types.UsageError, match=f'--algo={wrong}: .*did you mean {near}\\b.*dpo, .*prm, .*rm, .*sft'):

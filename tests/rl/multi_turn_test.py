@@ -16,8 +16,8 @@ from jaxalign.generation import sampling
 from jaxalign.models import architecture
 from jaxalign.models import transformer
 from jaxalign.rewards import environments as builtin
+from jaxalign.rewards import verdicts
 from jaxalign.rl import multi_turn
-from jaxalign.rl import verdicts
 from tests import runs
 
 HERE = 'tests.rl.multi_turn_test'

@@ -8,7 +8,7 @@ import pytest
 
 from jaxalign import types
 from jaxalign.rewards import functions
-from jaxalign.rl import verdicts
+from jaxalign.rewards import verdicts
 
 
 class TestPassAt:
