@@ -9,8 +9,9 @@
 packed and padded rows; how many of 64 greedy tokens are the same; the median difference in bfloat16 in standard
 deviations. `sampler` prints for the same models, on one device or a mesh, the worst and the mean difference in nats
 between what the sampler says of the tokens that it draws and what the training program does, with --rank of adapters
-that have learned something. `import` prints a JSON object: bytes of anonymous memory at the peak, beyond those before,
-and of the parameters (--gigabytes makes up a Llama of that size first, one file a layer).
+that have learned something; experts are replayed as runs do, unless --no-replay_experts. `import` prints a JSON object:
+bytes of anonymous memory at the peak, beyond those before, and of the parameters (--gigabytes makes up a Llama of that
+size first, one file a layer).
 """
 
 import argparse
@@ -39,6 +40,7 @@ from jaxalign.models import hf
 from jaxalign.models import hf_import
 from jaxalign.models import lora as lora_lib
 from jaxalign.models import transformer
+from jaxalign.rl import rollouts
 
 GOLDENS = pathlib.Path(__file__).resolve().parents[1] / 'tests' / 'goldens'
 CASES = sorted(path.parent.name for path in GOLDENS.glob('*/config.json'))
@@ -131,7 +133,7 @@ def _by_trainer(model, params, prompts, drawn, replays):
   return [row[counted > 0] for row, counted in zip(np.asarray(told(params)), mask)]
 
 
-def drift(name, *, mesh='', dtype='float32', lora=None, replays=False):
+def drift(name, *, mesh='', dtype='float32', lora=None, replays=None):
   """Worst and mean difference in nats between sampler and trainer, over 8 responses of 20 tokens."""
   model, params, mesh = _opened(name, mesh)
   model = transformer.build(model.config, mesh, dtype=dtype, lora=lora, length=_LENGTH)
@@ -141,7 +143,7 @@ def drift(name, *, mesh='', dtype='float32', lora=None, replays=False):
       # The second factor begins as 0.
       params = lora_lib.join(jax.tree.map(lambda x: x + 0.05, adapters), params)
     ways = {'temperature': _TEMPERATURE, 'told_at': _TEMPERATURE, 'max_new_tokens': 20, 'seed': 5, 'rows': 4}
-    replays = replays and model.config.num_experts > 0
+    replays = rollouts.replays(replays if model.config.num_experts else None, model)
     drawn = sampling.sample(model, params, _PROMPTS, n=2, keep_experts=replays, **ways)
     told = _by_trainer(model, params, [ids for ids in _PROMPTS for _ in range(2)], drawn, replays)
   assert len({tuple(one.ids) for one in drawn}) == 8
@@ -149,7 +151,7 @@ def drift(name, *, mesh='', dtype='float32', lora=None, replays=False):
   return np.max(apart), np.mean(apart)
 
 
-def show_drift(mesh: str, dtype: str, rank: int, replays: bool) -> None:
+def show_drift(mesh: str, dtype: str, rank: int, replays: bool | None) -> None:
   """Prints the table of all goldens."""
   lora = lora_lib.Lora(rank=rank, alpha=2.0 * rank) if rank else None
   print(f'{"model":16} {"worst":>9} {"mean":>9}')
@@ -235,7 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   of_sampler = commands.add_parser('sampler')
   of_sampler.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='of the products')
   of_sampler.add_argument('--rank', type=int, default=0, help='of low-rank adapters; 0: without')
-  of_sampler.add_argument('--replay_experts', action='store_true', help='the trainer takes those of the sampler')
+  wanted = 'whether the trainer takes those of the sampler; default: as runs do'
+  of_sampler.add_argument('--replay_experts', action=argparse.BooleanOptionalAction, help=wanted)
   for command in (of_import, of_sampler):
     command.add_argument('--mesh', default='', help='as for jaxalign.main')
   args = parser.parse_args(argv)

@@ -12,7 +12,6 @@ from jaxalign import types
 from jaxalign.data import tokenizers
 from jaxalign.generation import next_token
 from jaxalign.generation import sampling
-from jaxalign.models import architecture
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
 from jaxalign.rewards import modelled
@@ -35,7 +34,8 @@ class Options:
     advantage_fn: from `advantages`, or any function that `credit` can call: what it reads its parameters name.
     replay_experts: whether the policy, when it is trained, and the reference send each token of prompt and response to
       the experts that it took when it was sampled: where router logits are close, rounding would send it elsewhere, and
-      ratios would tell of that. Texts, and a critic of another shape or with a head, are left to their routers.
+      ratios would tell of that. None does it for a policy with experts that computes in less than float32, where that
+      happens. Texts, and a critic of another shape or with a head, are left to their routers.
       Rollout routing replay, R3: Ma et al., 2025, https://arxiv.org/abs/2510.11370, Sec. 3. They are kept with the
       rollout, 4/3 bytes for each layer, expert and token, or twice as many from 256 experts on.
     temperature: of sampling.
@@ -77,7 +77,7 @@ class Options:
   advantage_fn: Callable[..., Any]
   scorings: Mapping[str, modelled.Scoring] = dataclasses.field(default_factory=dict)
   combine: str = 'sum'
-  replay_experts: bool = False
+  replay_experts: bool | None = None
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
@@ -179,12 +179,6 @@ class Options:
     named = {name: getattr(self, name) for name in ('top_k', 'top_p', 'min_p', 'cache_dtype', 'rows')}
     return named | {'stop': stop}
 
-  def replays(self, policy: architecture.Config) -> bool:
-    """Whether experts are replayed; UsageError where they are to be, and the policy has none."""
-    if self.replay_experts and not policy.num_experts:
-      raise types.UsageError('rollouts.Options.replay_experts = True: the model has no experts; leave it out')
-    return self.replay_experts
-
   @property
   def longest(self) -> int:
     """Tokens of the longest response, answers of the environment included."""
@@ -199,6 +193,14 @@ class Options:
   def updates(self) -> int:
     """Optimizer steps that a rollout is used for."""
     return self.epochs * self.minibatches
+
+
+def replays(replay_experts: bool | None, policy: transformer.Transformer) -> bool:
+  """Whether experts are replayed, see `Options`; UsageError where they are to be, and the policy has none."""
+  has_experts = policy.config.num_experts > 0
+  if replay_experts and not has_experts:
+    raise types.UsageError('rollouts.Options.replay_experts = True: the model has no experts; leave it out')
+  return has_experts and policy.dtype != 'float32' if replay_experts is None else replay_experts
 
 
 class Models(NamedTuple):

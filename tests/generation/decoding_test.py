@@ -25,5 +25,5 @@ class TestLogps:
 
   def test_are_near_them_where_rounding_would_send_tokens_to_other_experts(self):
     how = {'dtype': 'bfloat16', 'lora': lora_lib.Lora(rank=4, alpha=8.0)}
-    assert measure.drift('qwen3_moe_raw', **how)[0] > 5e-2
-    assert measure.drift('qwen3_moe_raw', **how, replays=True)[0] < 3e-2
+    assert measure.drift('qwen3_moe_raw', **how, replays=False)[0] > 5e-2
+    assert measure.drift('qwen3_moe_raw', **how)[0] < 3e-2

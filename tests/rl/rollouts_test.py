@@ -26,6 +26,8 @@ from jaxalign.data import sources
 from jaxalign.data import token_cache
 from jaxalign.generation import decoding
 from jaxalign.generation import sampling
+from jaxalign.models import architecture
+from jaxalign.models import transformer
 from jaxalign.rl import advantages
 from jaxalign.rl import collect
 from jaxalign.rl import experience
@@ -465,6 +467,23 @@ class TestOptions:
     with pytest.raises(types.UsageError, match=said):
       dataclasses.replace(OPTIONS, **changed)
 
+  @pytest.mark.parametrize(
+      'asked, experts, dtype, wanted',
+      [
+          (None, 4, 'bfloat16', True),
+          (None, 4, 'float16', True),
+          (None, 4, 'float32', False),
+          (None, 0, 'bfloat16', False),
+          (False, 4, 'bfloat16', False),
+          (True, 4, 'float32', True),
+      ],
+  )
+  def test_replay_experts_by_default_where_rounding_moves_tokens(self, asked, experts, dtype, wanted):
+    more = {'num_experts': experts, 'experts_per_token': 2} if experts else {}
+    sizes = architecture.Config(512, 1, 16, 2, 1, 8, 24, 64, **more)
+    model = transformer.build(sizes, sharding.make_mesh('data:8'), dtype=dtype, length=32)
+    assert rollouts.replays(asked, model) == wanted
+
 
 BUSY = """
 calls = []
@@ -628,10 +647,11 @@ class TestRuns:
       run('halves', steps)
     runs.assert_same(runs.params_of(tmp_path / 'straight'), runs.params_of(tmp_path / 'halves'))
 
-  @pytest.mark.parametrize('options', [(), ('asynchronous = True',)], ids=['', 'asynchronous'])
-  def test_that_replay_experts_are_resumed_bit_for_bit_in_the_midst_of_a_rollout(self, options, tmp_path):
+  @pytest.mark.parametrize('in_bfloat16', [False, True], ids=['asked for', 'by default, asynchronous'])
+  def test_that_replay_experts_are_resumed_bit_for_bit_in_the_midst_of_a_rollout(self, in_bfloat16, tmp_path):
     sizes = 'num_experts = 8', 'experts_per_token = 2', 'num_layers = 3'
-    more = [f'--gin=rollouts.Options.{one}' for one in ('replay_experts = True', *options)]
+    more = ['--gin=rollouts.Options.' + ('asynchronous' if in_bfloat16 else 'replay_experts') + ' = True']
+    more += ["--gin=recipe.Recipe.dtype = 'bfloat16'"] * in_bfloat16
     more += [
         '--reward=tests.runs:vowels',
         '--model=tiny',
@@ -646,7 +666,7 @@ class TestRuns:
       experts = experience.experts_of_text(line['experts'])
       assert experts.shape == (len(line['prompt_ids']) + len(line['ids']) - 1, 3, 2)
       assert 0 <= experts.min() < experts.max() < 8
-      if not options:
+      if not in_bfloat16:
         np.testing.assert_allclose(line['token_labels']['old_logps'], line['sampler_logps'], atol=1e-5)
     text = (tmp_path / 'straight/rollouts/000001.jsonl').read_text()
     groups = experience.of_text(text, len(lines) // len({line['prompt'] for line in lines})).groups()
