@@ -39,6 +39,7 @@ from jaxalign.rewards import rules
 from jaxalign.rewards import verdicts
 from jaxalign.rl import experience
 from jaxalign.rl import multi_turn
+from jaxalign.rl import rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Setting(NamedTuple):
     scorers: loads the models among the rewards, by name.
     template: of messages, see `chat.pick`, whose end of a turn ends a response.
     ways: how tokens are drawn beside length and temperature, see `rollouts.Options.ways`.
+    replays: whether the reference takes the experts that the policy took, see `rollouts.Options.replay_experts`.
   """
 
   rewards: Sequence[functions.Reward | modelled.Model] = ()
@@ -107,6 +109,7 @@ class Setting(NamedTuple):
   scorers: Callable[[], Mapping[str, functions.Scorer]] = dict
   template: str | None = None
   ways: Mapping[str, Any] = MappingProxyType({})
+  replays: bool = False
 
 
 # (prompts, responses) -> the summed log-probability of each response under a reference, in nats
@@ -143,8 +146,10 @@ def sample(
   """
   stop_ids = prompts_lib.stop_ids(tokenizer, verdicts.are_chats(prompts), setting.template)
   how: dict[str, Any] = {'max_new_tokens': samples.max_new_tokens, 'temperature': samples.temperature}
-  how |= {'stop_ids': stop_ids, **setting.ways}
-  draw = lambda behind, n, turn, _: sampling.sample(model, params, behind, n=n, seed=seed + turn, **how)
+  how |= {'stop_ids': stop_ids, 'keep_experts': setting.replays, **setting.ways}
+  draw = lambda behind, n, turn, experts: sampling.sample(
+      model, params, behind, n=n, seed=seed + turn, experts=experts, **how
+  )
   drawn = multi_turn.respond(setting.world, prompts, samples.per_prompt, tokenizer, draw)
   ids = [one.ids for one in drawn]
   values = {'distinct_2': rules.distinct(2, ids), 'mean_length': float(np.mean([len(one.logps) for one in drawn]))}
@@ -156,8 +161,8 @@ def sample(
     own = np.array([np.sum(one.logps, dtype=np.float64) for one in drawn])
     gaps = own - ref_logps([one.ids for one in prompts for _ in range(samples.per_prompt)], drawn)
     values |= {'kl': float(gaps.mean()), 'kl_stderr': float(gaps.std() / math.sqrt(len(gaps)))}
-  said = [tokenizer.decode(one.ids) for one in prompts]
-  return Sampled(values, list(zip(said, responses.responses[:: samples.per_prompt]))[: samples.shown])
+  shown = zip([tokenizer.decode(one.ids) for one in prompts], responses.responses[:: samples.per_prompt])
+  return Sampled(values, list(shown)[: samples.shown])
 
 
 def prompts_of(
@@ -254,11 +259,10 @@ class Evaluator:
     objective = needs_lib.bind(recipe, model, streams.needs, live and live.model)
     evaluate_step = counter.counted(step_lib.make_eval_step(objective))
     self._step = jax.jit(evaluate_step, out_shardings=sharding.named(job.mesh))
-    self._ref = live and live.moving
     ref_model = live.model if live is not None else reference.model_of(model)
     run = counter.counted(lambda params, batch: {'logps': forward.ref_logps(params, batch, model=ref_model)})
     self._ref_run = jax.jit(run, out_shardings=sharding.named(job.mesh))
-    self._live, self._kept, self._follows = live, kept, recipe.sync is not None
+    self._live, self._kept, self._follows, self._ref = live, kept, recipe.sync is not None, live and live.moving
     self._packing, self._mesh = dataclasses.replace(recipe.packing, groups_per_step=None), job.mesh
     self._model, self._tokenizer, self._streams, self._seed = model, tokenizer, streams, job.seed
     self._samples, self._frozen, self._prompts, self._setting = samples, frozen, list[verdicts.Prompt](), Setting()
@@ -266,11 +270,11 @@ class Evaluator:
       specs = sources.parse_all(job.eval_data) if streams.asked is not None else []
       records = [sources.open_source(spec, job.data_dir) for spec in specs]
       own = samples.judge and [functions.Reward('evaluate.Samples.judge', samples.judge)]
-      most, self._setting = samples.max_new_tokens or 64, Setting(own or ())
+      most, self._setting = samples.max_new_tokens or 64, Setting(own or (), replays=rollouts.replays(None, model))
       if (its := recipe.rollouts) is not None:
         most, ways = samples.max_new_tokens or its.max_new_tokens, its.ways(tokenizer)
         judges: Sequence[functions.Reward | modelled.Model] = own or [functions.parse(spec) for spec in its.rewards]
-        self._setting = Setting(judges, its.combine, its.world, streams.scorers, its.template, ways)
+        self._setting = Setting(judges, its.combine, its.world, streams.scorers, its.template, ways, its.replays(model))
       longest = most if self._setting.world is None else self._setting.world.longest(most)
       self._samples = dataclasses.replace(samples, max_new_tokens=most)
       self._prompts = prompts_of(samples, tokenizer, streams.asked, records, model.config.max_length - longest)
@@ -293,11 +297,9 @@ class Evaluator:
 
   def _summed(self, params: types.PyTree, prompts, responses) -> np.ndarray:
     pairs = zip(prompts, responses, strict=True)
-    read = [experience.sequence(prompt, one.ids, {}, sampled=multi_turn.sampled_of(one)) for prompt, one in pairs]
-    found, groups = np.zeros(len(read)), experience.Groups([examples.Group((one,), {}) for one in read])
-    for group, _, of in experience.annotated(params, groups, self._ref_run, self._packing, self._mesh):
-      found[group] = of['logps'].sum(dtype=np.float64)
-    return found
+    more = lambda one: {'sampled': multi_turn.sampled_of(one), 'experts': one.experts}
+    read = [experience.sequence(prompt, one.ids, {}, **more(one)) for prompt, one in pairs]
+    return experience.summed(params, read, self._ref_run, self._packing, self._mesh)
 
   def whole(
       self, params: types.PyTree, loss_state: types.PyTree, ref: types.PyTree = (), *, compared: bool = True
@@ -305,10 +307,9 @@ class Evaluator:
     """Held-out metrics and samples, with their divergence from a reference where they are `compared` with it."""
     sampled = Sampled({}, [])
     if self._samples is not None and self._prompts:
-      args = self._samples, self._prompts, self._seed, self._setting
+      args = self._samples, self._prompts, self._seed, self._setting, self._ref_logps(ref) if compared else None
       whole = lora.join(forward.divided(params)[0], self._frozen)
-      ref_logps = self._ref_logps(ref) if compared else None
-      sampled = sample(self._model, whole, self._tokenizer, *args, ref_logps)
+      sampled = sample(self._model, whole, self._tokenizer, *args)
     return Whole(self.held_out(params, loss_state, ref), sampled)
 
 
@@ -336,14 +337,13 @@ def evaluate(
       streams = streams_lib.open_prompts(job, recipe, loaded.tokenizer, loaded.model, train=False, scored=scored)
     else:
       streams = streams_lib.open_streams(job, recipe, loaded.tokenizer, train=False)
-    known = streams.reference or recipe.rollouts is not None
-    ref = checkpoint.load_reference(directory, loaded) if known else None
+    ref = checkpoint.load_reference(directory, loaded) if streams.reference or recipe.rollouts is not None else None
     if ref is not None and isinstance(streams, streams_lib.Streams) and streams.cached:
       streams = streams_lib.with_reference(streams, job, recipe, ref, steps=0, counter=counter)
     loss_state = checkpoint.load_loss_state(directory, streams.needs.state, job.mesh)
     plain = recipe.sync is not None and recipe.rollouts is not None and loaded.model.lora is None
-    load = functools.partial(checkpoint.load_base, checkpoint.find(directory)[0], loaded.model, job.mesh)
-    kept = load if plain else None
+    base = checkpoint.find(directory)[0], loaded.model, job.mesh
+    kept = functools.partial(checkpoint.load_base, *base) if plain else None
     own = recipe_lib.reference_of(recipe, job.mesh, loaded.model)
     live = ref.alone(own) if ref is not None and (streams.live or recipe.rollouts is not None) else None
     evaluator = Evaluator(job, recipe, loaded.model, loaded.tokenizer, streams, samples, counter, {}, live, kept)

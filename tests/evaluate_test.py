@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import types as pytypes
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxalign import evaluate
+from jaxalign import main
 from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
 from jaxalign import types
@@ -21,6 +23,7 @@ from jaxalign.models import architecture
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
 from jaxalign.rewards import verdicts
+from jaxalign.rl import experience
 
 
 @pytest.fixture(scope='module')
@@ -118,6 +121,28 @@ class TestSample:
 
 
 class TestEvaluator:
+
+  @pytest.mark.parametrize('dtype, replays', [('bfloat16', True), ('float32', False)])
+  def test_reads_with_the_experts_of_the_sampler_as_training_does(self, dtype, replays, tmp_path, monkeypatch):
+    read = []
+
+    def summed(models, sequences, *how):
+      read.extend(sequences)
+      return whole(models, sequences, *how)
+
+    whole = experience.summed
+    monkeypatch.setattr(experience, 'summed', summed)
+    sizes = 'num_experts = 4', 'experts_per_token = 2', 'num_layers = 2'
+    few = 'rollouts.Options.prompts = 4', 'rollouts.Options.samples = 2', 'rollouts.Options.max_new_tokens = 8'
+    bound = *(f'architecture.Config.{one}' for one in sizes), *few, f'recipe.Recipe.dtype = {dtype!r}'
+    bound += 'evaluate.Samples.count = 2', 'loader.Packing.row_length = 96', 'loader.Packing.rows = 8'
+    flags = '--algo=grpo', '--model=tiny', '--tokenizer=builtin:stories260K', '--reward=tests.runs:vowels', '--steps=1'
+    args = ['jaxalign', *flags, f'--workdir={tmp_path / "w"}', *(f'--gin={one}' for one in bound)]
+    assert main.main(args) == 0
+    assert np.isfinite(json.loads((tmp_path / 'w' / 'summary.json').read_text())['eval/kl'])
+    assert read and all((one.experts is not None) == replays for one in read)
+    if replays:
+      assert all(one.experts.shape == (len(one.ids) - 1, 2, 2) and one.experts.max() < 4 for one in read)
 
   def test_compares_with_where_a_run_began_whose_reference_follows(self):
     evaluator = evaluate.Evaluator.__new__(evaluate.Evaluator)

@@ -165,7 +165,7 @@ def _abstract(job, recipe, tokenizer, optimizer: optim.Optimizer, batch, needs: 
     critic = transformer.abstract_params(critic_model, mesh, recipe.critic_rules)
     trained = trained | {forward.CRITIC: lora.split(critic)[0] if critic_model.lora is not None else critic}
   own, ref, options = None, {}, recipe.rollouts
-  if options is not None and rollouts.replays(options.replay_experts, model):
+  if options is not None and options.replays(model):
     batch = batch.replace(experts_BTLk=experts.shape_of(model.config, batch.inputs_BT.shape))
   compared = needs.reference or (options is not None and bool(options.credit.reads & credit_lib.OF_REFERENCE))
   if compared and (options is not None or streams_lib.is_live(recipe, needs)):
@@ -273,7 +273,7 @@ def _rollout(job, recipe, tokenizer: tokenizers.Tokenizer, of: Abstract) -> Iter
   model = sampling.prepared(of.model)
   sizes = buckets.Sizes.of([prompt], [options.max_new_tokens] * options.prompts, options.samples, options.rows)
   rule = next_token.Rule(options.temperature, options.top_k, options.top_p, options.min_p)
-  told = options.cache_dtype, options.temperature, rollouts.replays(options.replay_experts, model)
+  told = options.cache_dtype, options.temperature, options.replays(model)
   program = decoding.Program((model,), rule, (tokenizer.eos_id,), None, *told)
   policy = lora.join(forward.divided(of.trained)[0], of.frozen)
   params = _as_prepared(model, policy, sampling.as_pairs(options.sampling_rules))

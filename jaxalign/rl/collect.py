@@ -129,7 +129,7 @@ class Maker:
     outputs = max(1, (models.critic or models.policy).config.score_outputs)
     # Of one response of one token, shapes do not tell.
     self._of_responses, _ = options.credit.names(options.samples, self._judge.weights_R.size, outputs)
-    self._wanted, self._replays = wanted(options), rollouts.replays(options.replay_experts, models.policy)
+    self._wanted, self._replays = wanted(options), options.replays(models.policy)
     self._run = jax.jit(annotate_fn(options, models), out_shardings=sharding.named(mesh))
     self._seconds: dict[str, float] = {}  # of the rollout in the making, by what they were spent on
 

@@ -246,3 +246,13 @@ def annotated(
       yield place.record, place.slot, {
           name: x_ABT[place.micro, place.row, place.targets] for name, x_ABT in found.items()
       }
+
+
+def summed(
+    models: Any, read: Sequence[examples.Sequence], run: Run, packing: loader_lib.Packing, mesh: jax.sharding.Mesh
+) -> np.ndarray:
+  """Of each sequence the sum of its `logps` by `run`, see `annotated`; float64, in nats."""
+  found, groups = np.zeros(len(read)), Groups([examples.Group((one,), {}) for one in read])
+  for group, _, of in annotated(models, groups, run, packing, mesh):
+    found[group] = of['logps'].sum(dtype=np.float64)
+  return found

@@ -34,8 +34,8 @@ class Options:
     advantage_fn: from `advantages`, or any function that `credit` can call: what it reads its parameters name.
     replay_experts: whether the policy, when it is trained, and the reference send each token of prompt and response to
       the experts that it took when it was sampled: where router logits are close, rounding would send it elsewhere, and
-      ratios would tell of that. None does it for a policy with experts that computes in less than float32, where that
-      happens. Texts, and a critic of another shape or with a head, are left to their routers.
+      ratios would tell of that. None does it for a policy with experts that computes, or keeps keys and values, in
+      less than float32. Texts, and a critic of another shape or with a head, are left to their routers.
       Rollout routing replay, R3: Ma et al., 2025, https://arxiv.org/abs/2510.11370, Sec. 3. They are kept with the
       rollout, 4/3 bytes for each layer, expert and token, or twice as many from 256 experts on.
     temperature: of sampling.
@@ -179,6 +179,10 @@ class Options:
     named = {name: getattr(self, name) for name in ('top_k', 'top_p', 'min_p', 'cache_dtype', 'rows')}
     return named | {'stop': stop}
 
+  def replays(self, policy: transformer.Transformer) -> bool:
+    """Whether experts are, see `replays`."""
+    return replays(self.replay_experts, policy, self.cache_dtype)
+
   @property
   def longest(self) -> int:
     """Tokens of the longest response, answers of the environment included."""
@@ -195,12 +199,13 @@ class Options:
     return self.epochs * self.minibatches
 
 
-def replays(replay_experts: bool | None, policy: transformer.Transformer) -> bool:
+def replays(asked: bool | None, policy: transformer.Transformer, cache_dtype: str | None = None) -> bool:
   """Whether experts are replayed, see `Options`; UsageError where they are to be, and the policy has none."""
   has_experts = policy.config.num_experts > 0
-  if replay_experts and not has_experts:
+  if asked and not has_experts:
     raise types.UsageError('rollouts.Options.replay_experts = True: the model has no experts; leave it out')
-  return has_experts and policy.dtype != 'float32' if replay_experts is None else replay_experts
+  rounds = policy.dtype != 'float32' or cache_dtype is not None
+  return has_experts and rounds if asked is None else asked
 
 
 class Models(NamedTuple):

@@ -468,21 +468,22 @@ class TestOptions:
       dataclasses.replace(OPTIONS, **changed)
 
   @pytest.mark.parametrize(
-      'asked, experts, dtype, wanted',
+      'asked, experts, dtype, cache, wanted',
       [
-          (None, 4, 'bfloat16', True),
-          (None, 4, 'float16', True),
-          (None, 4, 'float32', False),
-          (None, 0, 'bfloat16', False),
-          (False, 4, 'bfloat16', False),
-          (True, 4, 'float32', True),
+          (None, 4, 'bfloat16', None, True),
+          (None, 4, 'float32', 'int8', True),
+          (None, 4, 'float32', None, False),
+          (None, 0, 'bfloat16', 'int8', False),
+          (False, 4, 'bfloat16', None, False),
+          (True, 4, 'float32', None, True),
       ],
   )
-  def test_replay_experts_by_default_where_rounding_moves_tokens(self, asked, experts, dtype, wanted):
+  def test_replay_experts_by_default_where_rounding_moves_tokens(self, asked, experts, dtype, cache, wanted):
     more = {'num_experts': experts, 'experts_per_token': 2} if experts else {}
     sizes = architecture.Config(512, 1, 16, 2, 1, 8, 24, 64, **more)
     model = transformer.build(sizes, sharding.make_mesh('data:8'), dtype=dtype, length=32)
-    assert rollouts.replays(asked, model) == wanted
+    options = dataclasses.replace(OPTIONS, replay_experts=asked, cache_dtype=cache)
+    assert options.replays(model) == wanted
 
 
 BUSY = """
