@@ -169,7 +169,7 @@ def make_step(
   total weight follows, so the result does not depend on A or on the number of devices. Where the loss or the gradient's
   norm is not finite, parameters, optimizer and loss state stay as they were and the step is counted as skipped. So they
   do where the policy is more than `max_kl` nats a token from the one that was sampled from, by the metric
-  `DRIFT`: further updates by that rollout, which find it there, change nothing.
+  `DRIFT` of this batch: the next one by that rollout finds the policy where it was, and most likely changes nothing.
   """
   gradients = _of_whole_step(objective) if objective.whole_step else _of_micro_batches(objective)
 

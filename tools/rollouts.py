@@ -78,6 +78,7 @@ def read(path: storage.Path) -> list[Line]:
     for name, kind in _FIELDS.items():
       if not isinstance(line, dict) or name not in line or not isinstance(line[name], kind):
         raise types.RunError(f'{path}:{number}: not a response of a rollout: {name} is missing or of another kind')
+    line.pop('experts', None)  # By far the most of a line, and nothing that is shown.
     lines.append(line)
   if not lines:
     raise types.RunError(f'{path}: it is empty')

@@ -146,9 +146,8 @@ def to_json(one: Any) -> list[Any]:
 
 def of_json(told: list[Any]) -> sampling.Sampled:
   """Undoes `to_json`."""
-  ids, logps, processed, reason, *experts = told
-  named = experts_of_text(experts[0]) if experts and experts[0] else None
-  return sampling.Sampled(ids, logps, processed, reason, named)
+  ids, logps, processed, reason, experts = told
+  return sampling.Sampled(ids, logps, processed, reason, None if experts is None else experts_of_text(experts))
 
 
 def experts_to_text(experts: np.ndarray) -> list[Any]:

@@ -53,7 +53,7 @@ class Options:
     ref_samples: responses of the reference to each prompt, for an `advantage_fn` that reads `ref_rewards_GN`.
     refill: how often prompts whose responses all have the same reward are replaced by others, sampled anew; prompts
       that are replaced stay where that is not enough. DAPO's dynamic sampling (Yu et al., 2025, arXiv:2503.14476).
-    max_kl: nats a token from the policy that was sampled from beyond which no further update is made by a rollout, see
+    max_kl: nats a token from the policy that was sampled from, by a minibatch, beyond which it makes no update, see
       `step.make_step`; TRL's `target_kl` of old, times 1.5.
     mask_truncated: whether a response that was cut at `max_new_tokens` is not trained on; its reward still counts in
       its group. DAPO's overlong filtering, TRL's `mask_truncated_completions`.

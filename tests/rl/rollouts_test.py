@@ -621,31 +621,31 @@ class TestRuns:
     cost = found[1]['rewards/near_length/mean']  # of two steps, by whose costs lambda then moves
     assert 0 < cost < 1 and np.log(found[3]['objective/lambda']) == pytest.approx(2 * 0.025 * (cost - 0.3), rel=0.03)
 
-  def resumed(self, algo, tmp_path, *more):
-    def run(name, steps):
-      args = [
-          'jaxalign',
-          f'--algo={algo}',
-          '--gin=rollouts.Options.epochs = 1',
-          f'--workdir={tmp_path / name}',
-          f'--steps={steps}',
-          '--log_every=1',
-          '--save_every=0',
-          '--mesh=data:8',
-          '--gin=train.train.samples = None',
-          '--gin=rollouts.Options.prompts = 4',
-          '--gin=rollouts.Options.samples = 2',
-          '--gin=rollouts.Options.max_new_tokens = 8',
-          '--gin=rollouts.Options.minibatches = 2',
-          '--gin=loader.Packing.row_length = 96',
-          '--gin=loader.Packing.rows = 8',
-          *more,
-      ]
-      assert main.main(args) == 0
+  def run(self, algo, workdir, steps, *more):
+    args = [
+        'jaxalign',
+        f'--algo={algo}',
+        '--gin=rollouts.Options.epochs = 1',
+        f'--workdir={workdir}',
+        f'--steps={steps}',
+        '--log_every=1',
+        '--save_every=0',
+        '--mesh=data:8',
+        '--gin=train.train.samples = None',
+        '--gin=rollouts.Options.prompts = 4',
+        '--gin=rollouts.Options.samples = 2',
+        '--gin=rollouts.Options.max_new_tokens = 8',
+        '--gin=rollouts.Options.minibatches = 2',
+        '--gin=loader.Packing.row_length = 96',
+        '--gin=loader.Packing.rows = 8',
+        *more,
+    ]
+    assert main.main(args) == 0
 
-    run('straight', 4)
+  def resumed(self, algo, tmp_path, *more):
+    self.run(algo, tmp_path / 'straight', 4, *more)
     for steps in (3, 4):
-      run('halves', steps)
+      self.run(algo, tmp_path / 'halves', steps, *more)
     runs.assert_same(runs.params_of(tmp_path / 'straight'), runs.params_of(tmp_path / 'halves'))
 
   @pytest.mark.parametrize('in_bfloat16', [False, True], ids=['asked for', 'by default, asynchronous'])
@@ -674,6 +674,21 @@ class TestRuns:
     trained_on = [one.experts for index in range(len(groups)) for one in groups[index].sequences]
     assert [x.tolist() for x in trained_on] == [experience.experts_of_text(line['experts']).tolist() for line in lines]
     assert runs.logged(tmp_path / 'straight')[1]['grad_norm'] > 0
+
+  def test_that_are_one_rollout_old_are_weighed_by_how_far_the_policy_has_moved(self, tmp_path):
+    found = {}
+    for name, weights in ('weighed', '[@policy_parts.truncated_importance]'), ('plain', '[]'):
+      rate = '--gin=optim.adamw.schedule = @optim.constant', '--gin=optim.constant.lr = 1e-2'
+      more = *rate, '--reward=tests.runs:vowels', f'--gin=policy.regularised.weights = {weights}'
+      self.run('tis_grpo', tmp_path / name, 3, *more, '--gin=rollouts.Options.minibatches = 1')
+      found[name] = runs.logged(tmp_path / name)
+    weighed, plain = found['weighed'], found['plain']
+    # The second was sampled before the first update, the third before the second.
+    assert [weighed[step]['rollouts/staleness'] for step in (2, 3)] == [1, 1]
+    weights = [weighed[step]['policy/weight_avg'] for step in (1, 2, 3)]
+    assert weights[0] == pytest.approx(1, abs=1e-5) and max(abs(np.subtract(weights[1:], 1))) > 0.02
+    assert weighed[1]['grad_norm'] == pytest.approx(plain[1]['grad_norm'], rel=1e-5)
+    assert weighed[2]['grad_norm'] != pytest.approx(plain[2]['grad_norm'], rel=0.01)
 
   def test_refuse_to_replay_experts_that_there_are_not(self, tmp_path, capsys):
     for mode in (f'--workdir={tmp_path / "w"}',), ('--mode=plan', '--topology=h100:8', '--model=tiny'):
