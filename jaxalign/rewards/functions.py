@@ -94,6 +94,7 @@ class Reward:
       where it abstains; or a coroutine of that.
     weight: in the sum.
     processes: where it runs: 0 is here, on all responses at once; otherwise in so many processes, each response alone.
+      `parse` takes it from the attribute `processes` of a function where the options do not say it.
     timeout: seconds that a call may take, in a process.
     target: path, name and options, from which a process loads it.
   """
@@ -139,8 +140,8 @@ def parse(spec: str, *, flag: str = 'reward') -> Reward | modelled.Model:
     raise fail(f'the weight {weight} is not finite')
   if is_model(spec):
     return modelled.of(path, options, path + (match['options'] or ''), weight, fail, _FORM)
-  name, processes, timeout = match['name'], options.pop('processes', 0), options.pop('timeout', None)
-  if type(processes) is not int or processes < 0:
+  name, processes, timeout = match['name'], options.pop('processes', None), options.pop('timeout', None)
+  if processes is not None and (type(processes) is not int or processes < 0):
     raise fail(f'processes={processes!r}: it is a whole number from 0 on')
   if timeout is not None and (type(timeout) not in (int, float) or not 0 < timeout < math.inf):
     raise fail(f'timeout={timeout!r}: it is a number of seconds above 0')
@@ -153,6 +154,8 @@ def parse(spec: str, *, flag: str = 'reward') -> Reward | modelled.Model:
     if option not in names and not takes_any:
       raise fail(f'{name} has no option {option}; it has {", ".join(names) or "none"}')
   called = f'{path}:{name}{match["options"] or ""}'
+  if processes is None:
+    processes = getattr(fn, 'processes', 0)
   processes = processes or int(timeout is not None)
   return Reward(called, functools.partial(fn, **options), weight, processes, timeout, (path, name, options))
 

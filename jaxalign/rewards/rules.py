@@ -107,7 +107,8 @@ def math_answer(
   r"""1 where the response's answer equals the reference as mathematics (1/2, \frac{1}{2}, 0.5), else 0; None without.
 
   Sets, intervals, equations and expressions are compared by the library math-verify. A response that it cannot read is
-  wrong. In the main thread of a process each takes at most some seconds; `math_answer(processes=2)` runs it there.
+  wrong. In the main thread of a process each takes at most some seconds, therefore a reward runs in a process of its
+  own; `math_answer(processes=4)` makes more of them.
 
   Args:
     responses: texts, LaTeX in them in $...$ or \boxed{...}.
@@ -136,6 +137,9 @@ def math_answer(
     return float(verify(gold, parse(response)))
 
   return _judged(judge, responses, answer, target)
+
+
+math_answer.processes = 1  # type: ignore[attr-defined]  # see `functions.Reward`
 
 
 def _judged(judge, responses, answer, target) -> list[float | None]:

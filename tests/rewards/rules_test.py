@@ -95,7 +95,7 @@ class TestMathAnswer:
     responses = ['It is $\\frac{2}{4}$.', '\\boxed{x^2+2x+1}', '$\\{2, 1\\}$', '$3$', 'none', '1']
     references = ['0.5', '(x+1)^2', '$\\{1,2\\}$', '4', '4', None]
     assert rules.math_answer(responses, references) == [1.0, 1.0, 1.0, 0.0, 0.0, None]
-    with futures.ThreadPoolExecutor(1) as executor:  # as rollouts judge
+    with futures.ThreadPoolExecutor(1) as executor:  # without the alarms of a main thread
       assert executor.submit(rules.math_answer, responses, references).result() == [1.0, 1.0, 1.0, 0.0, 0.0, None]
 
 

@@ -562,6 +562,24 @@ class TestRuns:
     assert sorted(runs.logged(tmp_path / 'w')) == [1, 2]
     assert (tmp_path / 'w' / 'checkpoints' / '2' / 'params').exists()
 
+  def test_of_two_processes_are_those_of_one(self, tmp_path):
+    # Four rows for 16 responses that end when they like: the processes must agree on who has which row.
+    more = '--reward=tests.runs:vowels', '--gin=rollouts.Options.samples = 4', '--gin=rollouts.Options.rows = 4'
+    more += tuple(f'--gin=rollouts.Options.{one}' for one in ('max_new_tokens = 40', "stop = ('.', 'a')"))
+    both = runs.spawn_together(self.args('grpo', tmp_path / 'two', 3, *more, '--mesh=data:2,fsdp:2'), 2)
+    self.run('grpo', tmp_path / 'one', 3, *more)
+    for process in both:
+      code, err = runs.finished(process)
+      assert code == 0, err
+    lines = [(tmp_path / name / 'rollouts/000000.jsonl').read_text().splitlines() for name in ('two', 'one')]
+    for found, wanted in zip(*(map(json.loads, each) for each in lines), strict=True):
+      assert found['ids'] == wanted['ids'] and found['reward'] == wanted['reward']
+      np.testing.assert_allclose(found['sampler_logps'], wanted['sampler_logps'], atol=1e-4)
+    assert len({len(json.loads(line)['ids']) for line in lines[0]}) > 3
+    found, wanted = (runs.logged(tmp_path / name) for name in ('two', 'one'))
+    for step, line in wanted.items():
+      assert found[step]['grad_norm'] == pytest.approx(line['grad_norm'], rel=1e-3)
+
   def test_of_several_processes_tell_of_a_reward_that_uses_jax_before_they_meet(self, tmp_path):
     (tmp_path / 'early.py').write_text(
         'import jax\njax.devices()\ndef score(responses): return [0.0] * len(responses)\n'
@@ -621,8 +639,8 @@ class TestRuns:
     cost = found[1]['rewards/near_length/mean']  # of two steps, by whose costs lambda then moves
     assert 0 < cost < 1 and np.log(found[3]['objective/lambda']) == pytest.approx(2 * 0.025 * (cost - 0.3), rel=0.03)
 
-  def run(self, algo, workdir, steps, *more):
-    args = [
+  def args(self, algo, workdir, steps, *more):
+    return [
         'jaxalign',
         f'--algo={algo}',
         '--gin=rollouts.Options.epochs = 1',
@@ -640,7 +658,9 @@ class TestRuns:
         '--gin=loader.Packing.rows = 8',
         *more,
     ]
-    assert main.main(args) == 0
+
+  def run(self, *args):
+    assert main.main(self.args(*args)) == 0
 
   def resumed(self, algo, tmp_path, *more):
     self.run(algo, tmp_path / 'straight', 4, *more)
