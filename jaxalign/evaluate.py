@@ -151,7 +151,7 @@ def sample(
       model, params, behind, n=n, seed=seed + turn, experts=experts, **how
   )
   drawn = multi_turn.respond(setting.world, prompts, samples.per_prompt, tokenizer, draw)
-  ids = [one.ids for one in drawn]
+  ids = list(map(multi_turn.own_ids, drawn))
   values = {'distinct_2': rules.distinct(2, ids), 'mean_length': float(np.mean([len(one.logps) for one in drawn]))}
   responses, given = verdicts.responses(prompts, tokenizer, drawn), multi_turn.rewards_of(drawn)
   judged = setting.rewards, setting.how, samples.pass_at, responses, len(prompts), given, setting.scorers()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import itertools
 import json
 import math
 from typing import Any
@@ -103,6 +104,8 @@ class Rollout:
   def metrics(self) -> dict[str, float]:
     """What it says of the policy that it was sampled from, by name."""
     lengths, rewards = [len(logps) for logps in self.sampler_logps], np.ma.masked_invalid(self.rewards_GK)
+    sampled = self.sampled or [[True] * len(ids) for ids in self.responses]
+    own = [list(itertools.compress(*one)) for one in zip(self.responses, sampled, strict=True)]
     kl = {'objective/kl': float(self.labels['kl'].mean())} if 'kl' in self.labels else {}
     return {
         'reward': float(rewards.mean()),
@@ -113,7 +116,7 @@ class Rollout:
         'completions/mean_length': float(np.mean(lengths)),
         'completions/max_length': float(max(lengths)),
         'completions/clipped_ratio': 1 - float(np.mean(self.finished)),
-        'completions/distinct_2': rules.distinct(2, self.responses),
+        'completions/distinct_2': rules.distinct(2, own),
     }
 
 

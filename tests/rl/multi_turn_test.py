@@ -17,6 +17,7 @@ from jaxalign.models import architecture
 from jaxalign.models import transformer
 from jaxalign.rewards import environments as builtin
 from jaxalign.rewards import verdicts
+from jaxalign.rl import experience
 from jaxalign.rl import multi_turn
 from tests import runs
 
@@ -108,6 +109,7 @@ class TestPlay:
     answer = tokenizer.encode(' and 1 Tom', continuation=True)
     assert one.ids == [400, *answer[:2], 401]
     assert one.sampled == [True, False, False, True]
+    assert multi_turn.own_ids(one) == [400, 401]
     assert (one.finished, one.cut) == (True, 1)
     assert multi_turn.said([one, one]) == {
         'episodes/turns': 2.0,
@@ -223,6 +225,17 @@ class TestRuns:
     run('flat', 2, 'flat', '--gin=train.train.samples = None')
     assert runs.logged(tmp_path / 'flat')[1]['collapse/reward_std'] == 1.0
     assert json.loads((tmp_path / 'flat' / 'summary.json').read_text())['collapse'] == 'reward_std'
+
+
+class TestRollout:
+
+  def test_is_measured_by_what_the_policy_said(self):
+    # An environment that says the same for ever is none of its faults.
+    responses, sampled = [[5, 9, 9, 9, 6], [7, 9, 9, 9, 8]], [[True, False, False, False, True]] * 2
+    of = [[1]], responses, [[-1.0, -1.0]] * 2, [True] * 2, np.zeros((1, 2)), {}, {}, [True] * 2
+    found = [experience.Rollout(*of, sampled=which).metrics() for which in (sampled, None)]
+    assert [one['completions/distinct_2'] for one in found] == [1.0, 5 / 8]
+    assert found[0]['completions/mean_length'] == 2
 
 
 class TestBuiltin:
