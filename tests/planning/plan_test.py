@@ -121,6 +121,31 @@ class TestEstimate:
     assert 'sft of llama3_1_8b on 8 x h100 (estimated on CPUs, whose programs are others)' in out
     assert 'fits, ' in out and 'tokens/s' in out
 
+  def test_of_held_out_data_has_what_evaluates(self, capsys):
+    found = planned(capsys, [one for one in flags('h100:8', 'dpo') if one != '--eval_data='])
+    step, reference, evaluation = found['programs']
+    assert [one['name'] for one in (step, reference, evaluation)] == ['step', 'reference', 'evaluation']
+    # A pass forward of each.
+    tokens = ROWS * LENGTH / 8
+    assert evaluation['model_flops'] == pytest.approx(tokens * (2 * (MATRICES + D * V) + 2 * ATTENTION), rel=1e-6)
+    assert evaluation['flops'] == pytest.approx(reference['flops'], rel=0.01)
+    # The optimizer's state lies there meanwhile; gradients do not.
+    assert evaluation['hbm_by_class']['optimizer'] == step['hbm_by_class']['optimizer']
+    assert 'gradients' not in evaluation['hbm_by_class'] and evaluation['hbm_bytes'] < step['hbm_bytes']
+
+  def test_of_rollouts_counts_the_experts_that_are_kept(self, capsys):
+    few = 'rollouts.Options.prompts = 4', 'rollouts.Options.samples = 4', 'rollouts.Options.max_new_tokens = 96'
+    sizes = 'architecture.Config.num_experts = 4', 'architecture.Config.experts_per_token = 2'
+    caches, batches = [], []
+    for bound in (), ('rollouts.Options.replay_experts = False',):
+      args = flags('h100:8', 'grpo', *few, *sizes, 'prompts.alone.longest = 32', *bound)
+      of = {one['name']: one['hbm_by_class'] for one in planned(capsys, args)['programs']}
+      caches.append(of['decode']['kv cache'])
+      batches.append(of['step']['batch'])
+    # A byte for each of two experts in each layer: of prompts' bucket and what is written, and of what is trained on.
+    assert caches[0] - caches[1] == pytest.approx(16 * (192 + 96) * L * 2 / 8, rel=0.01)
+    assert batches[0] - batches[1] == ROWS * LENGTH * L * 2 / 8
+
 
 @pytest.mark.libtpu
 class TestHost:
