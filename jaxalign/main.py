@@ -335,8 +335,8 @@ def _plan(args: flags.FlagValues) -> None:
   config.check_reachable('planning.plan.plan', 'recipe.Recipe')
   job = _job(args, _of(recipe), topology.devices)
   plan = functools.partial(config.get('planning.plan.plan'), topology=topology, is_data_known=bool(args.data))
-  searched = functools.partial(search.planned, job, recipe, plan, topology, args.mesh, args.dcn_mesh)
-  found = searched() if args.search else plan(job, recipe=recipe)
+  how = topology, args.mesh, args.dcn_mesh, command.again(args)
+  found = search.planned(job, recipe, plan, *how) if args.search else plan(job, recipe=recipe)
   sys.stdout.write(json.dumps(found.to_json(), indent=1) + '\n' if args.json else found.table())
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import shlex
 import textwrap
 from typing import Any
 
@@ -94,6 +95,12 @@ def check_mode(args: flags.FlagValues) -> None:
   for name in (*_UNREAD[mode], 'markdown', *(() if mode == 'plan' else _OF_PLANS)):
     if args[name].present:
       raise types.UsageError(f'--mode={mode} does not read --{name}{_INSTEAD.get(name, "")}')
+
+
+def again(args: flags.FlagValues) -> str:
+  """The command line of a run that is planned, but for its mesh."""
+  named = [args[name] for name in sorted(args) if args[name].present and name not in (*_OF_PLANS, 'mode', 'mesh')]
+  return shlex.join(['python', '-m', 'jaxalign.main', *(text for one in named for text in one.serialize().split('\n'))])
 
 
 def bindings(args: flags.FlagValues) -> list[str]:

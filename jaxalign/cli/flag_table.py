@@ -74,13 +74,14 @@ FLAGS: tuple[tuple[Callable[..., Any], str, Any, str], ...] = (
         'For --mode=plan: the devices to compile for, as v5e:4x4, v5p:4x4x4, v6e:8x8 or h100:8 (an estimate).',
     ),
     (_POSITIVE, 'num_slices', 1, 'For --mode=plan: how many slices of that topology. Default: 1.'),
-    (flags.DEFINE_bool, 'json', False, 'For --mode=plan: print one JSON object.'),
+    (flags.DEFINE_bool, 'json', False, 'For --mode=plan: print one JSON object, with --search an array of them.'),
     (
         flags.DEFINE_bool,
         'search',
         False,
         'For --mode=plan: compile the step with other meshes (without --mesh), remat policies, rows and micro-batches,'
-        ' as many rows of a step in all, and print those than which none is both smaller and faster.',
+        ' as many rows of a step in all, and print those than which none is both smaller and faster, and the command'
+        ' line of the fastest, of which the whole run is compiled.',
     ),
     (
         flags.DEFINE_string,

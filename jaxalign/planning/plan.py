@@ -85,6 +85,11 @@ class Plan:
     return all(one.fits for one in self.programs)
 
   @property
+  def hbm_bytes(self) -> float:
+    """What the largest program takes of a device."""
+    return max(one.hbm_bytes for one in self.programs)
+
+  @property
   def mfu_bound(self) -> float:
     """The share of the peak that the step can use at most."""
     return self.step.model_flops / (self.chip.flops * self.step.seconds) if self.step.seconds else 0.0

@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import json
 import math
+import shlex
 import types as pytypes
+from typing import Any
 
 import jax
 import pytest
@@ -14,6 +16,7 @@ from jaxalign import optim
 from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import types
+from jaxalign.data import loader
 from jaxalign.planning import plan as plan_lib
 from jaxalign.planning import programs
 from jaxalign.planning import search
@@ -229,6 +232,17 @@ def made(size, seconds, fits=True):
   return plan_lib.Plan({'algo': 'a'}, topology.CHIPS['v5e'], 4, False, [step])
 
 
+@dataclasses.dataclass
+class Recipe:
+  packing: loader.Packing
+  remat: str
+
+
+@dataclasses.dataclass
+class Job:
+  mesh: Any
+
+
 class TestSearch:
 
   def test_front_is_what_nothing_beats_in_both(self):
@@ -247,11 +261,36 @@ class TestSearch:
     assert main.main([*args, '--search', '--mesh=fsdp:8', '--gin=loader.Packing.rows = 8']) == 0
     out = capsys.readouterr().out
     assert out.startswith('3 compiled; none of the others')
-    assert '--mesh=fsdp:8 --gin=loader.Packing.rows=8 --gin=loader.Packing.micro_batches=1 ' in out
+    chosen = '--mesh=fsdp:8 --gin=loader.Packing.rows=8 --gin=loader.Packing.micro_batches=1 '
+    assert chosen in out
+    last = out.splitlines()[-1]
+    assert last.startswith('the whole run fits with the first, in ')
+    assert ': python -m jaxalign.main --algo=sft --eval_data= ' in last
+    assert f'--model=llama3_1_8b {chosen}--gin="recipe.Recipe.remat=\'' in last and '--topology' not in last
+    again = shlex.split(last.partition('-m jaxalign.main ')[2])
+    assert f'--gin=loader.Packing.row_length = {LENGTH}' in again
+
+  def test_plans_the_fastest_whole_and_the_next_where_that_does_not_fit(self):
+    asked = []
+
+    def plan(job, recipe, only_step=False):
+      asked.append((recipe.remat, only_step))
+      # What keeps more is faster; beside what samples, nothing that keeps all of it fits.
+      seconds = {'dots': 1.0, 'attention': 2.0, 'full': 3.0}[recipe.remat]
+      whole = [made(9, seconds).step, made(20, 1.0, fits=recipe.remat != 'dots').step]
+      return dataclasses.replace(made(9, seconds), programs=whole[:1] if only_step else whole)
+
+    packing, there = loader.Packing(rows=4, micro_batches=1, row_length=8), topology.find('h100:4')
+    recipe, job = Recipe(packing, 'full'), Job(None)
+    found = search.planned(job, recipe, plan, there, 'fsdp:4', '', 'python run')
+    assert asked == [(how, True) for how in ('full', 'attention', 'dots')] + [('dots', False), ('attention', False)]
+    assert [one['fits'] for one in found.to_json()] == [True, True, False]
+    assert [one['remat'] for one in found.to_json() if one['on_front']] == ['attention']
+    assert found.table().splitlines()[-1].endswith('python run ' + search.command(found.found[1][0]))
 
   def test_says_what_is_too_large(self):
     point = {'mesh': 'fsdp:4', 'rows': 8, 'micro_batches': 1, 'remat': 'full'}
-    said = search.front([(point, made(17 * 2**30, 1.0, fits=False))])
+    said = search.front([(point, made(17 * 2**30, 1.0, fits=False))], 'run')
     assert said == f'none of 1 fits; the smallest is 1.25 GiB too large: {search.command(point)}\n'
 
 
