@@ -9,6 +9,7 @@ import math
 from typing import Any
 from typing import NamedTuple
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +36,7 @@ from jaxalign.models import architecture
 from jaxalign.models import experts
 from jaxalign.models import lora
 from jaxalign.models import transformer
+from jaxalign.rewards import functions
 from jaxalign.rl import collect
 from jaxalign.rl import credit as credit_lib
 from jaxalign.rl import iterations
@@ -107,6 +109,8 @@ def of_run(
   with jax.set_mesh(job.mesh):
     found = [_step(job, recipe, optimizer, of)]
     if recipe.rollouts is not None:
+      for spec in filter(functions.is_model, recipe.rollouts.rewards):
+        logging.warning('--reward=%s: what this model takes of a device, and of time, is not planned', spec)
       return [*found, *_rollout(job, recipe, tokenizer, of)]
     if of.needs.reference and of.own is None:
       found.append(_cached_reference(job, of))
