@@ -21,6 +21,8 @@ from jaxalign.rewards import calling
 from jaxalign.rewards import modelled
 
 HOW = ('sum', 'normalised', 'gated')
+# Their time is limited by alarms, which are for the main thread of a process: by default they have one of their own.
+_ALARMED = {('jaxalign.rewards.rules', 'math_answer')}
 
 _SPEC = re.compile(r'(?P<path>[^:()]+):(?P<name>[A-Za-z_][\w.]*)(?P<options>\(.*\))?(:(?P<weight>[^:()]*))?', re.DOTALL)
 _OF_MODEL = re.compile(r'(?P<path>([^:()]|(?<=gs):(?=//))+)(?P<options>\(.*\))?(:(?P<weight>[^:()]*))?', re.DOTALL)
@@ -94,7 +96,6 @@ class Reward:
       where it abstains; or a coroutine of that.
     weight: in the sum.
     processes: where it runs: 0 is here, on all responses at once; otherwise in so many processes, each response alone.
-      `parse` takes it from the attribute `processes` of a function where the options do not say it.
     timeout: seconds that a call may take, in a process.
     target: path, name and options, from which a process loads it.
   """
@@ -155,7 +156,7 @@ def parse(spec: str, *, flag: str = 'reward') -> Reward | modelled.Model:
       raise fail(f'{name} has no option {option}; it has {", ".join(names) or "none"}')
   called = f'{path}:{name}{match["options"] or ""}'
   if processes is None:
-    processes = getattr(fn, 'processes', 0)
+    processes = int((path, name) in _ALARMED)
   processes = processes or int(timeout is not None)
   return Reward(called, functools.partial(fn, **options), weight, processes, timeout, (path, name, options))
 

@@ -139,9 +139,6 @@ def math_answer(
   return _judged(judge, responses, answer, target)
 
 
-math_answer.processes = 1  # type: ignore[attr-defined]  # see `functions.Reward`
-
-
 def _judged(judge, responses, answer, target) -> list[float | None]:
   """`judge(response, reference)` of each, None where a record has no reference."""
   if answer is None and target is None:
