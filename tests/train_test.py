@@ -156,7 +156,7 @@ class TestTrain:
     assert f'stopped by SIGTERM after step {step},' in err
     assert (folder / 'both' / 'checkpoints' / str(step) / 'params').exists()
 
-  def test_told_to_one_of_several_processes_while_a_rollout_is_made_saves_the_step_before_it(self, tmp_path):
+  def test_told_to_several_processes_while_a_rollout_is_made_saves_the_step_before_it(self, tmp_path):
     (tmp_path / 'prompts.jsonl').write_text(''.join(json.dumps({'prompt': f'Tom {i}'}) + '\n' for i in range(8)))
     # Some 800 tokens of a row each: the next rollout is far from its end when the step by the first is logged.
     sizes = (
@@ -166,7 +166,8 @@ class TestTrain:
     args = [x for x in constant_rate(tmp_path, 'long', *more, steps=50) if not x.startswith(('--data', '--algo'))]
     both = runs.spawn_together([*args, '--algo=grpo', f'--data=jsonl:{tmp_path / "prompts.jsonl"}'], 2)
     wait_for_lines(tmp_path / 'long', 1)
-    both[1].send_signal(signal.SIGTERM)
+    for process in both:  # as clusters do
+      process.send_signal(signal.SIGTERM)
     for process in both:
       code, err = runs.finished(process)
       assert code == 75 and 'stopped by SIGTERM after step 1, which is saved' in err, err

@@ -5,7 +5,8 @@
   python tools/plan.py --output=plans.jsonl --table
 
 A line of the output is what `--json` prints, with the flags that made it; what it has already is not compiled again.
-Rows are as many as there are devices times --rows_per_device, split into micro-batches of --rows_at_once of a device.
+Rows are as many as there are devices times --rows_per_device, split into micro-batches of --rows_at_once of a device;
+devices that share a row (tensor, context) count as one.
 `--table` prints the file as Markdown: peak memory of a device over what it has, and the bound on utilisation. The exit
 code is 1 where one of the runs was refused, which is written, or failed, which is not.
 """
@@ -15,11 +16,13 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 import itertools
 import json
+import math
 import pathlib
 import subprocess
 import sys
 from typing import Any
 
+from jaxalign import sharding
 from jaxalign import storage
 from jaxalign import types
 from jaxalign.cli import catalog
@@ -44,9 +47,16 @@ def points(args: argparse.Namespace) -> Iterator[dict[str, str]]:
       yield {'algo': algo, 'model': model, 'topology': place}
 
 
+def parts(mesh: str, count: int) -> int:
+  """How many ways a mesh of so many devices splits rows."""
+  sizes = sharding.parse_mesh(mesh)
+  rest = count // math.prod(size for size in sizes.values() if size > 0)
+  return count // math.prod(rest if sizes.get(axis) == -1 else sizes.get(axis, 1) for axis in ('tensor', 'context'))
+
+
 def flags(point: dict[str, str], args: argparse.Namespace) -> list[str]:
   """What `jaxalign.main` is called with."""
-  count = topology_lib.count_of(point['topology'])
+  count = parts(args.mesh, topology_lib.count_of(point['topology']))
   bound = {
       'loader.Packing.rows': count * args.rows_at_once,
       'loader.Packing.micro_batches': max(1, args.rows_per_device // args.rows_at_once),
