@@ -113,6 +113,16 @@ class TestKubectl:
     assert f'volumeMounts: {volume}' in run.lines()
     assert ('volumes: [{name: shared, persistentVolumeClaim: {claimName: disk}}]' in run.lines()) == bool(claim)
 
+  def test_starts_all_again_unless_a_flag_is_wrong(self, run):
+    run(*RUN, '--tpu_type=v6e-8', '--algo=dpo')
+    lines = run.lines()
+    assert lines[lines.index('- action: FailJob') :][:5][-2:] == ['operator: In', 'values: [2]']
+    assert (lines.count('- action: FailJob'), 'restartPolicy: Never' in lines, 'backoffLimit: 0' in lines) == (
+        1,
+        True,
+        True,
+    )
+
   def test_is_indented_by_two(self):
     lines = (ROOT / 'launch' / 'gke' / 'jobset.yaml').read_text().splitlines()
     assert not [line for line in lines if '\t' in line or (len(line) - len(line.lstrip())) % 2]

@@ -259,7 +259,7 @@ class TestTpuVm:
     assert 'could not copy the checkout to my-tpu in us-x1-a' in done.stderr
     assert 'tpu-vm ssh' not in run.log()
 
-  @pytest.mark.parametrize('code', [1, 2, 134])
+  @pytest.mark.parametrize('code', [1, 2, 139])
   def test_passes_the_exit_code_of_half_the_workers_on_and_does_not_start_again(self, run, code):
     run.tell('worker-1/exit', code, 0)
     done = run('my-tpu', 'us-x1-a', '--create=v5litepod-16', '--algo=dpo')
@@ -427,6 +427,13 @@ class TestRestarting:
     done = run('my-tpu', 'us-x1-a', '--create=v5litepod-16', '--algo=dpo')
     assert done.returncode == 1
     assert run.changes() == ['tpu-vm scp', 'tpu-vm ssh', 'tpu-vm ssh']
+
+  def test_starts_again_where_jax_ended_a_worker_that_lost_another(self, run):
+    run.tell('worker-0/exit', 75)
+    run.tell('worker-1/exit', 134)
+    done = run('my-tpu', 'us-x1-a', '--restarts=1', '--algo=dpo')
+    assert done.returncode == 0, done.stderr
+    assert 'the run asked to be started again: restart 1 of 1' in done.stderr
 
   def test_ends_after_as_many_restarts_as_were_asked_for(self, run):
     for worker in range(2):
