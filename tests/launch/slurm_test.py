@@ -130,7 +130,7 @@ class TestSlurm:
     cluster.submit('--nodes=2', '--gpus=4', '--algo=dpo', '--prompt=once upon', "--gin=a.b='$*'", '--eval_data=')
     assert cluster.start(0, 0).returncode == 0
     setup, run = (cluster.calls / 'srun').read_text().splitlines()
-    # Of five minutes nothing is left where the cluster ends all tasks with one, and of the cores one where it binds tasks.
+    # Clusters may end all tasks with the first, and may bind each to one core.
     options = '--ntasks-per-node=1|--wait=300|--kill-on-bad-exit=0|--cpu-bind=none|'
     assert (setup, run) == ('--nodes=1|--ntasks=1|', options)
     flags = "--algo=dpo|--prompt=once upon|--gin=a.b='$*'|--eval_data=|JAX_LOCAL_DEVICE_IDS=0,1,2,3"
