@@ -11,8 +11,8 @@
     python -m jaxalign.main --mode=plan --algo=dpo --model=llama3_1_8b --topology=v5p:4x4x4
     python -m jaxalign.main --list
 
-Exit codes: 0, 2 for a wrong flag or binding, 1 for a run that failed, 75 for one that was
-stopped, by SIGTERM or as another process of it is gone, and resumes.
+Exit codes: 0, 2 for a wrong flag or binding, 1 for a run that failed, 75 for one that was stopped, by SIGTERM or as
+another process of it is gone, and resumes (134 where JAX sees that first and aborts; launch/local.sh makes 75 of it).
 """
 
 from collections.abc import Callable

@@ -24,4 +24,28 @@ prepare "$extra"
   call env ${JAX_PLATFORMS:+JAX_PLATFORMS="$JAX_PLATFORMS"} "$PY" -m jaxalign.main "$@"
   exit
 }
-exec "$PY" -m jaxalign.main "$@"
+# Whether it is one process of several, by what `start_distributed` of jaxalign/sharding.py goes by.
+is_joined() {
+  [[ ${COORDINATOR_ADDRESS:-} || ${TPU_WORKER_HOSTNAMES:-} == *,* || ${MEGASCALE_COORDINATOR_ADDRESS+set} ]] ||
+    { [[ ${SLURM_STEP_NODELIST+set} ]] && ((${SLURM_NTASKS:-1} > 1)); } || ((${OMPI_COMM_WORLD_SIZE:-1} > 1))
+}
+
+is_joined || exec "$PY" -m jaxalign.main "$@"
+# JAX aborts (134) a process that hears no more of another, and launchers start a run again at 75. SIGTERM may come to
+# this shell alone; bash would hide SIGINT and the input from what it does not wait for.
+(
+  trap - INT
+  exec "$PY" -m jaxalign.main "$@"
+) <&0 &
+told=1
+trap 'told=1; kill -TERM $! 2>/dev/null || :' TERM
+trap 'told=1' INT
+while [[ $told ]]; do
+  told='' code=0
+  wait $! 2>/dev/null || code=$? # without what bash says of a process that was ended
+done
+if ((code == 134)); then
+  echo 'jaxalign: JAX ended this process, most likely as another one of the job is gone; resume all' >&2
+  code=75
+fi
+exit "$code"

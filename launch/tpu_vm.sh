@@ -10,12 +10,13 @@
 #   --queued           wait in the queue for it
 #   --spot             take a cheaper one, which may be taken away
 #   --project=P        the project, where it is not gcloud's default
-#   --restarts=N       how often to go on where the VM was taken away, or the run asks for it by exit code 75
-#                      (3 with --create, or else 0)
+#   --restarts=N       how often to go on where the VM was taken away or has no room to be made again, the connection is
+#                      lost, or the run asks for it by exit code 75 (3 with --create, or else 0)
 #   --setup=COMMAND    run it on each worker first, to mount the disk of --workdir; it must do no harm when run again
 #   --logs=DIR         fetch the logs of all workers to DIR/worker-*/ when the run has ended, however it did
 #   --stop             in place of a run: SIGTERM to the one that is going on, which saves first
-#   --delete           delete the VM and its place in the queue after the run, or at once where no run is asked for
+#   --delete           delete the VM and its place in the queue after the run, once nothing runs there any more, or
+#                      at once where no run is asked for
 #   --dry_run          print the commands and run none
 # JAXALIGN_POLL_SECONDS is how long to wait before asking again for the state of a VM (30).
 set -euo pipefail
@@ -26,9 +27,20 @@ USAGE='usage: bash launch/tpu_vm.sh NAME ZONE [--create=TYPE ...] --algo=ALGO [-
 POLL=${JAXALIGN_POLL_SECONDS:-30}
 # The run, or what sets it up. A shell with this text as its command must not match.
 RUN_PATTERN='-m jaxalign[.]main|jaxalign/launch/local[.]sh'
-STOP="touch jaxalign/.launch/stopped 2>/dev/null
-pkill -TERM -f -- '$RUN_PATTERN' || echo 'jaxalign: nothing runs here' >&2
-for i in {1..120}; do pgrep -f -- '$RUN_PATTERN' >/dev/null || exit 0; sleep 1; done
+# Whether anything runs on a worker: launch/worker.sh holds the lock from before the run to its end.
+BUSY="busy() {
+  [[ -e jaxalign/.launch/lock ]] && ! flock --nonblock jaxalign/.launch/lock true ||
+    pgrep -f -- '$RUN_PATTERN' >/dev/null
+}"
+# While Python is installed there is nothing yet to tell: worker.sh then sees the file.
+STOP="$BUSY
+touch jaxalign/.launch/stopped 2>/dev/null
+busy || { echo 'jaxalign: nothing runs here' >&2; exit 0; }
+for i in {1..120}; do
+  [[ \$told ]] || ! pkill -TERM -f -- '$RUN_PATTERN' || told=1
+  busy || exit 0
+  sleep 1
+done
 echo 'jaxalign: still saving after two minutes' >&2; exit 1"
 
 (($# > 2)) && [[ $1 != -* && $2 != -* ]] || misuse "$USAGE"
@@ -57,8 +69,15 @@ esac
 [[ $dry_run ]] || command -v gcloud >/dev/null ||
   die 'gcloud is not installed; see https://cloud.google.com/sdk/docs/install'
 
+where=(--zone="$zone" ${project:+--project="$project"})
 tpus() {
-  call gcloud compute tpus "$@" --zone="$zone" ${project:+--project="$project"}
+  call gcloud compute tpus "$@" "${where[@]}"
+}
+
+# Runs a command on all workers. A host that vanishes without a word counts as lost after two minutes.
+on_workers() {
+  call gcloud compute tpus tpu-vm ssh "$login" --worker=all --command="$1" "${where[@]}" \
+    -- -o ServerAliveInterval=30 -o ServerAliveCountMax=4
 }
 
 # Sets `found` to a field of a tpu-vm or of queued-resources, or to ABSENT.
@@ -95,6 +114,7 @@ find_state() {
   [[ $place != ACTIVE || $found != ABSENT ]] || found=SUSPENDED
 }
 
+# Returns 1 where a VM that was used already finds no room to be made again.
 make() {
   local kind=tpu-vm args=(--accelerator-type="$create")
   if [[ $queued ]]; then
@@ -114,6 +134,7 @@ make() {
     return
   fi
   if grep -qi 'capacity\|stockout' "$scratch/said"; then
+    ((restarted == 0)) || return 1
     die "$zone has no free $create now: --queued waits for one, or try another zone"
   elif grep -qi 'quota' "$scratch/said"; then
     die "the project has no quota for $create${spot:+ (spot)} in $zone: use the zone where it has, or ask for more" \
@@ -134,17 +155,34 @@ remove() {
     die "could not delete $name in $zone; see the message of gcloud above"
 }
 
-# Returns when the VM is ready.
+# Deletes the VM after a run, but not under one that may still go on.
+release() {
+  if ((code)); then
+    find_state || found=READY
+    case $found in
+      ABSENT) ask queued-resources state.state && [[ $found != ABSENT ]] || return 0 ;;
+      READY | REPAIRING)
+        on_workers "$BUSY; ! busy" || {
+          say "$name stays: bash launch/tpu_vm.sh $login $zone --stop ends what may run there, --delete the VM itself"
+          return 0
+        }
+        ;;
+    esac
+  fi
+  remove
+}
+
+# Returns when the VM is ready, or 1 where there is no room to make it again.
 ensure() {
   local awaited='' seen=''
   while :; do
-    find_state
+    find_state || exit
     case $found in
       READY) return ;;
       ABSENT | FAILED | SUSPENDED | PREEMPTED | TERMINATED | STOPPED)
         # What was waited for and came to nothing would most likely do so again.
         if [[ $awaited && $found == FAILED ]]; then
-          ask queued-resources state.failedData.error.message
+          ask queued-resources state.failedData.error.message || exit
           die "$name FAILED in the queue${found:+: $found}; the same command asks for it again"
         elif [[ $awaited ]]; then
           die "$name is $found before it could be used; the same command asks for it again"
@@ -155,7 +193,7 @@ ensure() {
           die "$name is $found: with --create=ACCELERATOR_TYPE it is deleted and made again"
         fi
         [[ $found == ABSENT ]] || remove
-        make
+        make || return
         awaited=1
         ;;
       STOPPING | SUSPENDING | DELETING)
@@ -177,11 +215,11 @@ execute() {
     setup.py README.md LICENSE jaxalign gin_configs launch || return
   if ! tpus tpu-vm scp "$scratch/jaxalign.tgz" "$login:jaxalign.tgz" --worker=all >&"$shown"; then
     say "could not copy the checkout to $name in $zone; see the message of gcloud above"
-    return 1
+    return 255
   fi
   running=1
   # JAX asks the machine's metadata for the other workers.
-  tpus tpu-vm ssh "$login" --worker=all --command="
+  on_workers "
 mkdir -p jaxalign && tar -xzf jaxalign.tgz -C jaxalign &&
 ${setup:+bash -c $(printf '%q' "$setup") >&2 &&
 }COORDINATOR_ADDRESS=auto bash jaxalign/launch/worker.sh $run $attempt $(printf '%q ' "$@")"
@@ -214,29 +252,26 @@ fetch_logs() {
 # Where one worker fails, the others exit with 75: sets `code` to that of the one.
 find_failure() {
   local codes one
-  codes=$(tpus tpu-vm ssh "$login" --worker=all --command='cat jaxalign/.launch/code') || return 0
+  codes=$(on_workers 'cat jaxalign/.launch/code') || return 0
   for one in $codes; do
     [[ $one != [12] ]] || code=$one
   done
 }
 
-stop_run() {
-  tpus tpu-vm ssh "$login" --worker=all --command="$STOP"
-}
-
 interrupted() {
   trap - INT TERM
+  code=$1
   if [[ $running ]]; then
     say "stopping the run on all workers of $name, which saves first"
-    stop_run || say "could not stop it on all workers: bash launch/tpu_vm.sh $login $zone --stop"
+    on_workers "$STOP" || say "could not stop it on all workers: bash launch/tpu_vm.sh $login $zone --stop"
     fetch_logs
   fi
   if [[ $delete ]]; then
-    remove
+    release
   elif [[ $create && ! $running ]]; then
     say "$name stays, or stays in the queue: bash launch/tpu_vm.sh $login $zone --delete"
   fi
-  exit "$1"
+  exit "$code"
 }
 
 answered='' running='' found='' assumed=READY shown=2
@@ -250,7 +285,7 @@ fi
 
 code=0
 if [[ $stop ]]; then
-  stop_run || code=$?
+  on_workers "$STOP" || code=$?
   fetch_logs
 elif (($#)); then
   trap 'interrupted 130' INT
@@ -258,33 +293,37 @@ elif (($#)); then
   [[ ! $logs ]] || call mkdir -p "$logs"
   run=$(date +%s)-$$ attempt=0
   for ((restarted = 0; ; restarted++)); do
-    ensure
-    code=0
-    execute "$@" || code=$?
-    running=''
-    ((code)) || break
-    ((code != 75)) || find_failure
-    find_state || break
-    if [[ $found != READY ]]; then
-      why="$name is $found"
-    elif ((code == 75)); then
-      why='the run asked to be started again'
-      attempt=$((attempt + 1)) # Another one: the exit code of this one is known.
-    elif ((code == 255)); then
-      why="the connection to $name was lost" # The same attempt is looked at again where it still runs.
+    pause='' next='the same command goes on from the last checkpoint'
+    if ensure; then
+      code=0
+      execute "$@" || code=$?
+      ((code == 255)) || running=''
+      ((code)) || break
+      ((code != 75)) || find_failure
+      find_state || break
+      if [[ $found != READY ]]; then
+        why="$name is $found" running=''
+      elif ((code == 75)); then
+        why='the run asked to be started again'
+        attempt=$((attempt + 1)) # Another one: the exit code of this one is known.
+      elif ((code == 255)); then
+        # The same attempt is looked at again where it still runs.
+        why="the connection to $name was lost" pause=1 next='where the run still goes on, --stop ends it'
+      else
+        break
+      fi
     else
-      break
+      why="$zone has no free $create now" pause=1
     fi
     if ((restarted >= restarts)); then
-      next='the same command goes on from the last checkpoint'
-      ((code != 255)) || [[ $found != READY ]] || next='where the run still goes on, --stop ends it'
       say "$why; $next"
       break
     fi
     say "$why: restart $((restarted + 1)) of $restarts"
+    [[ ! $pause ]] || sleep "$POLL"
   done
   trap - INT TERM
   fetch_logs
 fi
-[[ ! $delete ]] || remove
+[[ ! $delete ]] || release
 exit "$code"

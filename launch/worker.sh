@@ -47,7 +47,11 @@ else
     trap '' HUP
     code=0
     get_python 9>&-
-    bash "$ROOT/launch/local.sh" "$@" 9>&- || code=$?
+    if [[ -e $state/stopped ]]; then
+      echo 'jaxalign: stopped before the run began' >&2
+    else
+      bash "$ROOT/launch/local.sh" "$@" 9>&- || code=$?
+    fi
     echo "$code" >"$state/code"
   ) </dev/null >>"$ROOT/launch.out" 2>>"$ROOT/launch.log" &
   echo $! >"$state/pid"

@@ -10,13 +10,13 @@
 #   --name=NAME         of the workload
 #   --cluster=C         the cluster; without it, what kubectl is set to
 #   --tpu_type=TYPE     v5litepod-16, v6e-8, v5p-32, v4-16, tpu7x-16, ...
-#   --topology=AxBxC    of a slice; must be given for types that have several (v4, v5p, tpu7x), unless xpk knows
+#   --topology=AxBxC    of a slice; must be given for types that have several (v4, v5p, tpu7x); not with xpk
 #   --slices=N          how many of them (1)
 #   --image=IMAGE       what to run
 #   --claim=CLAIM       a PersistentVolumeClaim to mount at /mnt/shared; xpk mounts what `xpk storage attach` names
 #   --zone=Z --project=P    of the cluster, where they are not gcloud's defaults
 #   --restarts=N        how often all hosts start again after one was lost (3)
-#   --logs              print the logs of the workload, and follow them
+#   --logs              print the logs of the pods that are there, and follow them until those end
 #   --delete            stop and delete the workload
 #   --dry_run           print the commands, and run none
 set -euo pipefail
@@ -52,6 +52,8 @@ else
   [[ $image =~ ^[A-Za-z0-9][A-Za-z0-9._/:@-]*$ ]] || misuse "--image=$image: it is not the name of an image"
 
   [[ ! $claim ]] || check_name --claim "$claim"
+  [[ ! $topology || ! $by_xpk ]] ||
+    misuse "--topology=$topology: xpk goes by --tpu_type alone; leave it out, or leave --cluster out for kubectl"
   [[ ! $claim || ! $by_xpk ]] || misuse '--claim: xpk mounts what `xpk storage attach` names, and takes no claim'
 
   # Chips of a slice; those of v4, v5p and tpu7x are counted as two.
@@ -133,7 +135,7 @@ elif [[ $delete ]]; then
   set_cluster
   call kubectl delete jobset "$name"
 elif [[ $by_xpk ]]; then
-  # With exec the SIGTERM that xpk passes on is that of Python.
+  # With exec the SIGTERM that xpk passes on is that of Python. At 134 (JAX aborts) xpk restarts without being told.
   call xpk workload create --workload="$name" --cluster="$cluster" --tpu-type="$tpu_type" --num-slices="$slices" \
     --docker-image="$image" --docker-name=jaxalign --max-restarts="$restarts" --restart-on-exit-codes=1,75 \
     --termination-grace-period-seconds=300 --command="exec python -m jaxalign.main$(printf ' %q' "$@")" \

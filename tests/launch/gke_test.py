@@ -1,4 +1,4 @@
-"""launch/gke/run.sh, with an xpk, a kubectl and a gcloud that only write down what they were asked for."""
+"""launch/gke/run.sh, with an xpk, a kubectl and a gcloud that write down what they are asked for, and may fail."""
 
 import importlib
 import json
@@ -15,7 +15,8 @@ PROGRAM = """#!/usr/bin/env bash
 printf '%s|' "${0##*/}" "$@" >>"$CALLS/log"
 echo >>"$CALLS/log"
 [[ "$*" != *--filename=-* ]] || cat >"$CALLS/jobset"
-[[ ! -e $CALLS/fail ]] || { echo 'connection refused' >&2; exit 5; }
+[[ ! -e $CALLS/print ]] || cat "$CALLS/print"
+[[ ! -e $CALLS/fail-${0##*/} ]] || { cat "$CALLS/fail-${0##*/}" >&2; exit 5; }
 """
 
 
@@ -36,6 +37,9 @@ class Cluster:
   def program(self, name):
     (self.calls / 'bin' / name).write_text(PROGRAM)
     (self.calls / 'bin' / name).chmod(0o755)
+
+  def fail(self, name, message):
+    (self.calls / f'fail-{name}').write_text(f'{message}\n')
 
   def __call__(self, *args):
     env = os.environ | {'PATH': f'{self.calls / "bin"}:/usr/bin:/bin', 'CALLS': str(self.calls)}
@@ -113,6 +117,16 @@ class TestKubectl:
     assert f'volumeMounts: {volume}' in run.lines()
     assert ('volumes: [{name: shared, persistentVolumeClaim: {claimName: disk}}]' in run.lines()) == bool(claim)
 
+  def test_starts_all_again_unless_a_flag_is_wrong(self, run):
+    run(*RUN, '--tpu_type=v6e-8', '--algo=dpo')
+    lines = run.lines()
+    assert lines[lines.index('- action: FailJob') :][:5][-2:] == ['operator: In', 'values: [2]']
+    assert (lines.count('- action: FailJob'), 'restartPolicy: Never' in lines, 'backoffLimit: 0' in lines) == (
+        1,
+        True,
+        True,
+    )
+
   def test_is_indented_by_two(self):
     lines = (ROOT / 'launch' / 'gke' / 'jobset.yaml').read_text().splitlines()
     assert not [line for line in lines if '\t' in line or (len(line) - len(line.lstrip())) % 2]
@@ -130,10 +144,30 @@ class TestKubectl:
     assert logs.startswith('kubectl|logs|--selector=jobset.sigs.k8s.io/jobset-name=my-run|')
 
   def test_passes_the_exit_code_on(self, run):
-    (run.calls / 'fail').touch()
+    run.fail('kubectl', 'connection refused')
     done = run(*RUN, '--tpu_type=v6e-8', '--algo=dpo')
-    assert done.returncode == 5
-    assert 'connection refused' in done.stderr
+    assert (done.returncode, done.stderr) == (5, 'connection refused\n')
+
+  def test_submits_nothing_where_there_is_no_such_cluster(self, run):
+    run.fail('gcloud', 'ERROR: (gcloud.container.clusters.get-credentials) ResponseError: code=404')
+    done = run(*RUN, '--cluster=c', '--tpu_type=v6e-8', '--algo=dpo')
+    assert (done.returncode, 'code=404' in done.stderr) == (5, True)
+    assert [line.split('|')[0] for line in run.log()] == ['gcloud']
+
+  @pytest.mark.parametrize(
+      'problem',
+      [
+          'Error from server (NotFound): pods "my-run-slice-0-1-x7k2p" not found',  # taken away with its node
+          'Error from server (BadRequest): container "jaxalign" in pod "my-run-slice-0-1-x7k2p" is terminated',
+      ],
+  )
+  def test_shows_what_the_other_pods_say_and_fails_where_a_pod_is_lost_while_it_is_followed(self, run, problem):
+    said = '[pod/my-run-slice-0-0-b2c4d/jaxalign] jaxalign: another process of this job is gone\n'
+    (run.calls / 'print').write_text(said)
+    run.fail('kubectl', problem)
+    done = run('--name=my-run', '--logs')
+    assert (done.returncode, done.stdout, done.stderr) == (5, said, f'{problem}\n')
+    assert '|--prefix|' in run.log()[0] and '|--follow|' in run.log()[0]  # which says of what pod each line is
 
 
 class TestXpk:
@@ -154,6 +188,34 @@ class TestXpk:
     run.program('xpk')
     assert run('--name=my-run', '--cluster=c', '--delete').returncode == 0
     assert run.log() == ['xpk|workload|delete|--workload=my-run|--cluster=c|--force|']
+
+  @pytest.mark.parametrize(
+      'problem',
+      [
+          "[XPK] Quota exceeded for quota metric 'TPU V5 Lite PodSlice chips'",
+          '[XPK] ERROR: Cluster c not found in project p',
+      ],
+  )
+  @pytest.mark.parametrize('what', [(*RUN, '--tpu_type=v6e-8', '--algo=dpo'), ('--name=my-run', '--delete')])
+  def test_passes_on_what_xpk_fails_with_and_tries_nothing_else(self, run, what, problem):
+    run.program('xpk')
+    run.fail('xpk', problem)
+    done = run('--cluster=c', *what)
+    assert (done.returncode, done.stderr) == (5, f'{problem}\n')
+    assert [line.split('|')[0] for line in run.log()] == ['xpk']
+
+  @pytest.mark.parametrize(
+      'option, problem',
+      [
+          ('--topology=2x2x4', '--topology=2x2x4: xpk goes by --tpu_type alone'),
+          ('--claim=disk', '--claim: xpk mounts what `xpk storage attach` names'),
+      ],
+  )
+  def test_refuses_what_xpk_does_not_take(self, run, option, problem):
+    run.program('xpk')
+    done = run(*RUN, '--cluster=c', '--tpu_type=v5p-32', option, '--algo=dpo')
+    assert (done.returncode, done.stderr.count('\n'), run.log()) == (2, 1, [])
+    assert done.stderr.startswith(f'jaxalign: {problem}')
 
   def test_is_not_used_where_no_cluster_is_named(self, run):
     run.program('xpk')

@@ -81,18 +81,19 @@ class Cluster:
     (self.checkout / 'jaxalign').mkdir()
     shutil.copytree(ROOT / 'jaxalign' / 'cli', self.checkout / 'jaxalign' / 'cli')
 
-  def _call(self, *command):
-    env = os.environ | {'PATH': f'{self.calls / "bin"}:/usr/bin:/bin', 'CALLS': str(self.calls), 'SLURM_JOB_ID': '123'}
+  def _call(self, *command, **env):
+    paths = {'PATH': f'{self.calls / "bin"}:/usr/bin:/bin', 'CALLS': str(self.calls)}
+    env = os.environ | paths | {'SLURM_JOB_ID': '123'} | env
     return subprocess.run(command, cwd=self.here, env=env, capture_output=True, text=True, check=False)
 
   def submit(self, *args):
     return self._call('bash', str(self.checkout / 'launch' / 'slurm.sh'), *args)
 
-  def start(self, *codes):
+  def start(self, *codes, **env):
     """Does what Slurm would with the script."""
     for task, code in enumerate(codes):
       (self.calls / f'code-{task}').write_text(str(code))
-    return self._call('bash', str(self.calls / 'script'))
+    return self._call('bash', str(self.calls / 'script'), **env)
 
   def log(self):
     return (self.calls / 'log').read_text().splitlines()
@@ -117,11 +118,21 @@ class TestSlurm:
     assert set(asked.split('|')) >= wanted
     assert (cluster.here / 'my logs').is_dir()
 
+  @pytest.mark.parametrize(
+      'options, share', [((), {'--exclusive', '--mem=0'}), (('--cpus_per_gpu=6',), {'--cpus-per-gpu=6'})]
+  )
+  def test_asks_for_whole_nodes_or_for_cores_of_each_gpu(self, cluster, options, share):
+    cluster.submit('--gpus=2', *options, '--algo=dpo')
+    (asked,) = cluster.log()
+    assert {one for one in asked.split('|') if one.startswith(('--exclusive', '--mem', '--cpus'))} == share
+
   def test_runs_a_task_on_every_node_with_all_of_its_gpus_and_these_flags(self, cluster):
     cluster.submit('--nodes=2', '--gpus=4', '--algo=dpo', '--prompt=once upon', "--gin=a.b='$*'", '--eval_data=')
     assert cluster.start(0, 0).returncode == 0
     setup, run = (cluster.calls / 'srun').read_text().splitlines()
-    assert (setup, run) == ('--nodes=1|--ntasks=1|', '--ntasks-per-node=1|--wait=300|')
+    # Clusters may end all tasks with the first, and may bind each to one core.
+    options = '--ntasks-per-node=1|--wait=300|--kill-on-bad-exit=0|--cpu-bind=none|'
+    assert (setup, run) == ('--nodes=1|--ntasks=1|', options)
     flags = "--algo=dpo|--prompt=once upon|--gin=a.b='$*'|--eval_data=|JAX_LOCAL_DEVICE_IDS=0,1,2,3"
     first, second = ((cluster.calls / f'log-{task}').read_text().splitlines() for task in range(2))
     # So that what the flags need is installed once.
@@ -133,6 +144,17 @@ class TestSlurm:
     done = cluster.start(*codes)
     assert done.returncode == 75, done.stderr
     assert cluster.log()[-1] == 'scontrol|requeue|123|'
+
+  @pytest.mark.parametrize('options, limit', [((), 30), (('--restarts=2',), 2)])
+  def test_does_so_as_often_as_it_may(self, cluster, options, limit):
+    cluster.submit(*options, '--algo=dpo')
+    done = cluster.start(75, 75, SLURM_RESTART_COUNT=str(limit - 1))
+    assert (done.returncode, cluster.log()[-1]) == (75, 'scontrol|requeue|123|')
+    (cluster.calls / 'log').write_text('')
+    done = cluster.start(75, 75, SLURM_RESTART_COUNT=str(limit))
+    assert (done.returncode, cluster.log()) == (75, [])
+    said = f'jaxalign: --restarts={limit} are used up; the same command goes on from the last checkpoint\n'
+    assert done.stderr == said
 
   @pytest.mark.parametrize('codes, code', [((0, 0), 0), ((75, 1), 1), ((2, 75), 2), ((75, 137), 137)])
   def test_passes_other_exit_codes_on_also_where_one_task_failed_and_the_others_lost_it(self, cluster, codes, code):
@@ -167,6 +189,8 @@ class TestSlurm:
           (('--nodes=2',), 'usage: '),
           (('--nodes=0', '--algo=dpo'), '--nodes=0: it is a number, at least 1'),
           (('--gpus=many', '--algo=dpo'), '--gpus=many: it is a number, at least 1'),
+          (('--cpus_per_gpu=0', '--algo=dpo'), '--cpus_per_gpu=0: it is a number, at least 1'),
+          (('--restarts=x', '--algo=dpo'), '--restarts=x: it is a number'),
           (('--time=noon', '--algo=dpo'), '--time=noon: write HH:MM:SS'),
           (('--job_name=a b', '--algo=dpo'), '--job_name=a b: letters'),
           (('--partition', '--algo=dpo'), '--partition needs a value: --partition=...'),

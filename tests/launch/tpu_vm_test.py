@@ -12,7 +12,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # A TPU VM and its place in the queue are files with the states that are told, one after another; the last one stays.
-# `fail-VERB` has what a verb says as it fails, `ssh` the exit codes of connections that are lost.
+# `fail-VERB` has what a verb says as it fails; `ssh`, `scp` and `create` have exit codes of calls that come to nothing,
+# one after another. Where there is `fail-stop`, no worker can be told to stop; `slow-scp` makes copies long.
 GCLOUD = """#!/usr/bin/env bash
 printf '%s|' "$@" >>"$CALLS/log"
 echo >>"$CALLS/log"
@@ -22,6 +23,13 @@ next() {
   first=$(head -n 1 "$CALLS/$1" 2>/dev/null) || first=ABSENT
   if (($(wc -l <"$CALLS/$1") > 1)); then sed -i 1d "$CALLS/$1"; fi
   echo "$first"
+}
+lost() {
+  local code
+  [[ -s $CALLS/$1 ]] || return 0
+  code=$(head -n 1 "$CALLS/$1")
+  sed -i 1d "$CALLS/$1"
+  return "$code"
 }
 if [[ -e $CALLS/fail-$4 ]]; then cat "$CALLS/fail-$4" >&2; exit 9; fi
 case "$3 $4 $*" in
@@ -33,12 +41,15 @@ case "$3 $4 $*" in
     echo "$state"
     ;;
   *' create '*)
+    lost create || { echo 'There is no more capacity in the zone' >&2; exit 9; }
     echo READY >"$CALLS/tpu-vm"
     if [[ $3 == queued-resources && ! -s $CALLS/queued-resources.next ]]; then echo ACTIVE >"$CALLS/$3"; fi
     if [[ -s $CALLS/queued-resources.next ]]; then cp "$CALLS/queued-resources.next" "$CALLS/queued-resources"; fi
     ;;
   *' delete '*) echo ABSENT >"$CALLS/tpu-vm"; echo ABSENT >"$CALLS/queued-resources" ;;
   *' scp '*)
+    lost scp || exit
+    [[ ! -e $CALLS/slow-scp ]] || { touch "$CALLS/copying"; sleep 10; }
     if [[ " $* " == *' --worker=all '* ]]; then
       for worker in "$CALLS"/worker-*; do cp "$5" "$worker/${6#my-tpu:}"; done
     else
@@ -48,10 +59,10 @@ case "$3 $4 $*" in
     ;;
   *' ssh '*)
     [[ " $* " == *' --worker=all '* ]] || exit 64
-    if [[ -s $CALLS/ssh && " $* " != *pkill* ]]; then
-      lost=$(head -n 1 "$CALLS/ssh")
-      sed -i 1d "$CALLS/ssh"
-      [[ $lost == 0 ]] || exit "$lost"
+    if [[ $* == *pkill* ]]; then
+      [[ ! -e $CALLS/fail-stop ]] || exit 255
+    else
+      lost ssh || exit
     fi
     for arg; do [[ $arg != --command=* ]] || command=${arg#--command=}; done
     running=()
@@ -75,7 +86,12 @@ case "$1 $2" in
   '-c '*) [[ ! -e $HOME/old ]] || exit 1 ;;
   '-m venv') mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
   '-m pip')
-    [[ " $* " != *' uv '* ]] || { mkdir -p "$HOME/.local/bin"; cp "$CALLS/bin/uv" "$HOME/.local/bin"; }
+    if [[ " $* " == *' uv '* ]]; then
+      touch "$HOME/installing"
+      for i in {1..100}; do [[ ! -e $CALLS/slow ]] || sleep 0.1; done
+      mkdir -p "$HOME/.local/bin"
+      cp "$CALLS/bin/uv" "$HOME/.local/bin"
+    fi
     ;;
   '-m jaxalign.main')
     shift 2
@@ -155,9 +171,9 @@ class Cloud:
     command = self.command(*args)
     return subprocess.run(command, cwd=self.here, env=self.env, capture_output=True, text=True, check=False)
 
-  def worker(self, *args):
-    """Calls launch/worker.sh on the first worker, without waiting for it."""
-    home = self.calls / 'worker-0'
+  def worker(self, *args, index=0):
+    """Calls launch/worker.sh on a worker, without waiting for it."""
+    home = self.calls / f'worker-{index}'
     there = home / 'jaxalign'
     if not there.exists():
       shutil.copytree(self.checkout, there, symlinks=True)
@@ -165,6 +181,12 @@ class Cloud:
     env = self.env | {'HOME': str(home)}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=home, env=env, stdout=pipe, stderr=pipe, text=True)
+
+  def start(self, *args):
+    """Runs the script without waiting for it, in a group of its own."""
+    pipe = subprocess.PIPE
+    options = {'cwd': self.here, 'env': self.env, 'text': True, 'start_new_session': True}
+    return subprocess.Popen(self.command(*args), stdout=pipe, stderr=pipe, **options)
 
   def wait_for(self, *names):
     deadline = time.monotonic() + 20
@@ -255,11 +277,11 @@ class TestTpuVm:
   def test_runs_nothing_where_the_checkout_could_not_be_copied(self, run):
     run.tell('fail-scp', 'no route to host')
     done = run('my-tpu', 'us-x1-a', '--algo=dpo')
-    assert (done.returncode, done.stdout) == (1, '')
+    assert (done.returncode, done.stdout) == (255, '')
     assert 'could not copy the checkout to my-tpu in us-x1-a' in done.stderr
     assert 'tpu-vm ssh' not in run.log()
 
-  @pytest.mark.parametrize('code', [1, 2, 134])
+  @pytest.mark.parametrize('code', [1, 2, 139])
   def test_passes_the_exit_code_of_half_the_workers_on_and_does_not_start_again(self, run, code):
     run.tell('worker-1/exit', code, 0)
     done = run('my-tpu', 'us-x1-a', '--create=v5litepod-16', '--algo=dpo')
@@ -428,6 +450,13 @@ class TestRestarting:
     assert done.returncode == 1
     assert run.changes() == ['tpu-vm scp', 'tpu-vm ssh', 'tpu-vm ssh']
 
+  def test_starts_again_where_jax_ended_a_worker_that_lost_another(self, run):
+    run.tell('worker-0/exit', 75)
+    run.tell('worker-1/exit', 134)
+    done = run('my-tpu', 'us-x1-a', '--restarts=1', '--algo=dpo')
+    assert done.returncode == 0, done.stderr
+    assert 'the run asked to be started again: restart 1 of 1' in done.stderr
+
   def test_ends_after_as_many_restarts_as_were_asked_for(self, run):
     for worker in range(2):
       run.tell(f'worker-{worker}/exit', 75, 75, 75)
@@ -448,6 +477,126 @@ class TestRestarting:
     done = run('my-tpu', 'us-x1-a', '--restarts=1', '--algo=dpo')
     assert done.returncode == 0
     assert 'the connection to my-tpu was lost: restart 1 of 1' in done.stderr
+
+  def test_waits_before_it_connects_again_also_to_copy(self, run):
+    sleep = run.calls / 'bin' / 'sleep'
+    sleep.write_text('#!/bin/sh\necho "compute|tpus|sleep|$1|" >>"$CALLS/log"\nexec /bin/sleep "$@"\n')
+    sleep.chmod(0o755)
+    run.env['JAXALIGN_POLL_SECONDS'] = '0.01'
+    run.tell('ssh', 255)
+    run.tell('scp', 0, 1)
+    done = run('my-tpu', 'us-x1-a', '--restarts=2', '--algo=dpo')
+    assert done.returncode == 0, done.stderr
+    once = ['tpu-vm scp', 'tpu-vm ssh']
+    assert run.changes() == [*once, 'sleep 0.01', 'tpu-vm scp', 'sleep 0.01', *once]
+    assert 'the connection to my-tpu was lost: restart 2 of 2' in done.stderr
+
+  def test_tries_again_where_there_is_no_room_to_make_a_vm_anew(self, run):
+    run.tell('tpu-vm', 'READY', 'PREEMPTED')
+    run.tell('ssh', 255)
+    run.tell('create', 9, 9)
+    done = run('my-tpu', 'us-x1-a', '--create=v5litepod-16', '--algo=dpo')
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if 'restart' in line]
+    why = ['my-tpu is PREEMPTED', *['us-x1-a has no free v5litepod-16 now'] * 2]
+    assert said == [f'jaxalign: {reason}: restart {i} of 3' for i, reason in enumerate(why, 1)]
+    once = ['tpu-vm scp', 'tpu-vm ssh']
+    assert run.changes() == [*once, 'tpu-vm delete', *['tpu-vm create'] * 3, *once]
+
+  def test_gives_up_where_there_is_none_after_as_many_restarts_as_were_asked_for(self, run):
+    run.tell('tpu-vm', 'READY', 'PREEMPTED')
+    run.tell('ssh', 255)
+    run.tell('create', 9, 9, 9)
+    done = run('my-tpu', 'us-x1-a', '--create=v5litepod-16', '--restarts=2', '--delete', '--algo=dpo')
+    assert done.returncode == 255
+    next_ = 'the same command goes on from the last checkpoint'
+    assert done.stderr.splitlines()[-1] == f'jaxalign: us-x1-a has no free v5litepod-16 now; {next_}'
+    assert run.changes()[2:] == ['tpu-vm delete', *['tpu-vm create'] * 2]
+
+
+AGAIN = 'bash launch/tpu_vm.sh my-tpu us-x1-a'
+STAYS = f'jaxalign: my-tpu stays: {AGAIN} --stop ends what may run there, --delete the VM itself'
+
+
+class TestDeleting:
+
+  @pytest.fixture
+  def alive(self, run):
+    """A run that goes on, on both workers, which nobody watches any more."""
+    run.tell('slow')
+    started = [run.worker('1', '0', '--algo=dpo', index=i) for i in range(2)]
+    run.wait_for('worker-0/started', 'worker-1/started')
+    yield run
+    (run.calls / 'slow').unlink()
+    for process in started:
+      process.communicate(timeout=20)
+      assert process.returncode == 0
+
+  def test_leaves_a_vm_where_another_run_is_going_on(self, alive):
+    done = alive('my-tpu', 'us-x1-a', '--delete', '--algo=dpo')
+    assert done.returncode == 1
+    assert 'jaxalign: another run is going on here: launch/tpu_vm.sh NAME ZONE --stop ends it' in done.stderr
+    assert done.stderr.splitlines()[-1] == STAYS
+    assert alive.changes() == ['tpu-vm scp', 'tpu-vm ssh', 'tpu-vm ssh']
+
+  @pytest.mark.parametrize('scp, ssh', [((0,), (255,)), ((0,), (255, 255)), ((1,), ()), ((0, 1), (255,))])
+  def test_leaves_a_vm_whose_run_may_go_on_as_the_connection_was_lost(self, alive, scp, ssh):
+    alive.tell('scp', *scp)
+    alive.tell('ssh', *ssh)
+    done = alive('my-tpu', 'us-x1-a', f'--restarts={len(scp) - 1}', '--delete', '--algo=dpo')
+    assert done.returncode == 255
+    assert done.stderr.splitlines()[-1] == STAYS
+    assert 'tpu-vm delete' not in alive.log()
+
+  def test_leaves_a_vm_that_cannot_be_asked_whether_a_run_goes_on(self, run):
+    run.tell('ssh', 255, 255)
+    done = run('my-tpu', 'us-x1-a', '--delete', '--algo=dpo')
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (255, STAYS)
+    assert 'tpu-vm delete' not in run.log()
+
+  def test_deletes_one_where_no_run_goes_on(self, run):
+    run.tell('ssh', 255)
+    assert run('my-tpu', 'us-x1-a', '--delete', '--algo=dpo').returncode == 255
+    assert run.changes() == ['tpu-vm scp', 'tpu-vm ssh', 'tpu-vm ssh', 'tpu-vm delete']
+
+  def test_deletes_one_that_was_taken_away_without_asking_it(self, run):
+    run.tell('tpu-vm', 'READY', 'PREEMPTED')
+    run.tell('ssh', 255)
+    assert run('my-tpu', 'us-x1-a', '--delete', '--algo=dpo').returncode == 255
+    assert run.changes() == ['tpu-vm scp', 'tpu-vm ssh', 'tpu-vm delete']
+
+  def test_leaves_a_vm_whose_run_could_not_be_stopped(self, run):
+    run.tell('slow')
+    run.tell('fail-stop')
+    running = run.start('my-tpu', 'us-x1-a', '--delete', '--algo=dpo')
+    run.wait_for('worker-0/started', 'worker-1/started')
+    os.killpg(running.pid, signal.SIGTERM)
+    _, err = running.communicate(timeout=20)
+    (run.calls / 'slow').unlink()
+    assert running.returncode == 143
+    assert 'could not stop it on all workers' in err
+    assert err.splitlines()[-1] == STAYS
+    assert 'tpu-vm delete' not in run.log()
+    run.wait_for('worker-0/jaxalign/.launch/code', 'worker-1/jaxalign/.launch/code')
+
+  def test_leaves_a_vm_with_another_run_where_it_is_interrupted_before_its_own(self, alive):
+    alive.tell('slow-scp')
+    running = alive.start('my-tpu', 'us-x1-a', '--delete', '--algo=dpo')
+    alive.wait_for('copying')
+    os.killpg(running.pid, signal.SIGTERM)
+    _, err = running.communicate(timeout=20)
+    assert (running.returncode, err.splitlines()[-1]) == (143, STAYS)
+    assert 'tpu-vm delete' not in alive.log()
+
+  def test_deletes_one_that_it_waits_for_where_it_is_interrupted(self, run):
+    run.tell('tpu-vm', 'CREATING')
+    running = run.start('my-tpu', 'us-x1-a', '--delete', '--algo=dpo')
+    deadline = time.monotonic() + 20
+    while len(run.log()) < 3 and time.monotonic() < deadline:
+      time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGTERM)
+    running.communicate(timeout=20)
+    assert (running.returncode, run.changes()) == (143, ['tpu-vm delete'])
 
 
 class TestEnding:
@@ -479,11 +628,7 @@ class TestEnding:
   @pytest.mark.parametrize('how, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
   def test_lets_the_workers_save_where_it_is_interrupted(self, run, how, code):
     run.tell('slow')
-    command = run.command('my-tpu', 'us-x1-a', '--logs=logs', '--algo=dpo')
-    pipe = subprocess.PIPE
-    running = subprocess.Popen(
-        command, cwd=run.here, env=run.env, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    )
+    running = run.start('my-tpu', 'us-x1-a', '--logs=logs', '--delete', '--algo=dpo')
     run.wait_for('worker-0/started', 'worker-1/started')
     os.killpg(running.pid, how)
     _, err = running.communicate(timeout=20)
@@ -494,6 +639,7 @@ class TestEnding:
       assert (home / 'saved').exists()
       assert (home / 'killed').read_text() == 'pkill|-TERM|-f|--|-m jaxalign[.]main|jaxalign/launch/local[.]sh|'
       assert (run.here / 'logs' / f'worker-{worker}' / 'launch.log').exists()
+    assert run.changes()[-1] == 'tpu-vm delete'
 
   def test_stops_a_run_that_another_command_started(self, run):
     run.tell('slow')
@@ -506,6 +652,30 @@ class TestEnding:
     assert done.stderr == 'jaxalign: nothing runs here\n'  # on the other one
     running.communicate(timeout=20)
     assert running.returncode == 143  # not 75, at which the other command would start it again
+
+  def test_stops_a_run_for_which_python_is_still_installed(self, run):
+    run.tell('slow')
+    run.tell('worker-0/old')
+    running = run.worker('1', '0', '--algo=dpo')
+    run.wait_for('worker-0/installing')
+    stopping = run.start('my-tpu', 'us-x1-a', '--stop')
+    run.wait_for('worker-0/jaxalign/.launch/stopped')
+    (run.calls / 'slow').unlink()
+    _, err = stopping.communicate(timeout=20)
+    assert (stopping.returncode, err) == (0, 'jaxalign: nothing runs here\n')  # on the other one
+    out, err = running.communicate(timeout=20)
+    assert (running.returncode, out) == (143, '')
+    assert err.splitlines() == ['jaxalign: getting Python 3.12', 'jaxalign: stopped before the run began']
+
+  def test_notices_a_host_that_vanishes_whatever_it_is_asked(self, run):
+    run.tell('worker-0/exit', 75)
+    run.tell('worker-1/exit', 1)
+    run('my-tpu', 'us-x1-a', '--project=p', '--delete', '--algo=dpo')
+    run('my-tpu', 'us-x1-a', '--project=p', '--stop')
+    calls = (run.calls / 'log').read_text().split('compute|tpus|')
+    asked = [call for call in calls if call.startswith('tpu-vm|ssh|')]
+    ends = '|--zone=us-x1-a|--project=p|--|-o|ServerAliveInterval=30|-o|ServerAliveCountMax=4|\n'
+    assert [call.endswith(ends) for call in asked] == [True] * 4  # to run, for codes, whether a run goes on, to stop
 
 
 class TestWorker:

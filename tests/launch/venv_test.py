@@ -4,6 +4,7 @@ import glob
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -18,10 +19,34 @@ if [[ -e $CALLS/fail ]] && [[ "$*" == *$(cat "$CALLS/fail")* ]]; then exit 7; fi
 case "$1 $2" in
   '--version ') echo 'Python 3.12.0' ;;
   '-m venv') mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
-  '-m jaxalign.main') shift 2; printf '[%s]' "$@" ;;
+  '-m jaxalign.main')
+    shift 2
+    printf '[%s]' "$@"
+    case ${ENDS-} in
+      aborted) kill -ABRT $$ ;;
+      told) trap 'exit 75' TERM; kill -TERM $PPID; for i in {1..100}; do sleep 0.1; done; exit 9 ;;
+      reading) cat; exit 8 ;;
+    esac
+    ;;
   '-m pytest') echo '1 passed in 0.01s' ;;
 esac
 """
+
+# What the environment has where a process is one of several, and where it is alone.
+JOINED = (
+    {'COORDINATOR_ADDRESS': 'auto'},
+    {'TPU_WORKER_HOSTNAMES': 'a,b'},
+    {'MEGASCALE_COORDINATOR_ADDRESS': 'a'},
+    {'SLURM_STEP_NODELIST': 'n[0-1]', 'SLURM_NTASKS': '2'},
+    {'OMPI_COMM_WORLD_SIZE': '2'},
+)
+ALONE = (
+    {},
+    {'TPU_WORKER_HOSTNAMES': 'a'},
+    {'SLURM_NTASKS': '2'},
+    {'SLURM_STEP_NODELIST': 'n0', 'SLURM_NTASKS': '1'},
+    {'OMPI_COMM_WORLD_SIZE': '1'},
+)
 
 
 @pytest.fixture
@@ -57,10 +82,13 @@ class Machine:
   def run(self, script, *args, **env):
     """Runs a script from another folder; returns what it did, and the calls of Python since."""
     (self.calls / 'log').write_text('')
-    clean = {k: v for k, v in os.environ.items() if k not in ('JAX_PLATFORMS', 'PYTHON')}
+    told = ('JAX_PLATFORMS', 'PYTHON', *(name for job in JOINED for name in job))
+    clean = {k: v for k, v in os.environ.items() if k not in told}
     env = clean | {'PATH': f'{self.bin}:/usr/bin:/bin', 'CALLS': str(self.calls)} | env
     command = ['bash', str(self.checkout / script), *args]
-    done = subprocess.run(command, cwd=self.here, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=self.here, env=env, capture_output=True, text=True, check=False, input='typed', timeout=60
+    )
     self.log = (self.calls / 'log').read_text().splitlines()
     return done
 
@@ -83,6 +111,25 @@ class TestLocal:
     done = machine.run('launch/local.sh', '--prompt=once upon', "--gin=a.b='*'", '')
     assert done.returncode == 7
     assert machine.log[-1].startswith("-m|jaxalign.main|--prompt=once upon|--gin=a.b='*'||JAX")
+
+  @pytest.mark.parametrize('job', JOINED, ids=str)
+  def test_asks_for_a_restart_where_jax_ended_a_process_of_several(self, machine, job):
+    machine.run('launch/local.sh')
+    done = machine.run('launch/local.sh', '--algo=dpo', ENDS='aborted', **job)
+    assert (done.returncode, done.stdout) == (75, '[--algo=dpo]')
+    (line,) = done.stderr.splitlines()
+    assert line.startswith('jaxalign: JAX ended this process, most likely as another one of the job is gone')
+
+  @pytest.mark.parametrize('job', ALONE, ids=str)
+  def test_lets_a_process_that_is_alone_end_as_it_does(self, machine, job):
+    assert machine.run('launch/local.sh', ENDS='aborted', **job).returncode == -signal.SIGABRT
+
+  def test_passes_the_same_on_for_a_process_of_several(self, machine):
+    assert machine.run('launch/local.sh', COORDINATOR_ADDRESS='auto').returncode == 0
+    # SIGTERM of those that know this shell alone, as Kubernetes does.
+    assert machine.run('launch/local.sh', ENDS='told', COORDINATOR_ADDRESS='auto').returncode == 75
+    done = machine.run('launch/local.sh', '', ENDS='reading', COORDINATOR_ADDRESS='auto')
+    assert (done.returncode, done.stdout) == (8, '[]typed')
 
   def test_prints_its_commands_in_a_dry_run(self, machine):
     done = machine.run('launch/local.sh', '--dry_run', '--algo=dpo', '--prompt=a b')
