@@ -71,6 +71,7 @@ class Preemption:
   def _tell(self, *_) -> None:
     self._told = True
     if self._waits:
+      self._waits = False  # The signal may come again, while what was waited for is given up.
       raise _Told
 
   def until(self, batches: Iterable[_T]) -> Iterator[_T]:

@@ -335,7 +335,7 @@ def _plan(args: flags.FlagValues) -> None:
   config.check_reachable('planning.plan.plan', 'recipe.Recipe')
   job = _job(args, _of(recipe), topology.devices)
   plan = functools.partial(config.get('planning.plan.plan'), topology=topology, is_data_known=bool(args.data))
-  how = topology, args.mesh, args.dcn_mesh, command.again(args)
+  how = topology, args.mesh, args.dcn_mesh, command.planned(args, search.BOUND)
   found = search.planned(job, recipe, plan, *how) if args.search else plan(job, recipe=recipe)
   sys.stdout.write(json.dumps(found.to_json(), indent=1) + '\n' if args.json else found.table())
 

@@ -116,6 +116,11 @@ def make_mesh(text: str = '', dcn_text: str = '', devices: Sequence[jax.Device] 
   return jax.sharding.Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
+def abstract_mesh(text: str, count: int) -> jax.sharding.AbstractMesh:
+  """The mesh named by `--mesh` of so many devices, which need not be there; see `make_mesh`."""
+  return jax.sharding.AbstractMesh(_fill(text or 'fsdp:-1', '--mesh', count, 'devices'), AXES)
+
+
 def per_slice(devices: Sequence[jax.Device]) -> int:
   """How many of these devices are in a slice."""
   return len(devices) // len({_slice_index(d) for d in devices})
@@ -142,17 +147,13 @@ def _memories(device: jax.Device) -> list[str]:
   return [memory.kind for memory in device.addressable_memories()]
 
 
-def axes_of(logical: str) -> tuple[str, ...]:
-  """The mesh axes of one logical axis, for collectives inside `shard_map`."""
-  return _rule(logical)
-
-
 def parts(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, logical: str) -> int:
   """How many ways an axis of this name is split on `mesh`."""
-  return math.prod(mesh.shape[axis] for axis in _rule(logical))
+  return math.prod(mesh.shape[axis] for axis in axes_of(logical))
 
 
-def _rule(logical: str) -> tuple[str, ...]:
+def axes_of(logical: str) -> tuple[str, ...]:
+  """The mesh axes of one logical axis."""
   if logical not in RULES:
     raise _unknown(logical)
   return RULES[logical]
@@ -168,7 +169,7 @@ def spec(*logical: str | tuple[str, ...] | None) -> jax.sharding.PartitionSpec:
   None is an axis that is never split.
   """
   several = ((name,) if isinstance(name, str) else name or () for name in logical)
-  return jax.sharding.PartitionSpec(*(sum(map(_rule, names), ()) or None for names in several))
+  return jax.sharding.PartitionSpec(*(sum(map(axes_of, names), ()) or None for names in several))
 
 
 def named(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, *logical: str | None) -> jax.sharding.NamedSharding:

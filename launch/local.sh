@@ -33,16 +33,19 @@ is_joined() {
 is_joined || exec "$PY" -m jaxalign.main "$@"
 # JAX aborts (134) a process that hears no more of another, and launchers start a run again at 75. SIGTERM may come to
 # this shell alone; bash would hide SIGINT and the input from what it does not wait for.
+pid='' told=''
+trap 'told=TERM; [[ ! $pid ]] || kill -TERM "$pid" 2>/dev/null || :' TERM
+trap 'told=INT' INT
 (
   trap - INT
   exec "$PY" -m jaxalign.main "$@"
 ) <&0 &
+pid=$!
+[[ $told != TERM ]] || kill -TERM "$pid"
 told=1
-trap 'told=1; kill -TERM $! 2>/dev/null || :' TERM
-trap 'told=1' INT
 while [[ $told ]]; do
   told='' code=0
-  wait $! 2>/dev/null || code=$? # without what bash says of a process that was ended
+  wait "$pid" 2>/dev/null || code=$? # without what bash says of a process that was ended
 done
 if ((code == 134)); then
   echo 'jaxalign: JAX ended this process, most likely as another one of the job is gone; resume all' >&2

@@ -293,7 +293,7 @@ elif (($#)); then
   [[ ! $logs ]] || call mkdir -p "$logs"
   run=$(date +%s)-$$ attempt=0
   for ((restarted = 0; ; restarted++)); do
-    pause='' next='the same command goes on from the last checkpoint'
+    pause=0 next='the same command goes on from the last checkpoint'
     if ensure; then
       code=0
       execute "$@" || code=$?
@@ -313,14 +313,14 @@ elif (($#)); then
         break
       fi
     else
-      why="$zone has no free $create now" pause=1
+      why="$zone has no free $create now" pause=20 # for others to leave, ten minutes
     fi
     if ((restarted >= restarts)); then
       say "$why; $next"
       break
     fi
     say "$why: restart $((restarted + 1)) of $restarts"
-    [[ ! $pause ]] || sleep "$POLL"
+    for ((; pause; pause--)); do sleep "$POLL"; done
   done
   trap - INT TERM
   fetch_logs

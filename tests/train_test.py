@@ -371,6 +371,26 @@ def bytes_of_a_session(folder, workdir, reference, steps):
   return found
 
 
+class TestPreemption:
+
+  def test_takes_the_signal_once_though_it_comes_again(self):
+    tell = lambda: os.kill(os.getpid(), signal.SIGTERM)
+
+    def batches():
+      yield 1
+      try:
+        tell()
+        time.sleep(5)
+      finally:  # while what was waited for is given up
+        tell()
+        time.sleep(0.01)
+
+    with loop.Preemption() as preemption:
+      assert list(preemption.until(batches())) == [1]
+      tell()
+      assert preemption.reached()
+
+
 class TestNewest:
 
   @pytest.mark.parametrize('step,wanted', [(2, 0.25), (3, 0.0)])

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 import itertools
 import json
-import math
 import pathlib
 import subprocess
 import sys
@@ -47,16 +46,10 @@ def points(args: argparse.Namespace) -> Iterator[dict[str, str]]:
       yield {'algo': algo, 'model': model, 'topology': place}
 
 
-def parts(mesh: str, count: int) -> int:
-  """How many ways a mesh of so many devices splits rows."""
-  sizes = sharding.parse_mesh(mesh)
-  rest = count // math.prod(size for size in sizes.values() if size > 0)
-  return count // math.prod(rest if sizes.get(axis) == -1 else sizes.get(axis, 1) for axis in ('tensor', 'context'))
-
-
 def flags(point: dict[str, str], args: argparse.Namespace) -> list[str]:
   """What `jaxalign.main` is called with."""
-  count = parts(args.mesh, topology_lib.count_of(point['topology']))
+  mesh = sharding.abstract_mesh(args.mesh, topology_lib.count_of(point['topology']))
+  count = sharding.parts(mesh, 'batch')
   bound = {
       'loader.Packing.rows': count * args.rows_at_once,
       'loader.Packing.micro_batches': max(1, args.rows_per_device // args.rows_at_once),
@@ -69,8 +62,8 @@ def flags(point: dict[str, str], args: argparse.Namespace) -> list[str]:
     if point['algo'] == 'ppo':
       bound['rollouts.Options.minibatches'] = 1
   named = [f'--{name}={value}' for name, value in point.items()]
-  mesh = [f'--mesh={args.mesh}'] if args.mesh else []
-  return ['--mode=plan', '--json', '--eval_data=', *named, *mesh, *(f'--gin={k}={v}' for k, v in bound.items())]
+  place = [f'--mesh={args.mesh}'] if args.mesh else []
+  return ['--mode=plan', '--json', '--eval_data=', *named, *place, *(f'--gin={k}={v}' for k, v in bound.items())]
 
 
 def plan(command: Sequence[str]) -> dict[str, Any]:

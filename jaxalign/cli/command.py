@@ -1,9 +1,9 @@
 """The command line: which mode reads which flag, and what flags bind."""
 
 from collections.abc import Callable
+from collections.abc import Collection
 import dataclasses
 import functools
-import shlex
 import textwrap
 from typing import Any
 
@@ -12,6 +12,7 @@ from absl import flags
 from jaxalign import profiling
 from jaxalign import respond
 from jaxalign import types
+from jaxalign.cli import catalog
 from jaxalign.cli import flag_table
 from jaxalign.models import lora
 from jaxalign.rewards import functions
@@ -97,10 +98,17 @@ def check_mode(args: flags.FlagValues) -> None:
       raise types.UsageError(f'--mode={mode} does not read --{name}{_INSTEAD.get(name, "")}')
 
 
-def again(args: flags.FlagValues) -> str:
-  """The command line of a run that is planned, but for its mesh."""
-  named = [args[name] for name in sorted(args) if args[name].present and name not in (*_OF_PLANS, 'mode', 'mesh')]
-  return shlex.join(['python', '-m', 'jaxalign.main', *(text for one in named for text in one.serialize().split('\n'))])
+def planned(args: flags.FlagValues, chosen: Collection[str]) -> list[str]:
+  """The command line of a run that is planned, without its mesh and the bindings that are `chosen` anew."""
+  found = ['python', '-m', 'jaxalign.main']
+  for name in sorted(args):
+    if args[name].present and name not in (*_OF_PLANS, 'mode', 'mesh'):
+      value: Any = args[name].value
+      values = map(str, value if isinstance(value, list) else [value])
+      found += [f'--{name}={x}' for x in values if name != 'gin' or x.partition('=')[0].strip() not in chosen]
+  if not args['tokenizer'].present and catalog.own_files('models', [args.model or '']):
+    found.append('--tokenizer=FILE')  # Which a plan does without, and a run of random weights does not.
+  return found
 
 
 def bindings(args: flags.FlagValues) -> list[str]:

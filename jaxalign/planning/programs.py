@@ -109,8 +109,9 @@ def of_run(
   with jax.set_mesh(job.mesh):
     found = [_step(job, recipe, optimizer, of)]
     if recipe.rollouts is not None:
-      for spec in filter(functions.is_model, recipe.rollouts.rewards):
-        logging.warning('--reward=%s: what this model takes of a device, and of time, is not planned', spec)
+      if judges := list(filter(functions.is_model, recipe.rollouts.rewards)):
+        said = '--reward=%s: what a model that judges takes of a device, and of time, is not planned'
+        logging.log_first_n(logging.WARNING, said, 1, ', '.join(judges))
       return [*found, *_rollout(job, recipe, tokenizer, of)]
     if of.needs.reference and of.own is None:
       found.append(_cached_reference(job, of))

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
 import itertools
+import shlex
 from typing import Any
 from typing import NamedTuple
 
@@ -15,6 +16,14 @@ from jaxalign import sharding
 from jaxalign import types
 from jaxalign.planning import plan as plan_lib
 from jaxalign.planning import topology as topology_lib
+
+# What is varied beside the mesh, and how it is bound.
+_BINDINGS = {
+    'rows': 'loader.Packing.rows',
+    'micro_batches': 'loader.Packing.micro_batches',
+    'remat': 'recipe.Recipe.remat',
+}
+BOUND = frozenset(_BINDINGS.values())
 
 
 def meshes(count: int) -> list[str]:
@@ -45,7 +54,7 @@ def planned(
     topology: topology_lib.Topology,
     mesh: str,
     dcn_mesh: str,
-    run: str,
+    command_line: Sequence[str],
 ) -> 'Search':
   """The step compiled at every point, without those where mesh and model do not agree, and the fastest run whole.
 
@@ -56,7 +65,7 @@ def planned(
     topology: what it is for.
     mesh: as `--mesh`; where empty, several are tried.
     dcn_mesh: as `--dcn_mesh`.
-    run: the command line without what is searched for.
+    command_line: of the run, without what is searched for.
 
   Raises:
     UsageError: they agree nowhere.
@@ -84,32 +93,35 @@ def planned(
     raise problem or types.UsageError(
         f'--search: {rows} rows of a step (loader.Packing.rows x micro_batches) cannot be spread over {texts}'
     )
-  checked = set[int]()
-  while (front := pareto([one for _, one in found])) and front[0] not in checked:
-    point = found[front[0]][0]
-    found[front[0]] = point, compiled(point)
-    logging.info('%s, the whole run: %s', _said(point), _result(found[front[0]][1]))
-    checked.add(front[0])
-  return Search(found, run)
+  whole = set[int]()
+  while (best := pareto([one for _, one in found])[:1]) and not whole.issuperset(best):
+    (i,) = best
+    point = found[i][0]
+    found[i] = point, compiled(point)
+    logging.info('%s, the whole run: %s', _said(point), _result(found[i][1]))
+    whole.add(i)
+  return Search(found, frozenset(whole), command_line)
 
 
 class Search(NamedTuple):
   """What was compiled: settings and what became of each, the fastest that fits with all programs of the run.
 
-  `run` is the command line that they are added to.
+  `whole` are the numbers of those with all programs; the flags of a point go behind `command_line`.
   """
 
   found: list[tuple[dict[str, Any], plan_lib.Plan]]
-  run: str
+  whole: frozenset[int]
+  command_line: Sequence[str]
 
   def to_json(self) -> list[dict[str, Any]]:
-    """An object a point; `on_front` tells those of the Pareto front."""
+    """An object a point; `on_front` tells those of the Pareto front, `whole` those that are not of the step alone."""
     chosen = pareto([one for _, one in self.found])
-    return [point | {'on_front': i in chosen} | one.to_json() for i, (point, one) in enumerate(self.found)]
+    told = [{'on_front': i in chosen, 'whole': i in self.whole} for i in range(len(self.found))]
+    return [point | more | one.to_json() for (point, one), more in zip(self.found, told, strict=True)]
 
   def table(self) -> str:
     """The Pareto front in words, with the flags of each point."""
-    return front(self.found, self.run)
+    return front(self.found, self.command_line)
 
 
 def _said(point: dict[str, Any]) -> str:
@@ -130,27 +142,27 @@ def pareto(plans: Sequence[plan_lib.Plan]) -> list[int]:
   return [i for _, _, i in sorted(front, key=lambda of: of[1])]
 
 
-def command(point: dict[str, Any]) -> str:
-  """The flags that choose a point."""
-  bound = {'loader.Packing.rows': point['rows'], 'loader.Packing.micro_batches': point['micro_batches']}
-  bindings = [f'--gin={name}={value}' for name, value in bound.items()]
-  return ' '.join([f'--mesh={point["mesh"]}', *bindings, f"--gin=\"recipe.Recipe.remat='{point['remat']}'\""])
+def flags(point: dict[str, Any]) -> list[str]:
+  """Those that choose a point."""
+  return [f'--mesh={point["mesh"]}', *(f'--gin={name}={point[key]!r}' for key, name in _BINDINGS.items())]
 
 
-def front(found: Sequence[tuple[dict[str, Any], plan_lib.Plan]], run: str) -> str:
+def front(found: Sequence[tuple[dict[str, Any], plan_lib.Plan]], command_line: Sequence[str]) -> str:
   """The Pareto front in words, with the flags of each point."""
   chosen = pareto([one for _, one in found])
   if not chosen:
     least, smallest = min((one.hbm_bytes, i) for i, (_, one) in enumerate(found))
     over = (least - found[smallest][1].chip.hbm_bytes) / 2**30
-    return f'none of {len(found)} fits; the smallest is {over:.2f} GiB too large: {command(found[smallest][0])}\n'
+    least_of = shlex.join(flags(found[smallest][0]))
+    return f'none of {len(found)} fits; the smallest is {over:.2f} GiB too large: {least_of}\n'
   lines = [f'{len(found)} compiled; none of the others is both smaller and faster than these:']
   for i in chosen:
     point, one = found[i]
     lines.append(
         f'  {one.step.hbm_bytes / 2**30:7.2f} GiB  {one.step.seconds * 1e3:9.1f} ms  MFU at most {one.mfu_bound:6.1%} '
-        f' {command(point)}'
+        f' {shlex.join(flags(point))}'
     )
   point, one = found[chosen[0]]
-  lines.append(f'the whole run fits with the first, in {one.hbm_bytes / 2**30:.2f} GiB: {run} {command(point)}')
+  lines.append(f'the whole run fits with the first, in {one.hbm_bytes / 2**30:.2f} GiB:')
+  lines.append(f'  {shlex.join([*command_line, *flags(point)])}')
   return '\n'.join(lines) + '\n'

@@ -21,8 +21,6 @@ from jaxalign.rewards import calling
 from jaxalign.rewards import modelled
 
 HOW = ('sum', 'normalised', 'gated')
-# Their time is limited by alarms, which are for the main thread of a process: by default they have one of their own.
-_ALARMED = {('jaxalign.rewards.rules', 'math_answer')}
 
 _SPEC = re.compile(r'(?P<path>[^:()]+):(?P<name>[A-Za-z_][\w.]*)(?P<options>\(.*\))?(:(?P<weight>[^:()]*))?', re.DOTALL)
 _OF_MODEL = re.compile(r'(?P<path>([^:()]|(?<=gs):(?=//))+)(?P<options>\(.*\))?(:(?P<weight>[^:()]*))?', re.DOTALL)
@@ -141,8 +139,8 @@ def parse(spec: str, *, flag: str = 'reward') -> Reward | modelled.Model:
     raise fail(f'the weight {weight} is not finite')
   if is_model(spec):
     return modelled.of(path, options, path + (match['options'] or ''), weight, fail, _FORM)
-  name, processes, timeout = match['name'], options.pop('processes', None), options.pop('timeout', None)
-  if processes is not None and (type(processes) is not int or processes < 0):
+  name, processes, timeout = match['name'], options.pop('processes', 0), options.pop('timeout', None)
+  if type(processes) is not int or processes < 0:
     raise fail(f'processes={processes!r}: it is a whole number from 0 on')
   if timeout is not None and (type(timeout) not in (int, float) or not 0 < timeout < math.inf):
     raise fail(f'timeout={timeout!r}: it is a number of seconds above 0')
@@ -155,8 +153,6 @@ def parse(spec: str, *, flag: str = 'reward') -> Reward | modelled.Model:
     if option not in names and not takes_any:
       raise fail(f'{name} has no option {option}; it has {", ".join(names) or "none"}')
   called = f'{path}:{name}{match["options"] or ""}'
-  if processes is None:
-    processes = int((path, name) in _ALARMED)
   processes = processes or int(timeout is not None)
   return Reward(called, functools.partial(fn, **options), weight, processes, timeout, (path, name, options))
 

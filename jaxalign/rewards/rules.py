@@ -3,10 +3,13 @@
 Each is a reward, see `functions.Reward`: it takes responses and those columns of the records that it names.
 """
 
+import atexit
 from collections.abc import Hashable
 from collections.abc import Sequence
+from concurrent import futures
 import functools
 import json
+import multiprocessing
 import re
 import threading
 from typing import Any
@@ -107,8 +110,8 @@ def math_answer(
   r"""1 where the response's answer equals the reference as mathematics (1/2, \frac{1}{2}, 0.5), else 0; None without.
 
   Sets, intervals, equations and expressions are compared by the library math-verify. A response that it cannot read is
-  wrong. In the main thread of a process each takes at most some seconds, therefore a reward runs in a process of its
-  own; `math_answer(processes=4)` makes more of them.
+  wrong, also one that takes more than some seconds: alarms tell, which are for the main thread of a process; called in
+  another it works in a process of its own.
 
   Args:
     responses: texts, LaTeX in them in $...$ or \boxed{...}.
@@ -124,19 +127,24 @@ def math_answer(
   except ModuleNotFoundError as err:
     raise types.UsageError(f'math_answer needs math-verify: pip install "jaxalign[math]" ({err})') from err
 
-  # Its alarms are for a main thread alone.
-  is_main = threading.current_thread() is threading.main_thread()
-  parse = functools.partial(math_verify.parse, **({} if is_main else {'parsing_timeout': None}))
-  verify = functools.partial(math_verify.verify, **({} if is_main else {'timeout_seconds': None}))
+  if threading.current_thread() is not threading.main_thread():
+    return _beside().submit(math_answer, responses, answer, target).result()
 
   def judge(response, reference):
     text = str(reference)
-    gold = parse(text if '$' in text or '\\boxed' in text else f'${text}$')
+    gold = math_verify.parse(text if '$' in text or '\\boxed' in text else f'${text}$')
     if not gold:
       raise ValueError(f'the reference {text[:80]!r} is no mathematics that math-verify reads')
-    return float(verify(gold, parse(response)))
+    return float(math_verify.verify(gold, math_verify.parse(response)))
 
   return _judged(judge, responses, answer, target)
+
+
+@functools.cache
+def _beside() -> futures.Executor:
+  found = futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn'))
+  atexit.register(found.shutdown)
+  return found
 
 
 def _judged(judge, responses, answer, target) -> list[float | None]:

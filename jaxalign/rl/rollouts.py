@@ -7,6 +7,8 @@ import functools
 from typing import Any
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from jaxalign import sharding
 from jaxalign import types
 from jaxalign.data import tokenizers
@@ -204,7 +206,7 @@ def replays(asked: bool | None, policy: transformer.Transformer, cache_dtype: st
   has_experts = policy.config.num_experts > 0
   if asked and not has_experts:
     raise types.UsageError('rollouts.Options.replay_experts = True: the model has no experts; leave it out')
-  rounds = policy.dtype != 'float32' or cache_dtype is not None
+  rounds = jnp.dtype(policy.dtype) != 'float32' or cache_dtype is not None
   return has_experts and rounds if asked is None else asked
 
 

@@ -203,6 +203,14 @@ class Cloud:
     return [line for line in self.log() if 'describe' not in line]
 
 
+def write_down_sleep(run):
+  """Sleeps are among the calls from now on."""
+  sleep = run.calls / 'bin' / 'sleep'
+  sleep.write_text('#!/bin/sh\necho "compute|tpus|sleep|$1|" >>"$CALLS/log"\nexec /bin/sleep "$@"\n')
+  sleep.chmod(0o755)
+  run.env['JAXALIGN_POLL_SECONDS'] = '0.01'
+
+
 class TestTpuVm:
 
   def test_runs_the_same_command_on_every_worker_which_find_each_other(self, run):
@@ -479,10 +487,7 @@ class TestRestarting:
     assert 'the connection to my-tpu was lost: restart 1 of 1' in done.stderr
 
   def test_waits_before_it_connects_again_also_to_copy(self, run):
-    sleep = run.calls / 'bin' / 'sleep'
-    sleep.write_text('#!/bin/sh\necho "compute|tpus|sleep|$1|" >>"$CALLS/log"\nexec /bin/sleep "$@"\n')
-    sleep.chmod(0o755)
-    run.env['JAXALIGN_POLL_SECONDS'] = '0.01'
+    write_down_sleep(run)
     run.tell('ssh', 255)
     run.tell('scp', 0, 1)
     done = run('my-tpu', 'us-x1-a', '--restarts=2', '--algo=dpo')
@@ -495,13 +500,16 @@ class TestRestarting:
     run.tell('tpu-vm', 'READY', 'PREEMPTED')
     run.tell('ssh', 255)
     run.tell('create', 9, 9)
+    write_down_sleep(run)
     done = run('my-tpu', 'us-x1-a', '--create=v5litepod-16', '--algo=dpo')
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if 'restart' in line]
     why = ['my-tpu is PREEMPTED', *['us-x1-a has no free v5litepod-16 now'] * 2]
     assert said == [f'jaxalign: {reason}: restart {i} of 3' for i, reason in enumerate(why, 1)]
     once = ['tpu-vm scp', 'tpu-vm ssh']
-    assert run.changes() == [*once, 'tpu-vm delete', *['tpu-vm create'] * 3, *once]
+    waits = ['sleep 0.01'] * 20
+    creates = ['tpu-vm create', *waits, 'tpu-vm create', *waits, 'tpu-vm create']
+    assert run.changes() == [*once, 'tpu-vm delete', *creates, *once]
 
   def test_gives_up_where_there_is_none_after_as_many_restarts_as_were_asked_for(self, run):
     run.tell('tpu-vm', 'READY', 'PREEMPTED')

@@ -144,7 +144,7 @@ class TestEstimate:
     # Of a row's places keys and values in 16 bits, and a byte for each of two experts, in each layer.
     places = 16 * (192 + 96) * L / 8
     assert of['decode']['kv cache'] == pytest.approx(places * (2 * K * H * 2 + 2), rel=1e-3)
-    assert f'--reward={tmp_path}:2: what this model takes of a device' in caplog.text
+    assert f'--reward={tmp_path}:2: what a model that judges takes' in caplog.text
 
 
 @pytest.mark.libtpu
@@ -258,14 +258,17 @@ class TestSearch:
     assert main.main([*args, '--search', '--mesh=fsdp:8', '--gin=loader.Packing.rows = 8']) == 0
     out = capsys.readouterr().out
     assert out.startswith('3 compiled; none of the others')
-    chosen = '--mesh=fsdp:8 --gin=loader.Packing.rows=8 --gin=loader.Packing.micro_batches=1 '
-    assert chosen in out
-    last = out.splitlines()[-1]
-    assert last.startswith('the whole run fits with the first, in ')
-    assert ': python -m jaxalign.main --algo=sft --eval_data= ' in last
-    assert f'--model=llama3_1_8b {chosen}--gin="recipe.Recipe.remat=\'' in last and '--topology' not in last
-    again = shlex.split(last.partition('-m jaxalign.main ')[2])
-    assert f'--gin=loader.Packing.row_length = {LENGTH}' in again
+    chosen = ['--mesh=fsdp:8', '--gin=loader.Packing.rows=8', '--gin=loader.Packing.micro_batches=1']
+    assert shlex.join(chosen) in out
+    before, last = out.splitlines()[-2:]
+    assert before.startswith('the whole run fits with the first, in ')
+    found = shlex.split(last)
+    assert found[:5] == ['python', '-m', 'jaxalign.main', '--algo=sft', '--eval_data=']
+    assert found[-5:-1] == ['--tokenizer=FILE', *chosen] and found[-1].startswith("--gin=recipe.Recipe.remat='")
+    # What was bound and is now chosen, and what is a plan's alone, is not there.
+    named = [one.partition('=')[2].partition('=')[0].strip() for one in found if one.startswith('--gin=')]
+    assert [named.count(f'loader.Packing.{one}') for one in ('rows', 'row_length')] == [1, 1]
+    assert not [one for one in found if one.startswith(('--topology', '--search', '--mode='))]
 
   def test_plans_the_fastest_whole_and_the_next_where_that_does_not_fit(self):
     asked = []
@@ -279,16 +282,17 @@ class TestSearch:
 
     packing, there = loader.Packing(rows=4, micro_batches=1, row_length=8), topology.find('h100:4')
     recipe, job = Recipe(packing, 'full'), Job(None)
-    found = search.planned(job, recipe, plan, there, 'fsdp:4', '', 'python run')
+    found = search.planned(job, recipe, plan, there, 'fsdp:4', '', ['python', 'run'])
     assert asked == [(how, True) for how in ('full', 'attention', 'dots')] + [('dots', False), ('attention', False)]
     assert [one['fits'] for one in found.to_json()] == [True, True, False]
+    assert [one['whole'] for one in found.to_json()] == [False, True, True]
     assert [one['remat'] for one in found.to_json() if one['on_front']] == ['attention']
-    assert found.table().splitlines()[-1].endswith('python run ' + search.command(found.found[1][0]))
+    assert found.table().splitlines()[-1] == '  ' + shlex.join(['python', 'run', *search.flags(found.found[1][0])])
 
   def test_says_what_is_too_large(self):
     point = {'mesh': 'fsdp:4', 'rows': 8, 'micro_batches': 1, 'remat': 'full'}
-    said = search.front([(point, made(17 * 2**30, 1.0, fits=False))], 'run')
-    assert said == f'none of 1 fits; the smallest is 1.25 GiB too large: {search.command(point)}\n'
+    said = search.front([(point, made(17 * 2**30, 1.0, fits=False))], [])
+    assert said == f'none of 1 fits; the smallest is 1.25 GiB too large: {shlex.join(search.flags(point))}\n'
 
 
 class TestMeshes:

@@ -90,12 +90,18 @@ class TestMathAnswer:
     with pytest.raises(types.UsageError, match=r'pip install "jaxalign\[math\]"'):
       rules.math_answer(['1'], ['1'])
 
+  def test_gives_up_what_takes_too_long(self):
+    pytest.importorskip('math_verify')
+    endless = ['$9^{9^{9^{9}}}$'], ['$9^{9^{9^{9^{1}}}}+1$']
+    with futures.ThreadPoolExecutor(1) as executor:
+      assert executor.submit(rules.math_answer, *endless).result(timeout=60) == [0.0]
+
   def test_compares_as_mathematics(self):
     pytest.importorskip('math_verify')
     responses = ['It is $\\frac{2}{4}$.', '\\boxed{x^2+2x+1}', '$\\{2, 1\\}$', '$3$', 'none', '1']
     references = ['0.5', '(x+1)^2', '$\\{1,2\\}$', '4', '4', None]
     assert rules.math_answer(responses, references) == [1.0, 1.0, 1.0, 0.0, 0.0, None]
-    with futures.ThreadPoolExecutor(1) as executor:  # without the alarms of a main thread
+    with futures.ThreadPoolExecutor(1) as executor:  # as rollouts judge
       assert executor.submit(rules.math_answer, responses, references).result() == [1.0, 1.0, 1.0, 0.0, 0.0, None]
 
 

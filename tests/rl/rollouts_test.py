@@ -566,8 +566,8 @@ class TestRuns:
     # Four rows for 16 responses that end when they like: the processes must agree on who has which row.
     more = '--reward=tests.runs:vowels', '--gin=rollouts.Options.samples = 4', '--gin=rollouts.Options.rows = 4'
     more += tuple(f'--gin=rollouts.Options.{one}' for one in ('max_new_tokens = 40', "stop = ('.', 'a')"))
-    both = runs.spawn_together(self.args('grpo', tmp_path / 'two', 3, *more, '--mesh=data:2,fsdp:2'), 2)
-    self.run('grpo', tmp_path / 'one', 3, *more)
+    both = runs.spawn_together(self.args('grpo', tmp_path / 'two', 2, *more, '--mesh=data:2,fsdp:2'), 2)
+    self.run('grpo', tmp_path / 'one', 2, *more)
     for process in both:
       code, err = runs.finished(process)
       assert code == 0, err

@@ -39,10 +39,11 @@ class TestFlags:
 
   def test_bind_a_step_of_so_many_rows_a_device(self, args):
     pairs, sampled = (plan.flags(point, args) for point in plan.points(args))
-    assert [plan.parts(mesh, 64) for mesh in ('', 'fsdp:8,context:8', 'fsdp:4,tensor:2,context:-1')] == [64, 8, 4]
     assert '--gin=loader.Packing.rows=16' in pairs and '--gin=loader.Packing.micro_batches=2' in pairs
     assert '--gin=rollouts.Options.prompts=4' in sampled and '--gin=rollouts.Options.max_new_tokens=32' in sampled
     assert not [flag for flag in pairs if 'rollouts' in flag]
+    args.mesh = 'fsdp:4,context:-1'  # Devices that share rows count as one.
+    assert '--gin=loader.Packing.rows=8' in plan.flags({'algo': 'dpo', 'topology': 'v5e:4x4'}, args)
 
 
 class TestMain:
