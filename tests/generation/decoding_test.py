@@ -8,9 +8,9 @@ from tools import measure
 
 class TestLogps:
 
-  @pytest.mark.parametrize('name', ['gemma2', 'qwen3_moe'])
-  def test_are_those_of_the_trainer_in_float32(self, name):
-    assert measure.drift(name)[0] < 1e-4
+  @pytest.mark.parametrize('name', measure.CASES)
+  def test_are_those_of_the_trainer_with_adapters_in_every_family(self, name):
+    assert measure.drift(name, lora=lora_lib.Lora(rank=2, alpha=4.0))[0] < 1e-4
 
   def test_are_those_of_the_trainer_with_adapters_on_a_mesh(self):
     lora = lora_lib.Lora(rank=2, alpha=4.0)
