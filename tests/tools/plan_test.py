@@ -2,10 +2,13 @@
 
 import argparse
 import json
+import pathlib
 
 import pytest
 
 from tools import plan
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -105,3 +108,17 @@ class TestMain:
       plan.main(['--output=plans.jsonl', '--rows_at_once=0'])
     assert stop.value.code == 2
     assert '--rows_at_once: 0: it is a whole number, at least 1' in capsys.readouterr().err
+
+
+class TestReadme:
+
+  def test_tables_are_those_of_the_files(self):
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    read = lambda name: [json.loads(line) for line in (ROOT / 'tools' / name).read_text(encoding='utf-8').splitlines()]
+    assert plan.table(read('plans.jsonl')) in readme
+    for line in read('plans_long.jsonl'):
+      mesh = ','.join(f'{axis}:{size}' for axis, size in line['mesh'].items())
+      memory = f'{line["hbm_bytes"] / 2**30:.1f} of {line["hbm_limit_bytes"] / 2**30:.1f} GiB'
+      numbers = f'{line["rows"]} | {memory} | {line["seconds_bound"]:.1f} | {100 * line["mfu_bound"]:.0f} %'
+      assert line['fits'] and line['row_length'] == 131_072
+      assert f'| {line["algo"]}, `{line["model"]}` | {line["topology"]} | `{mesh}` | {numbers} |' in readme
