@@ -41,7 +41,7 @@ trap 'told=INT' INT
   exec "$PY" -m jaxalign.main "$@"
 ) <&0 &
 pid=$!
-[[ $told != TERM ]] || kill -TERM "$pid"
+[[ $told != TERM ]] || kill -TERM "$pid" 2>/dev/null || :
 told=1
 while [[ $told ]]; do
   told='' code=0
