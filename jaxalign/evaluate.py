@@ -151,7 +151,7 @@ def sample(
       model, params, behind, n=n, seed=seed + turn, experts=experts, **how
   )
   drawn = multi_turn.respond(setting.world, prompts, samples.per_prompt, tokenizer, draw)
-  ids = list(map(multi_turn.own_ids, drawn))
+  ids = [experience.own(one.ids, multi_turn.sampled_of(one)) for one in drawn]
   values = {'distinct_2': rules.distinct(2, ids), 'mean_length': float(np.mean([len(one.logps) for one in drawn]))}
   responses, given = verdicts.responses(prompts, tokenizer, drawn), multi_turn.rewards_of(drawn)
   judged = setting.rewards, setting.how, samples.pass_at, responses, len(prompts), given, setting.scorers()
@@ -342,8 +342,8 @@ def evaluate(
       streams = streams_lib.with_reference(streams, job, recipe, ref, steps=0, counter=counter)
     loss_state = checkpoint.load_loss_state(directory, streams.needs.state, job.mesh)
     plain = recipe.sync is not None and recipe.rollouts is not None and loaded.model.lora is None
-    base = checkpoint.find(directory)[0], loaded.model, job.mesh
-    kept = functools.partial(checkpoint.load_base, *base) if plain else None
+    load = functools.partial(checkpoint.load_base, checkpoint.find(directory)[0], loaded.model, job.mesh)
+    kept = load if plain else None
     own = recipe_lib.reference_of(recipe, job.mesh, loaded.model)
     live = ref.alone(own) if ref is not None and (streams.live or recipe.rollouts is not None) else None
     evaluator = Evaluator(job, recipe, loaded.model, loaded.tokenizer, streams, samples, counter, {}, live, kept)

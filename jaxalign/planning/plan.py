@@ -105,7 +105,7 @@ class Plan:
         'devices': self.devices,
         'estimated': self.estimated,
         'fits': self.fits,
-        'hbm_bytes': largest.hbm_bytes,
+        'hbm_bytes': self.hbm_bytes,
         'hbm_limit_bytes': self.chip.hbm_bytes,
         'hbm_by_class': largest.hbm_by_class,
         'host_bytes': step.host_bytes,

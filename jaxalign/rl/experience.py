@@ -104,8 +104,7 @@ class Rollout:
   def metrics(self) -> dict[str, float]:
     """What it says of the policy that it was sampled from, by name."""
     lengths, rewards = [len(logps) for logps in self.sampler_logps], np.ma.masked_invalid(self.rewards_GK)
-    sampled = self.sampled or [[True] * len(ids) for ids in self.responses]
-    own = [list(itertools.compress(*one)) for one in zip(self.responses, sampled, strict=True)]
+    ids = self.responses if self.sampled is None else list(map(own, self.responses, self.sampled))
     kl = {'objective/kl': float(self.labels['kl'].mean())} if 'kl' in self.labels else {}
     return {
         'reward': float(rewards.mean()),
@@ -116,8 +115,13 @@ class Rollout:
         'completions/mean_length': float(np.mean(lengths)),
         'completions/max_length': float(max(lengths)),
         'completions/clipped_ratio': 1 - float(np.mean(self.finished)),
-        'completions/distinct_2': rules.distinct(2, own),
+        'completions/distinct_2': rules.distinct(2, ids),
     }
+
+
+def own(ids: Sequence[int], sampled: Sequence[bool]) -> list[int]:
+  """The tokens of a response that were sampled."""
+  return list(itertools.compress(ids, sampled))
 
 
 def of_text(text: str, samples: int) -> Rollout:

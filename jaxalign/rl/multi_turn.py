@@ -8,7 +8,6 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import copy
 import inspect
-import itertools
 import math
 from typing import Any
 from typing import NamedTuple
@@ -168,11 +167,6 @@ def rewards_of(responses: Sequence[Response]) -> np.ndarray | None:
 def sampled_of(response: Response) -> list[bool]:
   """Which tokens of a response were sampled: all where there is no environment."""
   return response.sampled if isinstance(response, Episode) else [True] * len(response.ids)
-
-
-def own_ids(response: Response) -> list[int]:
-  """The tokens of a response that were sampled."""
-  return list(itertools.compress(response.ids, sampled_of(response)))
 
 
 def said(episodes: Sequence[Episode]) -> dict[str, float]:

@@ -109,7 +109,7 @@ class TestPlay:
     answer = tokenizer.encode(' and 1 Tom', continuation=True)
     assert one.ids == [400, *answer[:2], 401]
     assert one.sampled == [True, False, False, True]
-    assert multi_turn.own_ids(one) == [400, 401]
+    assert experience.own(one.ids, one.sampled) == [400, 401]
     assert (one.finished, one.cut) == (True, 1)
     assert multi_turn.said([one, one]) == {
         'episodes/turns': 2.0,
