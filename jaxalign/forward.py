@@ -61,6 +61,7 @@ def _of_targets(
       targets_BT,
       batch.mask_BT,
       vocab_size=model.config.vocab_size,
+      chunk=model.chunk,
       dense=tuple(dense),
       softcap=model.config.final_softcap,
       temperature=temperature,
@@ -216,6 +217,7 @@ def _rivals(hidden_BTD, params, batch: types.Batch, model: transformer.Transform
       jax.random.uniform(jax.random.fold_in(key, 1), batch.targets_BT.shape),
       batch.mask_BT,
       vocab_size=model.config.vocab_size,
+      chunk=model.chunk,
       among=among,
       softcap=model.config.final_softcap,
   )
@@ -239,6 +241,7 @@ def _of_reference(
         heads[1],
         batch.mask_BT,
         vocab_size=model.config.vocab_size,
+        chunk=model.chunk,
         softcap=model.config.final_softcap,
         temperature=temperature,
     )

@@ -13,6 +13,7 @@ from jaxalign import types
 from jaxalign.models import architecture
 from jaxalign.models import attention as attention_lib
 from jaxalign.models import experts
+from jaxalign.models import seen as seen_lib
 
 
 @struct.dataclass
@@ -116,7 +117,7 @@ def _place(x: jax.Array) -> jax.Array:
   return sharding.constrain(x, 'layers', 'batch', heads, *[None] * (x.ndim - 3))
 
 
-def attend(name: str, q_BTNH, k_BTKH, v_BTKH, seen: attention_lib.Seen, cache: KVCache, layer, how: attention_lib.How):
+def attend(name: str, q_BTNH, k_BTKH, v_BTKH, seen: seen_lib.Seen, cache: KVCache, layer, how: seen_lib.How):
   """Attention of new tokens to those in the cache and to each other, as its mode says, and the cache with them.
 
   Args:
@@ -127,7 +128,7 @@ def attend(name: str, q_BTNH, k_BTKH, v_BTKH, seen: attention_lib.Seen, cache: K
     seen: see `attention.attend`; read in mode 'first' alone.
     cache: of all layers.
     layer: which this is.
-    how: see `attention.How`.
+    how: see `seen.How`.
   """
   if cache.mode == 'first':
     return attention_lib.attend(name, q_BTNH, k_BTKH, v_BTKH, seen, how), _write(cache, layer, k_BTKH, v_BTKH)

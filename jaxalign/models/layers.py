@@ -12,10 +12,12 @@ from jaxalign import sharding
 from jaxalign.models import architecture
 from jaxalign.models import attention as attention_lib
 from jaxalign.models import experts
+from jaxalign.models import flash
 from jaxalign.models import kv_cache
 from jaxalign.models import linear
 from jaxalign.models import lora as lora_lib
 from jaxalign.models import rotary
+from jaxalign.models import seen as seen_lib
 
 _ACTIVATIONS: dict[str, Callable] = {
     'silu': jax.nn.silu,
@@ -23,8 +25,32 @@ _ACTIVATIONS: dict[str, Callable] = {
     'gelu': functools.partial(jax.nn.gelu, approximate=False),
 }
 
-
 READ = 'read'  # name of what a layer reads
+
+# What the backward pass finds kept of each layer, from most memory to least; numbers are of a token, N H = D. The rest
+# is computed again.
+#   none       everything: nothing is computed again
+#   dots       products with weights, 3 D + 2 K H + 2 F, and D of the flash kernel: again other attention, norms and
+#              activations
+#   attention  what a layer reads and what attention gives, 2 D: again products with weights, but not the kernels splash
+#              and flash
+#   full       what a layer reads, D: again everything, a third more products
+#   offload    nothing, as what a layer reads goes to the memory of the host and comes back; again as full
+REMAT: dict[str, Callable | None] = {
+    'none': None,
+    'dots': jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+        jax.checkpoint_policies.save_only_these_names(flash.RESULT),
+    ),
+    'attention': jax.checkpoint_policies.save_only_these_names(seen_lib.RESULT, flash.RESULT),
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[READ],
+        offload_src='device',
+        offload_dst='pinned_host',
+    ),
+}
 
 
 def rms_norm(x, scale, config: architecture.Config):
@@ -62,7 +88,7 @@ class Block(nn.Module):
   lora: lora_lib.Lora | None = None
 
   @nn.compact
-  def __call__(self, carry, rotations, seen: attention_lib.Seen, experts_BTLk):
+  def __call__(self, carry, rotations, seen: seen_lib.Seen, experts_BTLk):
     """Takes and returns (hidden states, cache or None, number of the layer); `rotations` are by kind of layer.
 
     Tokens take the experts of `experts_BTLk`, see `Transformer`.
@@ -76,7 +102,7 @@ class Block(nn.Module):
     x_BTD = x_BTD + self._norm_if('post', 'mlp_post_norm', f_BTD)
     return sharding.constrain(x_BTD, 'batch', 'length', 'hidden'), cache, layer + 1
 
-  def _attend(self, x_BTD, cache, layer, rotations, seen: attention_lib.Seen):
+  def _attend(self, x_BTD, cache, layer, rotations, seen: seen_lib.Seen):
     c = self.config
     D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_size
     q = self._project('q', x_BTD, (D, N, H), ('embed', 'heads', 'head_size'), c.qkv_bias)
@@ -84,7 +110,7 @@ class Block(nn.Module):
     v = self._project('v', x_BTD, (D, K, H), ('embed', 'kv_heads', 'head_size'), c.qkv_bias)
     q, k = self._norm_heads('q_norm', q, 'heads'), self._norm_heads('k_norm', k, 'kv_heads')
     q, k = rotary.rotate(q, rotations[self.kind]), rotary.rotate(k, rotations[self.kind])
-    how = attention_lib.How(c.attention_scale, c.window if self.kind == 'local' else 0, c.attn_softcap)
+    how = seen_lib.How(c.attention_scale, c.window if self.kind == 'local' else 0, c.attn_softcap)
     if cache is None:
       out = attention_lib.attend(self.attention, q, k, v, seen, how)
     else:

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxalign import sharding
 from jaxalign import types
+from jaxalign import vocab
 from jaxalign.models import architecture
 from jaxalign.models import attention as attention_lib
 from jaxalign.models import embedding
@@ -28,28 +29,9 @@ from jaxalign.models import linear
 from jaxalign.models import lora as lora_lib
 from jaxalign.models import quant
 from jaxalign.models import rotary
+from jaxalign.models import seen as seen_lib
 
 DTYPES = ('float32', 'bfloat16', 'float16')
-
-# What the backward pass finds kept of each layer, from most memory to least; numbers are of a token, N H = D. The rest
-# is computed again.
-#   none       everything: nothing is computed again
-#   dots       products with weights, 3 D + 2 K H + 2 F: again attention, norms and activations
-#   attention  what a layer reads and what attention gives, 2 D: again products with weights, but not the splash kernel
-#   full       what a layer reads, D: again everything, a third more products
-#   offload    nothing, as what a layer reads goes to the memory of the host and comes back; again as full
-REMAT: dict[str, Callable | None] = {
-    'none': None,
-    'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-    'attention': jax.checkpoint_policies.save_only_these_names(attention_lib.RESULT),
-    'full': jax.checkpoint_policies.nothing_saveable,
-    'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[layers.READ],
-        offload_src='device',
-        offload_dst='pinned_host',
-    ),
-}
 
 
 class _Repeat(nn.Module):
@@ -71,8 +53,9 @@ class Transformer(nn.Module):
   Attributes:
     config: sizes.
     dtype: of the computation; parameters are float32, but for a frozen base (`lora.Lora.base`).
-    remat: a key of REMAT.
+    remat: a key of `layers.REMAT`.
     kept_logits: MiB a device and pass over targets, of whole chunks that the backward pass does not compute again.
+    chunk: targets a device whose logits exist at once beside those that are kept.
     attention: one of `attention.KERNELS`, for whole sequences; behind what is in a cache attention is dense.
     experts: one of `grouped.KERNELS`.
     lora: what is adapted, None for nothing; with dropout `apply` takes `rngs={'dropout': key}`.
@@ -84,6 +67,7 @@ class Transformer(nn.Module):
   dtype: Any = jnp.float32
   remat: str = 'none'
   kept_logits: int = 0
+  chunk: int = vocab.CHUNK
   attention: str = 'xla'
   experts: str = 'ragged_dot'
   lora: lora_lib.Lora | None = None
@@ -115,7 +99,7 @@ class Transformer(nn.Module):
       segments_BT: int32; 0 is padding. With a cache a row is one segment, and tokens of segment 0 can only follow its
         last: they are not counted in its length.
       cache: None reads whole sequences; otherwise the tokens follow those in the cache, see `KVCache.mode`.
-      branches_BT: int32, of the parts of a segment that share its beginning, see `attention.Seen`; without a cache.
+      branches_BT: int32, of the parts of a segment that share its beginning, see `seen.Seen`; without a cache.
       experts_BTLk: the experts that tokens take in each layer, `experts.free` where its router chooses; None where all
         routers do.
 
@@ -134,7 +118,7 @@ class Transformer(nn.Module):
     x_BTD = sharding.constrain(embedding.look_up(self.dtype, embed_VD, inputs_BT), 'batch', 'length', 'hidden')
     if c.scale_embeddings:
       x_BTD = x_BTD * jnp.asarray(c.embed_dim**0.5, self.dtype)
-    seen = attention_lib.Seen(segments_BT, branches_BT, None if branches_BT is None else positions_BT)
+    seen = seen_lib.Seen(segments_BT, branches_BT, None if branches_BT is None else positions_BT)
     rotations = {kind: rotary.rotations(c, kind, positions_BT) for kind in set(c.kinds)}
     if self.apart:
       caches: Any = cache or [None] * c.num_layers
@@ -156,7 +140,7 @@ class Transformer(nn.Module):
     return x_BTD, kv_cache.longer(cache, jnp.sum(segments_BT > 0, axis=1))
 
   def _block(self) -> Callable[..., nn.Module]:
-    policy = REMAT[self.remat]
+    policy = layers.REMAT[self.remat]
     block = layers.Block if policy is None else nn.remat(layers.Block, policy=policy, prevent_cse=False)
     own = {'dtype': self.dtype, 'attention': self.attention, 'experts': self.experts, 'lora': self.lora}
     return functools.partial(block, config=self.config, **own)
@@ -233,7 +217,7 @@ def build(
     config: sizes.
     mesh: see `attention.pick`.
     dtype: of the computation.
-    remat: a key of REMAT.
+    remat: a key of `layers.REMAT`.
     kept_logits: MiB a device, see `Transformer`; None for 192 on CPUs, where the product with the head takes longer
       than memory does, and 0 elsewhere.
     attention: one of `attention.KERNELS`; None picks it.
@@ -244,8 +228,8 @@ def build(
   Raises:
     UsageError: a name is unknown, rows are longer than the model's context, or the model lacks what is to be adapted.
   """
-  if remat not in REMAT:
-    raise types.UsageError(f'recipe.Recipe.remat = {remat!r}: it is one of {", ".join(REMAT)}')
+  if remat not in layers.REMAT:
+    raise types.UsageError(f'recipe.Recipe.remat = {remat!r}: it is one of {", ".join(layers.REMAT)}')
   if remat == 'offload':
     sharding.check_memory(mesh, 'pinned_host', 'recipe.Recipe.remat')
   if dtype not in DTYPES:
@@ -270,7 +254,8 @@ def build(
   if config.num_experts:
     experts = experts or grouped.pick(mesh, dtype, inner=config.embed_dim, outer=config.mlp_dim)
   adapted, kept = lora.of(config) if lora is not None else None, _kept(kept_logits, mesh)
-  return Transformer(config, jnp.dtype(dtype), remat, kept, name, experts or 'ragged_dot', adapted)
+  chunk = _CHUNK.get(sharding.platform_of(mesh), vocab.CHUNK)
+  return Transformer(config, jnp.dtype(dtype), remat, kept, chunk, name, experts or 'ragged_dot', adapted)
 
 
 def _kept(logits: int | None, mesh: jax.sharding.Mesh) -> int:
@@ -290,8 +275,9 @@ def without_adapters(model: Transformer) -> Transformer:
 
 
 _ONE = np.zeros((1, 1), np.int32)  # a single token, which no kernel but XLA takes
-_PLATFORMS = {'splash': 'tpu', 'cudnn': 'gpu', 'megablox': 'tpu'}  # of kernels that run on one alone
+_PLATFORMS = {'splash': 'tpu', 'cudnn': 'gpu', 'megablox': 'tpu', 'flash': 'cpu'}  # of kernels that run on one alone
 _KEPT = {'cpu': 192}  # MiB of logits, by platform
+_CHUNK = {'cpu': 256}  # others want more work for each time that they read the head
 _PLAIN: dict[str, Any] = {'attention': 'xla', 'experts': 'ragged_dot'}
 
 

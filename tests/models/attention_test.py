@@ -1,5 +1,6 @@
 """Attention against a float64 formula, kernel by kernel."""
 
+import math
 import types
 
 import jax
@@ -10,6 +11,9 @@ import pytest
 from jaxalign import sharding
 from jaxalign import types as errors
 from jaxalign.models import attention
+from jaxalign.models import flash
+from jaxalign.models import seen as seen_lib
+from jaxalign.models import splash as splash_lib
 
 
 def arrays(rng, rows, length, heads, kv_heads, size):
@@ -17,7 +21,7 @@ def arrays(rng, rows, length, heads, kv_heads, size):
   q, k, v = (rng.normal(size=(rows, length, n, size)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
   segments = np.sort(rng.integers(1, 4, (rows, length)), axis=1)
   segments[:, -length // 8 :] = 0
-  return q, k, v, attention.Seen(segments.astype(np.int32))
+  return q, k, v, seen_lib.Seen(segments.astype(np.int32))
 
 
 def branched(rng, rows, length, heads, kv_heads, size):
@@ -37,7 +41,7 @@ def branched(rng, rows, length, heads, kv_heads, size):
 
 def plain(size):
   """What most models do."""
-  return attention.How(size**-0.5)
+  return seen_lib.How(size**-0.5)
 
 
 def formula(q_BTNH, k_BTKH, v_BTKH, seen, how):
@@ -59,7 +63,7 @@ def formula(q_BTNH, k_BTKH, v_BTKH, seen, how):
 
 
 def splash(*args):
-  return attention.splash(*args, interpret=True)
+  return splash_lib.attend(*args, interpret=True)
 
 
 def fused(*args):
@@ -103,10 +107,10 @@ class TestAttend:
   @pytest.mark.parametrize('softcap', [0.0, 0.7])
   def test_sees_a_window_of_capped_logits(self, window, softcap):
     args = arrays(np.random.default_rng(7), 1, 200, 2, 1, 8)
-    how = attention.How(0.9, window, softcap)
+    how = seen_lib.How(0.9, window, softcap)
     np.testing.assert_allclose(attention.attend('xla', *args, how), formula(*args, how), atol=2e-6)
 
-  @pytest.mark.parametrize('how', [plain(8), attention.How(0.9, 5), attention.How(0.9, 500, 0.7)])
+  @pytest.mark.parametrize('how', [plain(8), seen_lib.How(0.9, 5), seen_lib.How(0.9, 500, 0.7)])
   def test_sees_of_a_segment_the_prompt_and_its_own_branch(self, how):
     args = branched(np.random.default_rng(8), 2, 200, 2, 1, 8)
     np.testing.assert_allclose(attention.attend('xla', *args, how), formula(*args, how), atol=2e-6)
@@ -114,12 +118,12 @@ class TestAttend:
 
 class TestCudnn:
 
-  @pytest.mark.parametrize('how', [plain(8), attention.How(0.9, 5)])
+  @pytest.mark.parametrize('how', [plain(8), seen_lib.How(0.9, 5)])
   def test_gives_the_kernel_the_mask_of_segments_and_the_window(self, how):
     args = arrays(np.random.default_rng(4), 2, 24, 4, 2, 8)
     np.testing.assert_allclose(fused(*args, how), formula(*args, how), atol=2e-6)
 
-  @pytest.mark.parametrize('how', [plain(8), attention.How(0.9, 5)])
+  @pytest.mark.parametrize('how', [plain(8), seen_lib.How(0.9, 5)])
   def test_gives_it_the_mask_of_branches(self, how):
     args = branched(np.random.default_rng(9), 2, 48, 4, 2, 8)
     np.testing.assert_allclose(fused(*args, how), formula(*args, how), atol=2e-6)
@@ -127,7 +131,7 @@ class TestCudnn:
 
 class TestSplash:
 
-  @pytest.mark.parametrize('how', [plain(64), attention.How(0.1, 5), attention.How(0.2, 0, 0.7)])
+  @pytest.mark.parametrize('how', [plain(64), seen_lib.How(0.1, 5), seen_lib.How(0.2, 0, 0.7)])
   def test_is_softmax_attention_within_segments(self, how):
     args = arrays(np.random.default_rng(5), 1, 128, 2, 1, 64)
     np.testing.assert_allclose(splash(*args, how), formula(*args, how), atol=2e-6)
@@ -144,7 +148,7 @@ class TestSplash:
       for found, wanted in zip(grads(splash), grads(attention.xla)):
         np.testing.assert_allclose(found, wanted, atol=3e-5)
 
-  @pytest.mark.parametrize('how', [attention.How(0.1, 5), attention.How(0.1, 0, 0.7)])
+  @pytest.mark.parametrize('how', [seen_lib.How(0.1, 5), seen_lib.How(0.1, 0, 0.7)])
   def test_refuses_branches_that_it_cannot_tell_apart(self, how):
     with pytest.raises(errors.UsageError, match='share_prompts'):
       splash(*branched(np.random.default_rng(12), 1, 128, 2, 1, 64), how)
@@ -154,7 +158,7 @@ class TestSplash:
       [
           ('fsdp:8', plain(64)),
           ('fsdp:2,tensor:2,context:2', plain(64)),
-          ('fsdp:4,context:2', attention.How(0.1, 40, 0.7)),
+          ('fsdp:4,context:2', seen_lib.How(0.1, 40, 0.7)),
           ('data:2,tensor:4', plain(64)),
       ],
   )
@@ -172,22 +176,108 @@ class TestSplash:
         np.testing.assert_allclose(found, wanted, atol=3e-5)
 
 
+class TestFlash:
+
+  @pytest.mark.parametrize('length', [1, 128, 400])
+  @pytest.mark.parametrize('heads,kv_heads', [(4, 4), (4, 2), (3, 1)])
+  def test_is_softmax_attention_within_segments(self, length, heads, kv_heads):
+    args = arrays(np.random.default_rng(14), 2, length, heads, kv_heads, 8)
+    np.testing.assert_allclose(flash.attend(*args, plain(8)), formula(*args, plain(8)), atol=2e-6)
+
+  @pytest.mark.parametrize('make', [arrays, branched])
+  @pytest.mark.parametrize('window,softcap', [(0, 0.0), (0, 0.7), (1, 0.0), (100, 0.7), (300, 0.0)])
+  def test_sees_windows_caps_and_branches_with_their_gradients(self, make, window, softcap):
+    q, k, v, seen = make(np.random.default_rng(15), 2, 400, 4, 2, 8)
+    how = seen_lib.How(0.9, window, softcap)
+    np.testing.assert_allclose(flash.attend(q, k, v, seen, how), formula(q, k, v, seen, how), atol=2e-6)
+
+    def grads(fn):
+      return jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(fn(*x, seen, how))), (0, 1, 2)))(q, k, v)
+
+    for found, wanted in zip(grads(flash.attend), grads(attention.xla)):
+      np.testing.assert_allclose(found, wanted, atol=2e-5)
+
+  def test_of_large_logits_is_finite(self):
+    q, k, v, seen = arrays(np.random.default_rng(2), 1, 300, 2, 2, 4)
+    total = lambda q, how: jnp.sum(flash.attend(q, 1e4 * k, v, seen, how))
+    for how in (plain(4), seen_lib.How(0.5, 0, 5.0)):
+      out, grads = jax.value_and_grad(total)(1e4 * q, how)
+      assert np.isfinite(out)
+      assert np.isfinite(grads).all()
+
+  def test_keeps_the_softmax_in_float32(self):
+    q, k, v, seen = arrays(np.random.default_rng(3), 2, 200, 2, 2, 16)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+    exact = formula(*(np.asarray(x, np.float64) for x in (q, k, v)), seen, plain(16))
+    found = flash.attend(q, k, v, seen, plain(16))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, atol=0.02)
+    wide = lambda fn, *x: jax.grad(lambda *x: jnp.sum(jnp.sin(fn(*x, seen, plain(16)).astype(jnp.float32))), (0, 1, 2))(
+        *x
+    )
+    wanted = wide(attention.xla, *(x.astype(jnp.float32) for x in (q, k, v)))
+    for grad, gold in zip(wide(flash.attend, q, k, v), wanted):
+      assert grad.dtype == jnp.bfloat16
+      np.testing.assert_allclose(np.asarray(grad, np.float32), gold, atol=0.06)
+
+  @pytest.mark.parametrize('window', [0, 64])
+  def test_reads_no_keys_before_the_first_that_a_block_sees(self, window):
+    # What is read and not seen has weight 0, and 0 times no number is none.
+    length = 1024
+    q, k, v, _ = arrays(np.random.default_rng(16), 1, length, 2, 1, 8)
+    ends = [length] if window else [300, 500, length]
+    segments = np.searchsorted(ends, np.arange(length), side='right')[None].astype(np.int32)
+    seen, how = seen_lib.Seen(segments), seen_lib.How(0.4, window)
+    wanted = formula(q, k, v, seen, how)
+    # Blocks of 128. With the window each reads one more. The last wants back to 384, five blocks, and six are the size.
+    first, query = (512, 640) if window else (256, 640)
+    v[:, :first] = np.nan
+    found = flash.attend(q, k, v, seen, how)
+    np.testing.assert_allclose(found[:, query:], wanted[:, query:], atol=2e-6)
+    assert np.isnan(found[:, :first]).all()
+
+  def test_is_not_evaluated_again_where_its_results_are_kept(self):
+    q, k, v, seen = arrays(np.random.default_rng(17), 1, 512, 2, 1, 8)
+
+    def rows(policy):
+      fn = jax.checkpoint(lambda q: jnp.sin(flash.attend(q, k, v, seen, plain(8))), policy=policy)
+      text = str(jax.make_jaxpr(jax.grad(lambda q: jnp.sum(fn(q))))(q))
+      return text.count('optimization_barrier')
+
+    keeps = jax.checkpoint_policies.save_only_these_names(flash.RESULT)
+    assert rows(keeps) == 2
+    assert rows(jax.checkpoint_policies.nothing_saveable) == 3
+
+
 class TestOtherLengths:
 
-  @pytest.mark.parametrize('length,kernel', [(256, 'splash'), (128, 'xla'), (64, 'xla'), (600, 'xla')])
-  def test_are_left_to_xla_where_splash_does_not_take_them(self, monkeypatch, length, kernel):
+  @pytest.mark.parametrize(
+      'kernel,mesh,length,wanted',
+      [
+          ('splash', 'fsdp:4,context:2', 256, 'splash'),
+          ('splash', 'fsdp:4,context:2', 128, 'xla'),
+          ('splash', 'fsdp:4,context:2', 64, 'xla'),
+          ('splash', 'fsdp:4,context:2', 600, 'xla'),
+          ('flash', 'fsdp:1', 512, 'flash'),
+          ('flash', 'fsdp:1', 511, 'xla'),
+          ('flash', 'fsdp:8', 512, 'xla'),
+      ],
+  )
+  def test_are_left_to_xla_where_a_kernel_does_not_take_them(self, monkeypatch, kernel, mesh, length, wanted):
     q, k, v, seen = arrays(np.random.default_rng(13), 2, length, 4, 2, 64)
-    monkeypatch.setattr(attention, 'splash', lambda *_: 'splash')
+    monkeypatch.setattr(splash_lib, 'attend', lambda *_: 'splash')
+    monkeypatch.setattr(flash, 'attend', lambda *_: 'flash')
     monkeypatch.setattr(attention, 'xla', lambda q, *_: q)
-    with jax.set_mesh(sharding.make_mesh('fsdp:4,context:2')):
-      found = attention.attend('splash', q, k, v, seen, plain(64))
-    assert ('splash' if isinstance(found, str) else 'xla') == kernel
+    with jax.set_mesh(sharding.make_mesh(mesh, devices=jax.devices()[:1] if mesh == 'fsdp:1' else None)):
+      found = attention.attend(kernel, q, k, v, seen, plain(64))
+    assert (found if isinstance(found, str) else 'xla') == wanted
 
 
 def mesh_of(platform, **sizes):
   """A stand-in for a mesh of devices that this machine lacks."""
   device = types.SimpleNamespace(platform=platform)
-  return types.SimpleNamespace(devices=np.array([device]), shape=dict.fromkeys(sharding.AXES, 1) | sizes)
+  shape = dict.fromkeys(sharding.AXES, 1) | sizes
+  return types.SimpleNamespace(devices=np.array([device]), shape=shape, empty=False, size=math.prod(shape.values()))
 
 
 class TestPick:
@@ -195,7 +285,10 @@ class TestPick:
   @pytest.mark.parametrize(
       'platform,dtype,head_size,length,sizes,name',
       [
-          ('cpu', 'bfloat16', 64, 1024, {}, 'xla'),
+          ('cpu', 'bfloat16', 64, 1024, {}, 'flash'),
+          ('cpu', 'float32', 48, 600, {}, 'flash'),
+          ('cpu', 'float32', 48, 511, {}, 'xla'),
+          ('cpu', 'float32', 48, 1024, {'fsdp': 2}, 'xla'),
           ('tpu', 'bfloat16', 128, 1024, {}, 'splash'),
           ('tpu', 'bfloat16', 64, 1024, {}, 'splash'),
           ('tpu', 'float32', 64, 1024, {}, 'xla'),

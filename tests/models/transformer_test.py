@@ -31,6 +31,7 @@ TINY = architecture.Config(
 MESH = sharding.make_mesh('fsdp:1', devices=jax.devices()[:1])
 MODEL = transformer.build(TINY, MESH, length=32)
 PARAMS = transformer.init_params(MODEL, jax.random.key(0), MESH)
+_OF_DOTS = ['1024,16', '1024,2,4', '1024,2,4', '1024,24', '1024,24', '1024,4,4']
 
 
 def ids(rows, length, seed=0):
@@ -130,20 +131,35 @@ class TestTransformer:
     other = dataclasses.replace(MODEL, remat=remat)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), total(MODEL)(PARAMS), total(other)(PARAMS))
 
+  @pytest.mark.parametrize('remat', ['none', 'dots', 'attention', 'full'])
+  def test_has_the_same_gradient_with_the_flash_kernel(self, remat):
+    segments = np.sort(np.random.default_rng(0).integers(0, 7, (2, 520)), axis=1)
+    total = lambda model: lambda params: jnp.sum(
+        jnp.sin(read(ids(2, 520), segments=segments, model=model, params=params))
+    )
+    wanted = jax.value_and_grad(total(MODEL))(PARAMS)
+    found = jax.value_and_grad(total(dataclasses.replace(MODEL, remat=remat, attention='flash')))(PARAMS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-3, rtol=1e-4), found, wanted)
+
   @pytest.mark.parametrize(
-      'remat,kept',
+      'attention,length,remat,kept',
       [
-          ('dots', ['16,16', '16,2,4', '16,2,4', '16,24', '16,24', '16,4,4', '2,8,16']),  # o, k, v, gate, up, q, read
-          ('attention', ['2,8,16', '2,8,4,4']),
-          ('full', ['2,8,16']),
-          ('offload', ['<host>2,8,16']),
+          ('xla', 8, 'dots', ['16,16', '16,2,4', '16,2,4', '16,24', '16,24', '16,4,4', '2,8,16']),  # o, k, v, gate, ...
+          ('xla', 8, 'attention', ['2,8,16', '2,8,4,4']),
+          ('xla', 8, 'full', ['2,8,16']),
+          ('xla', 8, 'offload', ['<host>2,8,16']),
+          # What flash gives, and a number for each query.
+          ('flash', 512, 'dots', [*_OF_DOTS, '2,4,2,256', '2,512,16', '2,512,4,4']),
+          ('flash', 512, 'attention', ['2,4,2,256', '2,512,16', '2,512,4,4']),
+          ('flash', 512, 'full', ['2,512,16']),
       ],
   )
-  def test_keeps_of_each_layer_what_is_said(self, remat, kept, capsys):
-    model = dataclasses.replace(MODEL, config=dataclasses.replace(TINY, num_layers=3), remat=remat)
+  def test_keeps_of_each_layer_what_is_said(self, attention, length, remat, kept, capsys):
+    config = dataclasses.replace(TINY, num_layers=3)
+    model = dataclasses.replace(MODEL, config=config, remat=remat, attention=attention)
     params = transformer.init_params(model, jax.random.key(0), MESH)
     jax.ad_checkpoint.print_saved_residuals(
-        lambda params: jnp.sum(read(ids(2, 8), model=model, params=params) ** 2), params
+        lambda params: jnp.sum(read(ids(2, length), model=model, params=params) ** 2), params
     )
     lines = [line for line in capsys.readouterr().out.splitlines() if 'from the argument' not in line]
     found = re.findall(r'^f32(<host>)?\[3,([\d,]+)\]', '\n'.join(lines), re.MULTILINE)
@@ -180,7 +196,7 @@ class TestBuild:
       [
           ({'remat': 'some'}, "remat = 'some': it is one of none, dots, attention, full, offload"),
           ({'dtype': 'float8'}, "dtype = 'float8'"),
-          ({'attention': 'flash'}, "attention = 'flash': it is one of xla, cudnn, splash"),
+          ({'attention': 'flex'}, "attention = 'flex': it is one of xla, cudnn, splash, flash"),
           ({'attention': 'splash'}, "attention = 'splash': it runs on tpu alone, and the platform is cpu"),
           ({'attention': 'cudnn'}, "attention = 'cudnn': it runs on gpu alone"),
           ({'experts': 'megablox'}, "experts = 'megablox': it runs on tpu alone"),
