@@ -70,8 +70,8 @@ class Recipe:
     remat: which activations the backward pass computes again, a key of `models.layers.REMAT`; 'dots' (all but
       products with weights) is the fastest on CPUs too, where memory is slow.
     kept_logits: MiB of logits a device and pass over targets, for which the backward pass need not compute the product
-      with the head again, in whole chunks of 512 tokens (2 KB for each entry of the vocabulary that a device has); None
-      takes 192 on CPUs, less than a chunk of 128,000 entries, and 0 elsewhere.
+      with the head again, in whole chunks of 512 tokens (2 KB for each entry of the vocabulary that a device has), of
+      256 on CPUs; None takes 192 there and 0 elsewhere.
     attention: one of `models.attention.KERNELS`; None takes what the platform does best.
     experts: one of `models.grouped.KERNELS`, likewise.
     lora: adapters to train in place of the model's parameters; None trains those.

@@ -329,8 +329,8 @@ class TestTemperature:
 
 class TestKeptLogits:
 
-  # 1,280 tokens are three chunks of 512, and logits of one for the padded vocabulary, 2,048 wide, are 4 MiB.
-  @pytest.mark.parametrize('bound,size', [(0, 512), (3, 512), (4, 512), (9, 2 * 512), (400, 3 * 512)])
+  # 1,280 tokens are five chunks of 256, and logits of one for the padded vocabulary, 2,048 wide, are 2 MiB.
+  @pytest.mark.parametrize('bound,size', [(0, 256), (1, 256), (2, 256), (5, 2 * 256), (400, 5 * 256)])
   def test_of_a_model_are_there_for_the_backward_pass(self, bound, size):
     config = dataclasses.replace(CONFIG, vocab_size=2000)
     model = transformer.build(config, MESH, length=32, kept_logits=bound)

@@ -207,6 +207,11 @@ class TestBuild:
     with pytest.raises(types.UsageError, match='(?s)' + words):
       transformer.build(TINY, MESH, **{'length': 32, **changes})
 
+  @pytest.mark.parametrize('platform,chunk', [('cpu', 256), ('gpu', 512), ('tpu', 512)])
+  def test_takes_as_many_targets_at_once_as_suits_the_platform(self, monkeypatch, platform, chunk):
+    monkeypatch.setattr(sharding, 'platform_of', lambda mesh: platform)
+    assert transformer.build(TINY, MESH, length=32).chunk == chunk
+
 
 class TestForRows:
 
