@@ -68,7 +68,7 @@ class Recipe:
     sync: how a reference follows the policy; None for one that stays as the policy was at first.
     dtype: of the computation; what is trained is float32, and the optimizer's state as `optim.adamw.moments` says.
     remat: which activations the backward pass computes again, a key of `models.layers.REMAT`; 'dots' (all but
-      products with weights) is the fastest on CPUs too, where memory is slow.
+      products with weights, and what the flash kernel gives) is the fastest on CPUs too, where memory is slow.
     kept_logits: MiB of logits a device and pass over targets, for which the backward pass need not compute the product
       with the head again, in whole chunks of 512 tokens (2 KB for each entry of the vocabulary that a device has), of
       256 on CPUs; None takes 192 there and 0 elsewhere.

@@ -37,8 +37,8 @@ class Batch:
     targets_BT: int32 token ids that it must predict: `inputs` shifted by one.
     mask_BT: float32, 1 where the target counts, 0 for prompts and padding.
     positions_BT: int32, restarts at 0 in each sequence.
-    segments_BT: int32, 1, 2, ... per sequence of a row, or per prompt with the responses that share it; 0 is padding.
-      Attention never crosses a segment.
+    segments_BT: int32, runs of 1, 2, ... per sequence of a row, or per prompt with the responses that share it; 0 is
+      padding. Attention never crosses a segment.
     responses_BT: int32, which of the row's S responses a target belongs to, -1 for prompt and padding.
     group_BS: int32, the group of each response of the row, -1 where unused.
     slot_BS: int32, its place in that group, -1 where unused.

@@ -24,6 +24,7 @@ from jaxalign.models import splash
 KERNELS = ('xla', 'cudnn', 'splash', 'flash')
 _QUERIES = 64  # of a block, at least
 _BLOCKS = 8  # at most: up to 7/16 of the products are masked and not computed
+_MODULES: dict[str, Any] = {'splash': splash, 'flash': flash}
 _CUDNN_LENGTH = 4096  # beyond it the dense mask takes more memory than the kernel saves
 
 
@@ -44,7 +45,7 @@ def pick(
     head_size: H.
     kv_heads: K.
     length: T.
-    softcap: see `How`.
+    softcap: see `seen.How`.
   """
   platform = sharding.platform_of(mesh)
   sixteen_bits = jnp.dtype(dtype).itemsize == 2
@@ -94,8 +95,8 @@ def attend(
   Where branches share a prompt, s and t are positions, and the branch of s is that of t or the prompt.
 
   Args:
-    name: one of KERNELS, picked for the rows of a run; those of another length, which it may not take, XLA reads, and
-      the log says so.
+    name: one of KERNELS, picked for the rows of a run; of another length or mesh, which it may not take, XLA reads
+      them, and the log says so.
     q_BTNH: queries; query head n reads key head n // (N / K).
     k_BTKH: keys.
     v_BTKH: values.
@@ -107,8 +108,7 @@ def attend(
   """
   if how.window >= q_BTNH.shape[1]:
     how = how._replace(window=0)
-  by_name: dict[str, Any] = {'splash': splash, 'flash': flash}
-  if kernel := by_name.get(name):
+  if kernel := _MODULES.get(name):
     if kernel.takes(jax.sharding.get_abstract_mesh(), q_BTNH.shape[1]):
       return kernel.attend(q_BTNH, k_BTKH, v_BTKH, seen, how)
     logging.info('attention: xla (%s does not take rows of %d tokens on this mesh)', name, q_BTNH.shape[1])

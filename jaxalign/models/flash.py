@@ -43,26 +43,27 @@ def _attend(how, q_BTNH, k_BTKH, v_BTKH, seen):
 
 
 def _forward(how, q_BTNH, k_BTKH, v_BTKH, seen):
-  args = _together(q_BTNH, k_BTKH, v_BTKH, seen)
-  out_BTNH, norm = jax.lax.map(lambda row: _forward_row(how, *row), args)
-  out_BTNH, norm = (ad_checkpoint.checkpoint_name(x, RESULT) for x in (out_BTNH, norm))
-  return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, seen, out_BTNH, norm)
+  args = _behind_barrier(q_BTNH, k_BTKH, v_BTKH, seen)
+  out_BTNH, lse = jax.lax.map(lambda row: _forward_row(how, *row), args)
+  out_BTNH, lse = (ad_checkpoint.checkpoint_name(x, RESULT) for x in (out_BTNH, lse))
+  return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, seen, out_BTNH, lse)
 
 
 def _backward(how, kept, d_out_BTNH):
-  grads = jax.lax.map(lambda row: _backward_row(how, *row), _together(*kept, d_out_BTNH))
+  grads = jax.lax.map(lambda row: _backward_row(how, *row), _behind_barrier(*kept, d_out_BTNH))
   return *grads, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _together(*args):
+def _behind_barrier(*args):
   """The same; without it the masks, which no gradient flows through, would be made for all blocks and kept."""
   return jax.lax.optimization_barrier(args)
 
 
 # Names of axes beside those of `types`: I blocks of queries, Q queries of a block for each query head of a key head.
+# `seen_T` is what `Seen` has of one row.
 def _forward_row(how, q_TNH, k_TKH, v_TKH, seen_T):
   """Results, and log-sum-exps of logits by block `[I, K, Q]`, of one row."""
   heads = k_TKH.shape[1]
@@ -82,23 +83,23 @@ def _forward_row(how, q_TNH, k_TKH, v_TKH, seen_T):
 
     return None, _by_size(size, seen_T, of_keys)
 
-  _, (out, norm_IKQ) = jax.lax.scan(of_block, None, (*_blocks(how, seen_T), _in_blocks(q_TNH, heads)))
-  return _in_row(out, q_TNH.shape), norm_IKQ
+  _, (out, lse_IKQ) = jax.lax.scan(of_block, None, (*_blocks(how, seen_T), _in_blocks(q_TNH, heads)))
+  return _in_row(out, q_TNH.shape), lse_IKQ
 
 
-def _backward_row(how, q_TNH, k_TKH, v_TKH, seen_T, out_TNH, norm_IKQ, d_out_TNH):
+def _backward_row(how, q_TNH, k_TKH, v_TKH, seen_T, out_TNH, lse_IKQ, d_out_TNH):
   """Gradients of queries, keys and values of one row."""
   heads, dtype = k_TKH.shape[1], q_TNH.dtype
   k_KTH, v_KTH = k_TKH.swapaxes(0, 1), v_TKH.swapaxes(0, 1)
 
   def of_block(sums, block):
-    at, size, q_KQH, out_KQH, norm_KQ, d_out_KQH = block
+    at, size, q_KQH, out_KQH, lse_KQ, d_out_KQH = block
     mean_KQ = jnp.sum(out_KQH.astype(jnp.float32) * d_out_KQH, axis=-1)
 
     def of_keys(count: int, d_k_KTH, d_v_KTH):
       start, of = _keys(at, count)
       logits = _logits(how, q_KQH, of(k_KTH), seen_T, at, start)
-      weights = jnp.exp(logits - norm_KQ[..., None])
+      weights = jnp.exp(logits - lse_KQ[..., None])
       d_v_KSH = _product('kqs,kqh->ksh', weights.astype(dtype), d_out_KQH)
       d_logits = weights * (_product('kqh,ksh->kqs', d_out_KQH, of(v_KTH)) - mean_KQ[..., None]) * how.scale
       if how.softcap:  # Where nothing is seen the weight is 0, and the logit no number to square.
@@ -112,7 +113,7 @@ def _backward_row(how, q_TNH, k_TKH, v_TKH, seen_T, out_TNH, norm_IKQ, d_out_TNH
     return _by_size(size, seen_T, of_keys, *sums)
 
   blocked = (_in_blocks(x, heads) for x in (q_TNH, out_TNH))
-  xs = *_blocks(how, seen_T), *blocked, norm_IKQ, _in_blocks(d_out_TNH, heads)
+  xs = *_blocks(how, seen_T), *blocked, lse_IKQ, _in_blocks(d_out_TNH, heads)
   none_KTH = jnp.zeros(k_KTH.shape, jnp.float32)
   (d_k_KTH, d_v_KTH), d_q = jax.lax.scan(of_block, (none_KTH, none_KTH), xs)
   of_row = lambda x_KTH: x_KTH.swapaxes(0, 1).astype(dtype)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxalign import types
 
-RESULT = 'attention'  # name of what attention gives, and of what the splash kernel's backward pass reads beside it
+RESULT = 'attention'  # name of what kernels give, flash aside, and of what splash's backward pass reads beside it
 OUT = -1e30  # the logit of what is not seen; finite, so that a row that may see nothing is not NaN
 
 

@@ -28,7 +28,7 @@ def attend(q_BTNH, k_BTKH, v_BTKH, seen: seen_lib.Seen, how: seen_lib.How, *, in
     q_BTNH: see `attention.attend`; likewise the others.
     k_BTKH: where the tensor axis is larger than K, each device takes a copy of the one head that its queries read.
     v_BTKH: likewise.
-    seen: see `attend`.
+    seen: likewise.
     how: likewise.
     interpret: runs the kernel's program with XLA, on any platform.
 

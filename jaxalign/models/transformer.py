@@ -96,8 +96,8 @@ class Transformer(nn.Module):
     Args:
       inputs_BT: int32 ids.
       positions_BT: int32, from 0 in each segment.
-      segments_BT: int32; 0 is padding. With a cache a row is one segment, and tokens of segment 0 can only follow its
-        last: they are not counted in its length.
+      segments_BT: int32, runs of equal numbers; 0 is padding. With a cache a row is one segment, and tokens of segment
+        0 can only follow its last: they are not counted in its length.
       cache: None reads whole sequences; otherwise the tokens follow those in the cache, see `KVCache.mode`.
       branches_BT: int32, of the parts of a segment that share its beginning, see `seen.Seen`; without a cache.
       experts_BTLk: the experts that tokens take in each layer, `experts.free` where its router chooses; None where all

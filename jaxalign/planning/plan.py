@@ -145,8 +145,9 @@ def plan(
   Raises:
     UsageError: recipe, data, model and mesh do not agree.
   """
-  if topology.estimated:  # by a mesh of CPUs, whose default is another
-    recipe = dataclasses.replace(recipe, kept_logits=recipe.kept_logits or 0)
+  if topology.estimated:  # by a mesh of CPUs, whose defaults are others
+    kept, attention = recipe.kept_logits or 0, recipe.attention or 'xla'
+    recipe = dataclasses.replace(recipe, kept_logits=kept, attention=attention)
   packing = recipe.packing
   setting = {
       'algo': job.algo,

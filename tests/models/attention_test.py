@@ -62,6 +62,11 @@ def formula(q_BTNH, k_BTKH, v_BTKH, seen, how):
   return out
 
 
+def gradients(fn, q, k, v, seen, how):
+  """Of the three, of a sum over what `fn` makes of them."""
+  return jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(fn(*x, seen, how))), (0, 1, 2)))(q, k, v)
+
+
 def splash(*args):
   return splash_lib.attend(*args, interpret=True)
 
@@ -190,12 +195,24 @@ class TestFlash:
     q, k, v, seen = make(np.random.default_rng(15), 2, 400, 4, 2, 8)
     how = seen_lib.How(0.9, window, softcap)
     np.testing.assert_allclose(flash.attend(q, k, v, seen, how), formula(q, k, v, seen, how), atol=2e-6)
-
-    def grads(fn):
-      return jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(fn(*x, seen, how))), (0, 1, 2)))(q, k, v)
-
-    for found, wanted in zip(grads(flash.attend), grads(attention.xla)):
+    for found, wanted in zip(*(gradients(fn, q, k, v, seen, how) for fn in (flash.attend, attention.xla))):
       np.testing.assert_allclose(found, wanted, atol=2e-5)
+
+  @pytest.mark.parametrize('branches', [False, True])
+  @pytest.mark.parametrize('softcap', [0.0, 0.7])
+  def test_reads_more_keys_than_it_must_where_no_size_fits(self, branches, softcap):
+    # Eight blocks, of which 1, 2, 3, 4, 6 or 8 are read. Block 4 wants 5, and 6 would begin before the row does.
+    q, k, v, _ = arrays(np.random.default_rng(18), 1, 1000, 3, 1, 4)
+    segments = (np.arange(1000) >= 700)[None].astype(np.int32)
+    part = np.where(segments, 1000, 0) + (np.arange(1000) >= 200) + (np.arange(1000) >= 450)
+    positions = np.where(part == 2, np.arange(1000) - 250, np.arange(1000) - 700 * segments)
+    seen = seen_lib.Seen(segments)
+    if branches:
+      seen = seen_lib.Seen(segments, np.where(segments, 0, part).astype(np.int32), positions.astype(np.int32))
+    how = seen_lib.How(0.9, 0, softcap)
+    np.testing.assert_allclose(flash.attend(q, k, v, seen, how), formula(q, k, v, seen, how), atol=2e-6)
+    for found, wanted in zip(*(gradients(fn, q, k, v, seen, how) for fn in (flash.attend, attention.xla))):
+      np.testing.assert_allclose(found, wanted, atol=3e-5)
 
   def test_of_large_logits_is_finite(self):
     q, k, v, seen = arrays(np.random.default_rng(2), 1, 300, 2, 2, 4)
@@ -239,14 +256,14 @@ class TestFlash:
   def test_is_not_evaluated_again_where_its_results_are_kept(self):
     q, k, v, seen = arrays(np.random.default_rng(17), 1, 512, 2, 1, 8)
 
-    def rows(policy):
+    def barriers(policy):
       fn = jax.checkpoint(lambda q: jnp.sin(flash.attend(q, k, v, seen, plain(8))), policy=policy)
       text = str(jax.make_jaxpr(jax.grad(lambda q: jnp.sum(fn(q))))(q))
       return text.count('optimization_barrier')
 
     keeps = jax.checkpoint_policies.save_only_these_names(flash.RESULT)
-    assert rows(keeps) == 2
-    assert rows(jax.checkpoint_policies.nothing_saveable) == 3
+    assert barriers(keeps) == 2
+    assert barriers(jax.checkpoint_policies.nothing_saveable) == 3
 
 
 class TestOtherLengths:

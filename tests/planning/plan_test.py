@@ -124,6 +124,12 @@ class TestEstimate:
     assert 'sft of llama3_1_8b on 8 x h100 (estimated on CPUs, whose programs are others)' in out
     assert 'fits, ' in out and 'tokens/s' in out
 
+  def test_of_one_gpu_counts_as_many_products_as_of_each_of_two(self, capsys):
+    # One CPU, in its place, would read less than all keys, and how much less no program tells.
+    rows = lambda count: (f'loader.Packing.rows = {8 * count}', 'loader.Packing.row_length = 1024')
+    one, two = (planned(capsys, flags(f'h100:{count}', 'sft', *rows(count)))['flops_per_device'] for count in (1, 2))
+    assert one == pytest.approx(two, rel=0.01)
+
   def test_of_held_out_data_has_what_evaluates(self, capsys):
     found = planned(capsys, [one for one in flags('h100:8', 'dpo') if one != '--eval_data='])
     step, reference, evaluation = found['programs']
