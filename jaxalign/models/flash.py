@@ -29,12 +29,9 @@ def takes(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, length: int) -> b
 def attend(q_BTNH, k_BTKH, v_BTKH, seen: seen_lib.Seen, how: seen_lib.How):
   """See `attention.attend`; rows are read one behind the other."""
   length = q_BTNH.shape[1]
-  short = -length % _QUERIES
-  padded = lambda x, value: jnp.pad(x, [(0, 0), (0, short), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
-  if short:
-    q_BTNH, k_BTKH, v_BTKH = (padded(x, 0) for x in (q_BTNH, k_BTKH, v_BTKH))
-    seen = jax.tree.map(lambda x_BT: padded(x_BT, -1), seen)  # a segment of its own
-  return _attend(how, q_BTNH, k_BTKH, v_BTKH, seen)[:, :length]
+  short = -length % _QUERIES  # What is put behind a row is seen by nothing in it.
+  longer = lambda x: jnp.pad(x, [(0, 0), (0, short), *[(0, 0)] * (x.ndim - 2)])
+  return _attend(how, *jax.tree.map(longer, (q_BTNH, k_BTKH, v_BTKH, seen)))[:, :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
