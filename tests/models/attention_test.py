@@ -94,17 +94,20 @@ class TestAttend:
     for blocks, whole in zip(both(16), both(40)):
       np.testing.assert_allclose(blocks, whole, atol=3e-6)
 
-  def test_of_large_logits_is_finite(self):
-    q, k, v, segments = arrays(np.random.default_rng(2), 1, 9, 2, 2, 4)
-    out, grads = jax.value_and_grad(lambda q: jnp.sum(attention.xla(q, 1e4 * k, v, segments, plain(4))))(1e4 * q)
+  @pytest.mark.parametrize('kernel,length', [(attention.xla, 9), (flash.attend, 300)])
+  @pytest.mark.parametrize('how', [plain(4), seen_lib.How(0.5, 0, 5.0)])
+  def test_of_large_logits_is_finite(self, kernel, length, how):
+    q, k, v, segments = arrays(np.random.default_rng(2), 1, length, 2, 2, 4)
+    out, grads = jax.value_and_grad(lambda q: jnp.sum(kernel(q, 1e4 * k, v, segments, how)))(1e4 * q)
     assert np.isfinite(out)
     assert np.isfinite(grads).all()
 
-  def test_keeps_the_softmax_in_float32(self):
-    q, k, v, segments = arrays(np.random.default_rng(3), 2, 64, 2, 2, 16)
+  @pytest.mark.parametrize('kernel,length', [(attention.xla, 64), (flash.attend, 200)])
+  def test_keeps_the_softmax_in_float32(self, kernel, length):
+    q, k, v, segments = arrays(np.random.default_rng(3), 2, length, 2, 2, 16)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
     exact = formula(*(np.asarray(x, np.float64) for x in (q, k, v)), segments, plain(16))
-    found = attention.attend('xla', q, k, v, segments, plain(16))
+    found = kernel(q, k, v, segments, plain(16))
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, atol=0.02)
 
@@ -214,26 +217,11 @@ class TestFlash:
     for found, wanted in zip(*(gradients(fn, q, k, v, seen, how) for fn in (flash.attend, attention.xla))):
       np.testing.assert_allclose(found, wanted, atol=3e-5)
 
-  def test_of_large_logits_is_finite(self):
-    q, k, v, seen = arrays(np.random.default_rng(2), 1, 300, 2, 2, 4)
-    total = lambda q, how: jnp.sum(flash.attend(q, 1e4 * k, v, seen, how))
-    for how in (plain(4), seen_lib.How(0.5, 0, 5.0)):
-      out, grads = jax.value_and_grad(total)(1e4 * q, how)
-      assert np.isfinite(out)
-      assert np.isfinite(grads).all()
-
-  def test_keeps_the_softmax_in_float32(self):
+  def test_has_gradients_of_the_dtype(self):
     q, k, v, seen = arrays(np.random.default_rng(3), 2, 200, 2, 2, 16)
-    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
-    exact = formula(*(np.asarray(x, np.float64) for x in (q, k, v)), seen, plain(16))
-    found = flash.attend(q, k, v, seen, plain(16))
-    assert found.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(found, np.float64), exact, atol=0.02)
-    wide = lambda fn, *x: jax.grad(lambda *x: jnp.sum(jnp.sin(fn(*x, seen, plain(16)).astype(jnp.float32))), (0, 1, 2))(
-        *x
-    )
-    wanted = wide(attention.xla, *(x.astype(jnp.float32) for x in (q, k, v)))
-    for grad, gold in zip(wide(flash.attend, q, k, v), wanted):
+    narrow = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    wanted = gradients(attention.xla, *(x.astype(jnp.float32) for x in narrow), seen, plain(16))
+    for grad, gold in zip(gradients(lambda *x: flash.attend(*x).astype(jnp.float32), *narrow, seen, plain(16)), wanted):
       assert grad.dtype == jnp.bfloat16
       np.testing.assert_allclose(np.asarray(grad, np.float32), gold, atol=0.06)
 
