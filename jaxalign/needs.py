@@ -10,6 +10,7 @@ from jaxalign import recipe as recipe_lib
 from jaxalign import step
 from jaxalign import tracing
 from jaxalign import types
+from jaxalign.models import architecture
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
 from jaxalign.rl import credit as credit_lib
@@ -73,6 +74,26 @@ def of_rollouts(recipe: recipe_lib.Recipe, options: rollouts_lib.Options) -> tra
     problem = 'the loss reads no texts; put actor_critic.with_pretraining around it'
     raise types.UsageError(f'rollouts.Options.texts = {options.texts}: {problem}')
   return needs
+
+
+def flops_per_token(
+    needs: tracing.Needs,
+    model: transformer.Transformer,
+    critic_model: transformer.Transformer | None,
+    length: int,
+    *,
+    live: bool,
+) -> float:
+  """FLOPs of a step on a token of rows of `length`, of policy, critic and `live` reference, by what the loss reads.
+
+  See `architecture.flops_per_token`.
+  """
+  frozen = model.lora is not None
+  flops = architecture.flops_per_token(model.config, length, frozen=frozen, live=live, head=needs.writes)
+  if critic_model is not None:
+    of = {'frozen': critic_model.lora is not None, 'head': not critic_model.config.score_outputs}
+    flops += architecture.flops_per_token(critic_model.config, length, **of)
+  return flops
 
 
 def bind(

@@ -66,6 +66,11 @@ def open_model(
   return model, params
 
 
+def config_of(job: recipe_lib.Job, recipe: recipe_lib.Recipe) -> architecture.Config:
+  """The sizes of the model."""
+  return _source(job, recipe)[0]
+
+
 def open_critic(
     job: recipe_lib.Job, recipe: recipe_lib.Recipe, tokenizer: tokenizers.Tokenizer
 ) -> tuple[transformer.Transformer | None, Callable[[types.PyTree], types.PyTree]]:

@@ -181,7 +181,7 @@ def open_prompts(
   logging.info('the loss reads %s', ', '.join(sorted(needs.fields)))
   logging.info('advantages read %s', ', '.join(sorted(options.credit.reads)))
   packing = iterations.packing_of(options, recipe.packing)
-  texts = _texts(job, options, tokenizer, packing.row_length)
+  texts = open_texts(job, options, tokenizer, packing.row_length)
   loader_lib.check_mesh(packing, job.mesh)
   iterations.check_fit(options, prompts, packing, model.config.max_length, texts)
   ref = options.credit.reads & credit.OF_REFERENCE
@@ -220,7 +220,7 @@ def _models(job: recipe_lib.Job, recipe: recipe_lib.Recipe, model, critic, compa
   return rollouts.Models(transformer.without_dropout(model), critic and transformer.without_dropout(critic), ref)
 
 
-def _texts(job: recipe_lib.Job, options: rollouts.Options, tokenizer, row_length: int) -> dataset.Joined | None:
+def open_texts(job: recipe_lib.Job, options: rollouts.Options, tokenizer, row_length: int) -> dataset.Joined | None:
   """Texts that are learned beside a rollout, if any."""
   if options.texts_fn is None:
     return None

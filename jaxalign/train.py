@@ -28,7 +28,6 @@ from jaxalign import storage
 from jaxalign import streams as streams_lib
 from jaxalign import types
 from jaxalign.data import tokenizers
-from jaxalign.models import architecture
 from jaxalign.models import lora
 from jaxalign.models import transformer
 from jaxalign.rl import collapse
@@ -64,7 +63,7 @@ def train(
     tokenizer = recipe_lib.open_tokenizer(job)
     counter, follows, preemption = metrics.Compilations(), recipe.sync is not None, loop.Preemption()
     opened = _open(job, recipe, tokenizer, options.steps, counter, preemption)
-    model, objective, streams, (trained, frozen), critic = opened
+    model, objective, streams, (trained, frozen), critic, flops = opened
     store = checkpoint.Store(job.workdir / 'checkpoints', checkpoints)
     ref = reference.Reference.of(model, trained, frozen)
     base = _keep_base(job, store, ref) if streams.reference or frozen or recipe.rollouts is not None else ''
@@ -99,9 +98,7 @@ def train(
         clock=metrics.Clock(data_state['num_tokens']),
         epoch_of=streams.epochs,
         constants=lambda place: {'compilations': counter.count, **streams.said(place)},
-        flops_per_token=architecture.flops_per_token(
-            model.config, recipe.packing.row_length, frozen=bool(frozen), live=streams.live
-        ),
+        flops_per_token=flops,
         after_first_step=functools.partial(_save_run, job, recipe, model, tokenizer, base, streams.needs, config),
         debug=job.debug,
         preemption=preemption,
@@ -177,13 +174,17 @@ class _Newest:
 
 
 class _Opened(NamedTuple):
-  """What a run begins with; `critic` is `{}` or the parameters of one, under their name."""
+  """What a run begins with.
+
+  `critic` is `{}` or the parameters of one, under their name; `flops_per_token` are those of a step.
+  """
 
   model: transformer.Transformer
   objective: objectives.Objective
   streams: Any
   params: opening.Params
   critic: dict[str, types.PyTree]
+  flops_per_token: float
 
 
 def _open(
@@ -210,7 +211,9 @@ def _open(
     ref = reference.Reference.of(model, *first)
     streams = streams_lib.with_reference(streams, job, recipe, ref, steps=steps, counter=counter)
   critic = {} if critic_model is None else {forward.CRITIC: critic_params(first.frozen)}
-  return _Opened(model, objective, streams, first, critic)
+  length = recipe.packing.row_length
+  flops = needs_lib.flops_per_token(streams.needs, model, critic_model, length, live=streams.live)
+  return _Opened(model, objective, streams, first, critic, flops)
 
 
 def _keep_base(job, store: checkpoint.Store, ref: reference.Reference) -> str:

@@ -4,6 +4,11 @@ say() {
   echo "jaxalign: $*" >&2
 }
 
+# Whether it is a number as bash counts: with a 0 before it, it would be octal.
+is_count() {
+  [[ $1 =~ ^(0|[1-9][0-9]*)$ ]]
+}
+
 misuse() {
   say "$@"
   exit 2

@@ -27,7 +27,7 @@ set -- ${rest[@]+"${rest[@]}"}
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || misuse "--gpus=$gpus: it is a number, at least 1"
 [[ ! $cpus_per_gpu || $cpus_per_gpu =~ ^[1-9][0-9]*$ ]] ||
   misuse "--cpus_per_gpu=$cpus_per_gpu: it is a number, at least 1"
-[[ $restarts =~ ^[0-9]+$ ]] || misuse "--restarts=$restarts: it is a number"
+is_count "$restarts" || misuse "--restarts=$restarts: it is a number, without a 0 before it"
 [[ ! $time || $time =~ ^([0-9]+-)?[0-9]+(:[0-9][0-9]){0,2}$ ]] ||
   misuse "--time=$time: write HH:MM:SS, or DAYS-HH:MM:SS"
 [[ $job_name =~ ^[A-Za-z0-9._-]+$ ]] || misuse "--job_name=$job_name: letters, digits, ., _ and - can be in it"

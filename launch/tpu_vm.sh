@@ -18,6 +18,8 @@
 #   --delete           delete the VM and its place in the queue after the run, once nothing runs there any more, or
 #                      at once where no run is asked for
 #   --dry_run          print the commands and run none
+# What the run writes to standard output is shown as it comes, and after a lost connection again from its beginning: the
+# launch.out of --logs has it once.
 # JAXALIGN_POLL_SECONDS is how long to wait before asking again for the state of a VM (30).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
@@ -53,7 +55,7 @@ if [[ $stop ]]; then
 else
   [[ $# != 0 || $delete ]] || misuse "$USAGE"
 fi
-[[ $restarts =~ ^[0-9]*$ ]] || misuse "--restarts=$restarts: it is a number"
+[[ ! $restarts ]] || is_count "$restarts" || misuse "--restarts=$restarts: it is a number, without a 0 before it"
 restarts=${restarts:-${create:+3}}
 restarts=${restarts:-0}
 case $create in
@@ -78,6 +80,16 @@ tpus() {
 on_workers() {
   call gcloud compute tpus tpu-vm ssh "$login" --worker=all --command="$1" "${where[@]}" \
     -- -o ServerAliveInterval=30 -o ServerAliveCountMax=4
+}
+
+# Runs a command. A signal to this shell alone is heard at once, and not when the command ends.
+heeding() {
+  local code=0
+  "$@" <&0 &
+  waited=$!
+  wait "$waited" || code=$?
+  waited=''
+  return "$code"
 }
 
 # Sets `found` to a field of a tpu-vm or of queued-resources, or to ABSENT.
@@ -198,12 +210,12 @@ ensure() {
         ;;
       STOPPING | SUSPENDING | DELETING)
         say "$name is $found; waiting"
-        sleep "$POLL"
+        heeding sleep "$POLL"
         ;;
       *)
         [[ $found == "$seen" ]] || say "$name is $found; waiting"
         seen=$found awaited=1
-        sleep "$POLL"
+        heeding sleep "$POLL"
         ;;
     esac
   done
@@ -213,13 +225,14 @@ ensure() {
 execute() {
   call tar -czf "$scratch/jaxalign.tgz" -C "$ROOT" --exclude=__pycache__ \
     setup.py README.md LICENSE jaxalign gin_configs launch || return
-  if ! tpus tpu-vm scp "$scratch/jaxalign.tgz" "$login:jaxalign.tgz" --worker=all >&"$shown"; then
+  if ! heeding tpus tpu-vm scp "$scratch/jaxalign.tgz" "$login:jaxalign.tgz" --worker=all >&"$shown"; then
     say "could not copy the checkout to $name in $zone; see the message of gcloud above"
     return 255
   fi
   running=1
-  # JAX asks the machine's metadata for the other workers.
-  on_workers "
+  # JAX asks the machine's metadata for the other workers. What an earlier checkout had, and this one has not, goes.
+  heeding on_workers "$BUSY
+busy || rm -rf jaxalign/jaxalign jaxalign/gin_configs jaxalign/launch
 mkdir -p jaxalign && tar -xzf jaxalign.tgz -C jaxalign &&
 ${setup:+bash -c $(printf '%q' "$setup") >&2 &&
 }COORDINATOR_ADDRESS=auto bash jaxalign/launch/worker.sh $run $attempt $(printf '%q ' "$@")"
@@ -258,9 +271,16 @@ find_failure() {
   done
 }
 
+# Whether this is the shell itself: one that it has just begun for a command may still have its traps.
+is_main() {
+  [[ ${BASHPID:-$$} == "$$" ]]
+}
+
 interrupted() {
   trap - INT TERM
+  is_main || exit "$1"
   code=$1
+  local left=$waited
   if [[ $running ]]; then
     say "stopping the run on all workers of $name, which saves first"
     on_workers "$STOP" || say "could not stop it on all workers: bash launch/tpu_vm.sh $login $zone --stop"
@@ -271,16 +291,17 @@ interrupted() {
   elif [[ $create && ! $running ]]; then
     say "$name stays, or stays in the queue: bash launch/tpu_vm.sh $login $zone --delete"
   fi
+  [[ ! $left ]] || pkill -TERM -P "$left" || : # the connection, where it has not ended with the run
   exit "$code"
 }
 
-answered='' running='' found='' assumed=READY shown=2
+answered='' running='' waited='' found='' assumed=READY shown=2
 if [[ $dry_run ]]; then
   scratch=/tmp/launch shown=1
   [[ ! $create ]] || assumed=ABSENT
 else
   scratch=$(mktemp -d)
-  trap 'rm -rf "$scratch"' EXIT
+  trap '! is_main || rm -rf "$scratch"' EXIT
 fi
 
 code=0
@@ -320,7 +341,7 @@ elif (($#)); then
       break
     fi
     say "$why: restart $((restarted + 1)) of $restarts"
-    for ((; pause; pause--)); do sleep "$POLL"; done
+    for ((; pause; pause--)); do heeding sleep "$POLL"; done
   done
   trap - INT TERM
   fetch_logs

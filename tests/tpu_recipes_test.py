@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 
 import jax
 import pytest
@@ -117,4 +116,3 @@ class TestGradients:
     last, embedding = 2 * 16 * 2048 * 64 * 32, 4 * 2048 * VOCAB
     assert found['collectives']['reduce-scatter']['bytes'] > 0.95 * (layers - last)
     assert found['collectives']['all-reduce']['bytes'] < 1.1 * (last + embedding)
-    assert re.search('all-reduce-scatter|reduce-scatter', texts[0])

@@ -1,4 +1,4 @@
-"""The whole DPO step, compiled for TPUs that are not there."""
+"""Steps, sampling, moments, experts and the head, compiled for TPUs that are not there."""
 
 import dataclasses
 import functools
@@ -102,6 +102,11 @@ def kernels(text):
   return re.findall(r'%([\w.\-]+) = [^\n]* custom-call\([^\n]*custom_call_target="tpu_custom_call"', text)
 
 
+def of_device(tree):
+  """Bytes of arrays on one device."""
+  return sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 def placed(tree, where):
   """Shapes and shardings, as a program gives them."""
   return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where)
@@ -122,8 +127,7 @@ class TestDecoding:
       rows = placed(jax.eval_shape(lambda: decoding.start(program, 64, (2048,), 1024)), begun.output_shardings)
       number, ended = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((64,), bool)
       write = decoding.write.lower(program, (params,), rows, ended, number, number).compile()
-    of_device = lambda x: np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    cache = sum(map(of_device, jax.tree.leaves(rows.readings[0].cache)))
+    cache = of_device(rows.readings[0].cache)
     assert cache < 1.1 * 2 * 32 * 64 * 2048 * 8 * 128 * (1 if cache_dtype else 2) / 16 * (1 + 4 / 128)
     memory = write.memory_analysis()
     assert memory.alias_size_in_bytes > 0.99 * cache  # it is written where it is
@@ -139,8 +143,7 @@ class TestMemory:
   def test_of_a_step_takes_the_place_of_its_state_and_needs_little_more_memory_for_a_longer_row(self):
     mesh = sharding.make_mesh('fsdp:4,tensor:4', devices=topology('v5e:4x4'))
     (short, state), (long, _) = compiled(mesh, 1024), compiled(mesh, 2048)
-    of_device = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
-    assert short.memory_analysis().alias_size_in_bytes >= 0.99 * of_device
+    assert short.memory_analysis().alias_size_in_bytes >= 0.99 * of_device(state)
     tokens = ROWS // 4 * 1024  # more on each device
     # Some hidden states in 16 and 32 bits; logits would take 2 * VOCAB = 16,000 bytes and more.
     more = long.memory_analysis().temp_size_in_bytes - short.memory_analysis().temp_size_in_bytes
@@ -162,9 +165,6 @@ class TestStep:
     mesh = sharding.make_mesh('fsdp:4,tensor:4', devices=topology('v5e:4x4'))
     config = dataclasses.replace(CONFIG, embed_dim=2048, mlp_dim=8192, vocab_size=1024)
     step, state = compiled(mesh, 1024, config, lora_lib.Lora(rank=8, base='nf4'))
-    of_device = lambda tree: sum(
-        np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
     weights = 2 * (2048 * 64 * (8 + 4 + 4 + 8) + 3 * 2048 * 8192) / 16
     memory = step.memory_analysis()
     assert memory.argument_size_in_bytes - of_device(state) < 0.7 * weights + 8e6
@@ -200,9 +200,6 @@ class TestMoments:
     update = jax.jit(opt.tx.update, out_shardings=where, donate_argnums=(0, 1))
     with jax.set_mesh(mesh):
       memory = update.lower(params, state, params).compile().memory_analysis()
-    of_device = lambda tree: sum(
-        np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
     size, layer = of_device(params), 4 * 1024 * 4096 / 4
     if 'memory' in kept:
       assert memory.host_argument_size_in_bytes == memory.host_alias_size_in_bytes == pytest.approx(2 * size, rel=1e-3)
@@ -226,7 +223,7 @@ class TestExperts:
     with jax.set_mesh(mesh):
       args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes_of]
       found = jax.jit(jax.grad(total, range(5))).lower(*args).compile()
-    assert found.memory_analysis() is not None
+    assert hlo.costs(found.as_text()).collectives  # tokens go to their experts, and come back
 
   # Each of three products runs forward and twice backward. Where experts are split, turns keep nothing for the backward
   # pass, which computes two products again.

@@ -44,6 +44,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / 'tools' / 'peers'
 # What each work is measured by.
 UNITS = {'dpo': 'tokens/s', 'hh': 'pairs/s', 'sft': 'tokens/s', 'rollouts': 'tokens/s'}
+ALIKE = ('dpo', 'rollouts')  # each step is of as much work as any other
 # What makes the virtual environment of a peer, with versions that were seen to work.
 INSTALL = {
     'trl': 'torch==2.13.0 trl==1.16.0 transformers==5.24.0 datasets==5.2.0 accelerate==1.15.0',
@@ -80,19 +81,18 @@ def script(name: str, python: str, argument: pathlib.Path, is_ours: bool) -> str
   return done.stdout
 
 
-def run(side: str, python: str, work: pathlib.Path) -> dict[str, Any]:
-  """What the script of a side measures of a work."""
+def run(side: str, python: str, work: pathlib.Path, alike: bool) -> dict[str, Any]:
+  """What the script of a side measures of a work, whose steps are `alike` or not."""
   last = script(f'run_{side}', python, work, side == 'jaxalign').strip().split('\n')[-1]
   try:
     found = json.loads(last)
-    return found | {'rate': rate(found['seconds'], found['units'])}
+    return found | {'rate': rate(found['seconds'], found['units'], alike)}
   except (ValueError, KeyError, TypeError, ZeroDivisionError) as err:
     raise Failed(f'run_{side}: it printed no JSON with seconds and units: {last[:200]}') from err
 
 
-def rate(seconds: Sequence[float], units: Sequence[float]) -> float:
+def rate(seconds: Sequence[float], units: Sequence[float], alike: bool) -> float:
   """Units per second: of the median step where all steps are alike, else over all steps."""
-  alike = max(units) - min(units) <= 1e-6 * max(units)
   return statistics.mean(units) / statistics.median(seconds) if alike else sum(units) / sum(seconds)
 
 
@@ -127,7 +127,7 @@ def compare(asked: Mapping[str, Any], pythons: Mapping[str, str], folder: pathli
   for turn in range(asked['repeats']):
     path.write_text(json.dumps(work | {'seed': asked['seed'] + turn}), encoding='utf-8')
     for side, python in pythons.items():
-      runs[side].append(run(side, python, path))
+      runs[side].append(run(side, python, path, asked['work'] in ALIKE))
     said = ', '.join(f'{side} {of[-1]["rate"]:.4g}' for side, of in runs.items())
     print(f'{turn + 1}/{asked["repeats"]}: {said} {unit}', file=sys.stderr, flush=True)
   found = {'work': asked['work'], 'unit': unit, 'repeats': asked['repeats']}
@@ -170,7 +170,7 @@ def first_step(command: Sequence[str], metrics: pathlib.Path) -> float:
         time.sleep(_POLL_S)
       seconds = time.perf_counter() - start
       process.kill()
-    if not metrics.exists():
+    if not (metrics.exists() and metrics.stat().st_size):
       said.seek(0)
       last = said.read().decode(errors='replace').strip().splitlines()[-1:]
       raise Failed(f'no step: {"".join(last)}')

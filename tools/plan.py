@@ -76,17 +76,27 @@ def plan(command: Sequence[str]) -> dict[str, Any]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-  """The plans as Markdown, a row a model and topology, a column an algorithm."""
+  """The plans as Markdown, a column an algorithm, a row a model and topology.
+
+  Where a model, topology and algorithm have several, rows are of a mesh and a shape of steps too.
+  """
   algos = list(dict.fromkeys(line['algo'] for line in lines))
-  rows: dict[tuple[str, str], dict[str, str]] = {}
+  several = len({(line['model'], line['topology'], line['algo']) for line in lines}) < len(lines)
+  rows: dict[tuple[str, ...], dict[str, str]] = {}
   for line in lines:
-    cell = rows.setdefault((line['model'], line['topology']), {})
-    cell[line['algo']] = _cell(line)
-  head = ['model', 'topology', *algos]
+    of = line['model'], line['topology'], *([_setting(line)] if several else [])
+    rows.setdefault(of, {})[line['algo']] = _cell(line)
+  head = ['model', 'topology', *(['mesh and rows'] if several else []), *algos]
   out = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
-  for (model, place), cells in rows.items():
-    out.append('| ' + ' | '.join([model, place, *(cells.get(algo, '') for algo in algos)]) + ' |')
+  for of, cells in rows.items():
+    out.append('| ' + ' | '.join([*of, *(cells.get(algo, '') for algo in algos)]) + ' |')
   return '\n'.join(out) + '\n'
+
+
+def _setting(line: dict[str, Any]) -> str:
+  """The mesh and the shape of a step, as they were asked for."""
+  of = [flag.partition('=')[2] for flag in line['flags'] if flag.startswith(('--mesh=', '--gin=loader.Packing.'))]
+  return ', '.join(one.removeprefix('loader.Packing.') for one in of)
 
 
 def _cell(line: dict[str, Any]) -> str:

@@ -192,20 +192,23 @@ def _refuse(what: str, why: str) -> None:
   raise types.UsageError(f'architecture.Config.{what}: {why}')
 
 
-def flops_per_token(config: Config, length: int, *, frozen: bool = False, live: bool = False) -> float:
+def flops_per_token(
+    config: Config, length: int, *, frozen: bool = False, live: bool = False, head: bool = True
+) -> float:
   """FLOPs of training on a token, forward and backward, in rows of `length`: what utilisation is measured by.
 
     6 * (parameters of the matrices that a token meets) + 12 * L * N * H * length / 2
 
   With `frozen` weights the 6 is a 4: they have no gradient; adapters do not count. A `live` reference is one more pass
-  forward, which adds 2 to that and 4 to the 12. In 'local' layers a query meets at most `window` keys. Recomputation
-  does not count, nor what the causal mask discards. Chowdhery et al., 2022, https://arxiv.org/abs/2204.02311, App. B.
+  forward, which adds 2 to that and 4 to the 12. Without `head` there are no logits, as of a model that scores. In
+  'local' layers a query meets at most `window` keys. Recomputation does not count, nor what the causal mask discards.
+  Chowdhery et al., 2022, https://arxiv.org/abs/2204.02311, App. B.
   """
   c = config
   attention = c.embed_dim * c.head_size * (2 * c.num_heads + 2 * c.num_kv_heads)
   mlp = 3 * c.embed_dim * c.mlp_dim * (c.experts_per_token if c.num_experts else 1) + c.embed_dim * c.num_experts
   keys = sum(_mean_keys(length, c.window if kind == 'local' else length) for kind in c.kinds)
-  matrices = c.num_layers * (attention + mlp) + c.embed_dim * c.vocab_size
+  matrices = c.num_layers * (attention + mlp) + head * c.embed_dim * c.vocab_size
   forward = 2 * matrices, 4 * c.num_heads * c.head_size * keys
   return ((2 if frozen else 3) + live) * forward[0] + (3 + live) * forward[1]
 

@@ -9,7 +9,6 @@ flash   blocks of queries with the blocks of keys that they can see; a CPU
 import functools
 import math
 from typing import Any
-from typing import Literal
 
 from absl import logging
 import jax
@@ -17,6 +16,8 @@ import jax.numpy as jnp
 
 from jaxalign import sharding
 from jaxalign import types
+from jaxalign import vocab
+from jaxalign.models import cudnn
 from jaxalign.models import flash
 from jaxalign.models import seen as seen_lib
 from jaxalign.models import splash
@@ -24,8 +25,7 @@ from jaxalign.models import splash
 KERNELS = ('xla', 'cudnn', 'splash', 'flash')
 _QUERIES = 64  # of a block, at least
 _BLOCKS = 8  # at most: up to 7/16 of the products are masked and not computed
-_MODULES: dict[str, Any] = {'splash': splash, 'flash': flash}
-_CUDNN_LENGTH = 4096  # beyond it the dense mask takes more memory than the kernel saves
+_MODULES: dict[str, Any] = {'cudnn': cudnn, 'splash': splash, 'flash': flash}
 
 
 def pick(
@@ -62,12 +62,12 @@ def pick(
   elif platform == 'gpu':
     if softcap:
       reason = 'cuDNN has no soft cap'
-    elif sharding.parts(mesh, 'length') > 1 or kv_heads % sharding.parts(mesh, 'heads'):
-      reason = f'cuDNN takes whole rows and whole key heads (here {kv_heads}), which the mesh splits'
-    elif not sixteen_bits or head_size % 8 or head_size > 128 or length > _CUDNN_LENGTH or length % 2:
+    elif kv_heads % sharding.parts(mesh, 'heads'):
+      reason = f'cuDNN takes whole key heads (here {kv_heads}), which the mesh splits'
+    elif not sixteen_bits or head_size % 8 or head_size > 128 or not cudnn.takes(mesh, length):
       reason = (
           f'cuDNN wants 16-bit floats (here {jnp.dtype(dtype).name}), heads in multiples of 8 up to 128 (here'
-          f' {head_size}), an even number of tokens up to {_CUDNN_LENGTH} (here {length})'
+          f' {head_size}), rows that are not split, of an even number of tokens up to {cudnn.MOST} (here {length})'
       )
     else:
       name = 'cudnn'
@@ -112,8 +112,7 @@ def attend(
     if kernel.takes(jax.sharding.get_abstract_mesh(), q_BTNH.shape[1]):
       return kernel.attend(q_BTNH, k_BTKH, v_BTKH, seen, how)
     logging.info('attention: xla (%s does not take rows of %d tokens on this mesh)', name, q_BTNH.shape[1])
-  out_BTNH = (cudnn if name == 'cudnn' else xla)(q_BTNH, k_BTKH, v_BTKH, seen, how)
-  return jax.ad_checkpoint.checkpoint_name(out_BTNH, seen_lib.RESULT)
+  return jax.ad_checkpoint.checkpoint_name(xla(q_BTNH, k_BTKH, v_BTKH, seen, how), seen_lib.RESULT)
 
 
 def xla(q_BTNH, k_BTKH, v_BTKH, seen: seen_lib.Seen, how: seen_lib.How):
@@ -146,9 +145,7 @@ def heads_first(q_BTNH, k_BKHS, v_BKSH, allowed_BTS, how: seen_lib.How):
   R = N // K
   q = q_BTNH.reshape(B, T, K, R, H).transpose(0, 2, 3, 1, 4).reshape(B, K, R * T, H)
   product = functools.partial(jnp.matmul, precision=types.precision(q), preferred_element_type=jnp.float32)
-  logits = product(q, k_BKHS).reshape(B, K, R, T, S) * how.scale
-  if how.softcap:
-    logits = how.softcap * jnp.tanh(logits / how.softcap)
+  logits = vocab.soften(product(q, k_BKHS).reshape(B, K, R, T, S) * how.scale, how.softcap)
   logits = jnp.where(allowed_BTS[:, None, None], logits, seen_lib.OUT)
   exp = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
   total = jnp.sum(exp, axis=-1)
@@ -156,21 +153,3 @@ def heads_first(q_BTNH, k_BKHS, v_BKSH, allowed_BTS, how: seen_lib.How):
   out = product(exp.astype(v_BKSH.dtype).reshape(B, K, R * T, S), v_BKSH)
   out = out.reshape(B, K, R, T, H) / total[..., None]
   return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
-
-
-def cudnn(
-    q_BTNH, k_BTKH, v_BTKH, seen: seen_lib.Seen, how: seen_lib.How, *, implementation: Literal['cudnn', 'xla'] = 'cudnn'
-):
-  """Fused attention of cuDNN with a dense mask; see `attend`. With `implementation` 'xla' it runs on any platform."""
-  same_BTS = seen_lib.sees(seen, seen, how.window)
-  by_slots = how.window and seen.branches_BT is None
-  return jax.nn.dot_product_attention(
-      q_BTNH,
-      k_BTKH,
-      v_BTKH,
-      mask=same_BTS[:, None],
-      scale=how.scale,
-      is_causal=True,
-      local_window_size=(how.window - 1, 0) if by_slots else None,
-      implementation=implementation,
-  )

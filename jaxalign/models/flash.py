@@ -14,6 +14,7 @@ from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from jaxalign import types
+from jaxalign import vocab
 from jaxalign.models import seen as seen_lib
 
 LEAST = 512  # tokens of a row from which it is faster than dense attention
@@ -163,9 +164,7 @@ def _keys(at, count: int):
 
 def _logits(how, q_KQH, k_KSH, seen_T, at, start):
   """`[K, Q, S]` in float32, of a block and keys from `start` on."""
-  logits = _product('kqh,ksh->kqs', q_KQH, k_KSH) * how.scale
-  if how.softcap:
-    logits = how.softcap * jnp.tanh(logits / how.softcap)
+  logits = vocab.soften(_product('kqh,ksh->kqs', q_KQH, k_KSH) * how.scale, how.softcap)
   part = lambda start, size: jax.tree.map(lambda x_T: jax.lax.dynamic_slice_in_dim(x_T, start, size), seen_T)
   count, first = k_KSH.shape[1], at * _QUERIES
   behind = first + jnp.arange(_QUERIES)[:, None] - start - jnp.arange(count)[None, :]

@@ -32,13 +32,14 @@ class Compiled:
   Attributes:
     name: of the program.
     hbm_bytes: at the peak of a run of it: all that it reads, makes and keeps, and what of the run lies beside it.
-    hbm_by_class: the same in parts.
+    hbm_by_class: the same in parts; of what a step makes for a while, as much as parameters take counts as gradients.
     host_bytes: what of the run is kept in the host's memory, for this device; a step brings it here and back.
     fits: whether that is no more than there is.
     flops: of its products, Pallas kernels included.
     bytes: between the chip and its HBM.
     model_flops: that the work takes, without what is computed again.
-    seconds: no run can be faster; what collectives take beyond that is left out.
+    seconds: the largest of three bounds: cycles, by the compiler's own estimate, products at the chip's peak, and each
+      argument read once. What collectives take beyond that is left out; 0 of a program that was refused.
     collectives: by kind, how often in a run and how many bytes.
     link_seconds: what collectives would take if nothing else ran, each byte crossing the links once.
     tokens: that it reads, of the whole mesh.
@@ -113,8 +114,8 @@ class Plan:
         'model_flops_per_device': step.model_flops,
         'bytes_per_device': step.bytes,
         'tokens_per_step': step.tokens,
-        'seconds_bound': step.seconds,
-        'mfu_bound': self.mfu_bound,
+        'seconds_bound': step.seconds or None,
+        'mfu_bound': self.mfu_bound or None,
         'collectives': step.collectives,
         'compile_seconds': sum(one.compile_seconds for one in self.programs),
         'programs': [one.to_json() for one in self.programs],
@@ -145,9 +146,10 @@ def plan(
   Raises:
     UsageError: recipe, data, model and mesh do not agree.
   """
-  if topology.estimated:  # by a mesh of CPUs, whose defaults are others
-    kept, attention = recipe.kept_logits or 0, recipe.attention or 'xla'
-    recipe = dataclasses.replace(recipe, kept_logits=kept, attention=attention)
+  if topology.estimated:  # by a mesh of CPUs, whose defaults are others, and which have no kernels of GPUs
+    if recipe.attention not in ('', 'xla'):
+      logging.info('attention is estimated as xla, not %s', recipe.attention)
+    recipe = dataclasses.replace(recipe, kept_logits=recipe.kept_logits or 0, attention='xla')
   packing = recipe.packing
   setting = {
       'algo': job.algo,

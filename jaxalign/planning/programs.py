@@ -26,6 +26,7 @@ from jaxalign import streams as streams_lib
 from jaxalign import tracing
 from jaxalign import types
 from jaxalign.data import dataset
+from jaxalign.data import loader
 from jaxalign.data import rows as rows_lib
 from jaxalign.data import tokenizers
 from jaxalign.generation import buckets
@@ -104,8 +105,9 @@ def of_run(
       sequence that fills it.
   """
   tokenizer = recipe_lib.open_tokenizer(job)
-  known = _known(job, recipe, tokenizer, is_data_known)
-  of = _abstract(job, recipe, tokenizer, optimizer, *known)
+  model, _ = opening.open_model(job, recipe, tokenizer)
+  known = _known(job, recipe, tokenizer, model, is_data_known)
+  of = _abstract(job, recipe, tokenizer, model, optimizer, *known)
   with jax.set_mesh(job.mesh):
     found = [_step(job, recipe, optimizer, of)]
     if recipe.rollouts is not None:
@@ -120,14 +122,17 @@ def of_run(
     return found
 
 
-def _known(job, recipe: recipe_lib.Recipe, tokenizer, is_data_known: bool) -> tuple[types.Batch, tracing.Needs]:
-  """A batch of shapes, and what the loss reads."""
+def _known(job, recipe: recipe_lib.Recipe, tokenizer, model, is_data_known: bool) -> tuple[types.Batch, tracing.Needs]:
+  """A batch of shapes, and what the loss reads; raises UsageError where a run would not have room for its rows."""
   specs = job.data if is_data_known else f'{job.data.split("[")[0]}[:{_A_FEW}]'
   sets = recipe_lib.open_data(job, recipe, tokenizer, specs)
-  data = dataset.Joined(sets)
-  if recipe.rollouts is not None:
-    return _sampled_batch(recipe, recipe.rollouts)
-  packing = recipe.packing
+  data, packing, options = dataset.Joined(sets), recipe.packing, recipe.rollouts
+  loader.check_mesh(packing, job.mesh)
+  if options is not None:
+    texts = streams_lib.open_texts(job, options, tokenizer, packing.row_length)
+    packing = iterations.packing_of(options, packing)
+    iterations.check_fit(options, data, packing, model.config.max_length, texts)
+    return _sampled_batch(recipe, options, packing)
   most = packing.max_responses or 1
   if is_data_known:
     most = recipe_lib.open_loader(job, recipe, sets, specs).shape.max_responses
@@ -137,10 +142,9 @@ def _known(job, recipe: recipe_lib.Recipe, tokenizer, is_data_known: bool) -> tu
   return jax.eval_shape(lambda: rows_lib.empty(data, shape, packing.rows, needs.reference and not live)), needs
 
 
-def _sampled_batch(recipe, options: rollouts.Options) -> tuple[types.Batch, tracing.Needs]:
+def _sampled_batch(recipe, options: rollouts.Options, packing: loader.Packing) -> tuple[types.Batch, tracing.Needs]:
   """The same of what is sampled."""
   needs = needs_lib.of_rollouts(recipe, options)
-  packing = iterations.packing_of(options, recipe.packing)
   of_responses, of_tokens = needs_lib.labels_of(recipe, options)
   names = {*of_tokens, 'sampler_logps'} | ({'old_logps'} if options.updates > 1 else set())
   tokens = packing.micro_batches, packing.rows, packing.row_length
@@ -160,9 +164,8 @@ def _sampled_batch(recipe, options: rollouts.Options) -> tuple[types.Batch, trac
   return batch, needs
 
 
-def _abstract(job, recipe, tokenizer, optimizer: optim.Optimizer, batch, needs: tracing.Needs) -> Abstract:
+def _abstract(job, recipe, tokenizer, model, optimizer: optim.Optimizer, batch, needs: tracing.Needs) -> Abstract:
   mesh = job.mesh
-  model, _ = opening.open_model(job, recipe, tokenizer)
   critic_model, _ = opening.open_critic(job, recipe, tokenizer)
   params = transformer.abstract_params(model, mesh)
   trained, frozen = lora.split(params) if model.lora is not None else (params, {})
@@ -207,14 +210,10 @@ def resident(programs: list[Program]) -> Mapping[str, types.PyTree]:
   return {name: tree for name, tree in programs[0].roles.items() if name in RESIDENT}
 
 
-def _of_tokens(of: Abstract, mesh, config: architecture.Config, passes: str) -> float:
-  """Model FLOPs of a device for all tokens of a step: of a step of training, or of a pass forward."""
-  tokens, length = math.prod(of.batch.inputs_BT.shape), of.batch.inputs_BT.shape[-1]
-  live = passes == 'training' and of.own is not None and of.needs.reference
-  whole = architecture.flops_per_token(config, length, frozen=bool(of.frozen), live=live)
-  if passes == 'forward':
-    whole = architecture.flops_per_token(config, length) / 3
-  return whole * tokens / mesh.size
+def _forward(of: Abstract, mesh, *models: transformer.Transformer | None, head: bool = True) -> float:
+  """Model FLOPs of a device for a pass forward of each over all tokens of a step."""
+  count = lambda one: architecture.flops_per_token(one.config, of.batch.inputs_BT.shape[-1], head=head) / 3
+  return sum(map(count, filter(None, models))) * math.prod(of.batch.inputs_BT.shape) / mesh.size
 
 
 def _step(job, recipe, optimizer: optim.Optimizer, of: Abstract) -> Program:
@@ -223,15 +222,14 @@ def _step(job, recipe, optimizer: optim.Optimizer, of: Abstract) -> Program:
   objective = needs_lib.bind(recipe, of.model, of.needs, ref_model, of.critic_model)
   max_kl = options.max_kl if options is not None else None
   step = step_lib.jitted(step_lib.make_step(objective, optimizer, recipe.sync, max_kl), job.mesh, of.state)
-  flops = _of_tokens(of, job.mesh, of.model.config, 'training')
-  if of.critic_model is not None:
-    flops += _of_tokens(of._replace(own=None), job.mesh, of.critic_model.config, 'training')
+  tokens, live = math.prod(of.batch.inputs_BT.shape), of.own is not None and of.needs.reference
+  flops = needs_lib.flops_per_token(of.needs, of.model, of.critic_model, recipe.packing.row_length, live=live)
   return Program(
       'step',
       lambda: step.lower(of.state, of.frozen, of.batch, of.ref or None),
       _roles(of, *RESIDENT, 'batch'),
-      math.prod(of.batch.inputs_BT.shape),
-      flops,
+      tokens,
+      flops * tokens / job.mesh.size,
   )
 
 
@@ -248,13 +246,14 @@ def _cached_reference(job, of: Abstract) -> Program:
       lambda: run.lower(params, batch),
       {'parameters': params, 'batch': batch},
       tokens,
-      _of_tokens(of, job.mesh, model.config, 'forward'),
+      _forward(of, job.mesh, model),
   )
 
 
 def _evaluation(job, recipe, of: Abstract) -> Program:
   model = transformer.without_dropout(of.model)
-  objective = needs_lib.bind(recipe, model, of.needs, of.own.model if of.own is not None else None)
+  ref_model = of.own.model if of.own is not None else None
+  objective = needs_lib.bind(recipe, model, of.needs, ref_model)
   run = jax.jit(step_lib.make_eval_step(objective), out_shardings=sharding.named(job.mesh))
   args = of.state.params, of.frozen, of.batch, of.state.loss_state, of.ref or of.state.reference or None
   return Program(
@@ -262,7 +261,7 @@ def _evaluation(job, recipe, of: Abstract) -> Program:
       lambda: run.lower(*args),
       _roles(of, 'parameters', 'frozen base', 'reference', 'batch'),
       math.prod(of.batch.inputs_BT.shape),
-      _of_tokens(of, job.mesh, model.config, 'forward'),
+      _forward(of, job.mesh, model, ref_model if of.needs.reference else None, head=of.needs.writes),
   )
 
 
@@ -284,13 +283,14 @@ def _rollout(job, recipe, tokenizer: tokenizers.Tokenizer, of: Abstract) -> Iter
   params = _as_prepared(model, policy, sampling.as_pairs(options.sampling_rules))
   counts = np.zeros((sizes.together, sizes.longest[0]), np.int32), np.zeros(sizes.together, np.int32)
   ids, lengths = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in counts)
-  of_token = lambda length: architecture.flops_per_token(model.config, length) / 3 / mesh.size
+  of_token = lambda length, head: architecture.flops_per_token(model.config, length, head=head) / 3 / mesh.size
+  of_logits = of_token(1, True) - of_token(1, False)  # a prompt's last token alone has any
   yield Program(
       'prefill',
       lambda: decoding.read.lower(program, (params,), (ids,), (lengths,)),
       {'weights for sampling': params},
       math.prod(ids.shape),
-      math.prod(ids.shape) * of_token(sizes.longest[0]),
+      math.prod(ids.shape) * of_token(sizes.longest[0], False) + sizes.together * of_logits,
   )
   rows = _placed(lambda: decoding.start.lower(program, sizes.rows, sizes.most, sizes.new), sizes, program)
   number, ended = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((sizes.rows,), bool)
@@ -299,9 +299,9 @@ def _rollout(job, recipe, tokenizer: tokenizers.Tokenizer, of: Abstract) -> Iter
       lambda: decoding.write.lower(program, (params,), rows, ended, number, number),
       {'weights for sampling': params, 'kv cache': rows.readings[0].cache},
       sizes.rows,
-      sizes.rows * of_token(sizes.most[0]),
+      sizes.rows * of_token(sizes.most[0], True),
   )
-  if collect.wanted(options):
+  if options.annotations:
     yield _annotation(job, recipe, of, policy)
 
 
@@ -316,13 +316,14 @@ def _annotation(job, recipe, of: Abstract, policy: types.PyTree) -> Program:
   ref = lora.join(of.ref or of.state.reference or {}, of.frozen)
   params = rollouts.Params(policy, None if critic is None else lora.join(critic, of.frozen), ref or None, (), 0)
   batch = dataclasses.replace(of.batch, labels_BS={}, labels_BT={})
-  passes = 1 + bool(collect.wanted(recipe.rollouts) & credit_lib.OF_REFERENCE) + (of.critic_model is not None)
+  _, critic_model, ref_model = models.making(recipe.rollouts.annotations)
+  writes = critic_model is not None and not critic_model.config.score_outputs
   return Program(
       'annotation',
       lambda: run.lower(params, batch),
       _roles(of, 'parameters', 'critic', 'frozen base', 'reference') | {'batch': batch},
       math.prod(batch.inputs_BT.shape),
-      passes * _of_tokens(of, job.mesh, of.model.config, 'forward'),
+      _forward(of, job.mesh, of.model, ref_model) + _forward(of, job.mesh, critic_model, head=writes),
   )
 
 

@@ -10,10 +10,13 @@ from typing import Any
 from typing import NamedTuple
 
 from absl import logging
+import jax
 
+from jaxalign import opening
 from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
 from jaxalign import types
+from jaxalign.models import architecture
 from jaxalign.planning import plan as plan_lib
 from jaxalign.planning import topology as topology_lib
 
@@ -24,12 +27,20 @@ _BINDINGS = {
     'remat': 'recipe.Recipe.remat',
 }
 BOUND = frozenset(_BINDINGS.values())
+_LONG = 16_384  # tokens of rows that are split over devices too
 
 
-def meshes(count: int) -> list[str]:
-  """Those that are tried of so many devices of a slice: parameters over all of them, or rows of matrices over some."""
-  ways = (n for n in (1, 2, 4, 8) if count % n == 0 and n <= count)
-  return [f'fsdp:{count // n}' + (f',tensor:{n}' if n > 1 else '') for n in ways]
+def meshes(count: int, config: architecture.Config, length: int) -> list[str]:
+  """Those that are tried of so many devices of a slice: parameters are spread over all of them, or some split more.
+
+  That is the other axis of matrices, experts of a model with `config` that has any, and the tokens of long rows.
+  """
+  whole, matrices, experts, tokens = (sharding.axes_of(name)[0] for name in ('embed', 'mlp', 'experts', 'length'))
+  ways = [n for n in (2, 4, 8) if count % n == 0]
+  splits = [(matrices, n) for n in ways]
+  splits += [(experts, n) for n in ways if config.num_experts and config.num_experts % n == 0]
+  splits += [(tokens, n) for n in ways if length >= _LONG and length % n == 0]
+  return [f'{whole}:{count}', *(f'{whole}:{count // n},{axis}:{n}' for axis, n in splits)]
 
 
 def points(recipe: recipe_lib.Recipe, texts: Sequence[str], parts_of) -> Iterator[dict[str, Any]]:
@@ -70,7 +81,8 @@ def planned(
   Raises:
     UsageError: they agree nowhere.
   """
-  texts = [mesh] if mesh else meshes(sharding.per_slice(topology.devices))
+  count, length = sharding.per_slice(topology.devices), recipe.packing.row_length
+  texts = [mesh] if mesh else meshes(count, opening.config_of(job, recipe), length)
   mesh_of = lambda text: sharding.make_mesh(text, dcn_mesh, topology.devices)
 
   def compiled(point: dict[str, Any], **only: bool) -> plan_lib.Plan:
@@ -78,16 +90,28 @@ def planned(
     varied = dataclasses.replace(recipe, packing=packing, remat=point['remat'])
     return plan_fn(dataclasses.replace(job, mesh=mesh_of(point['mesh'])), recipe=varied, **only)
 
-  found, problem = list[tuple[dict[str, Any], plan_lib.Plan]](), None
-  for point in points(recipe, texts, lambda text: sharding.parts(mesh_of(text), 'batch')):
+  found = list[tuple[dict[str, Any], plan_lib.Plan]]()
+  problem: types.UsageError | None = None
+  tried = list(points(recipe, texts, lambda text: sharding.parts(mesh_of(text), 'batch')))
+  logging.info('--search: %d points, each compiled unless fewer rows are too large already', len(tried))
+  too_large = set[tuple[str, str]]()
+  for point in tried:
+    if (point['mesh'], point['remat']) in too_large:
+      continue
+    one = None
     try:
       one = compiled(point, only_step=True)
     except types.UsageError as err:
       problem = err
-      logging.info('%s: left out, as %s', _said(point), err)
+    except jax.errors.JaxRuntimeError as err:  # The compiler's own faults are those of a point too.
+      problem = types.UsageError(f'--search: {_said(point)}: {str(err).splitlines()[0]}')
+    if one is None:
+      logging.info('%s: left out, as %s', _said(point), problem)
       continue
     logging.info('%s: %s', _said(point), _result(one))
     found.append((point, one))
+    if not one.fits:
+      too_large.add((point['mesh'], point['remat']))
   if not found:
     rows = recipe.packing.rows * recipe.packing.micro_batches
     raise problem or types.UsageError(
@@ -138,7 +162,8 @@ def _result(one: plan_lib.Plan) -> str:
 def pareto(plans: Sequence[plan_lib.Plan]) -> list[int]:
   """Numbers of those that fit and whose step no other is both smaller and faster than, the fastest first."""
   good = [(one.step.hbm_bytes, one.step.seconds, i) for i, one in enumerate(plans) if one.fits]
-  front = [(size, time, i) for size, time, i in good if not any(s <= size and t < time for s, t, _ in good)]
+  beats = lambda s, t, size, time: s <= size and t <= time and (s, t) != (size, time)
+  front = [(size, time, i) for size, time, i in good if not any(beats(s, t, size, time) for s, t, _ in good)]
   return [i for _, _, i in sorted(front, key=lambda of: of[1])]
 
 

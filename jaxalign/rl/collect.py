@@ -70,22 +70,17 @@ class Drawn(NamedTuple):
     return cls(found['chosen'], read, found['version'])
 
 
-def wanted(options: rollouts.Options) -> set[str]:
-  """What the training program is to make of sampled tokens before the first update, by name."""
-  return set(options.credit.reads & credit_lib.OF_PROGRAM) | ({'logps_BT'} if options.updates > 1 else set())
-
-
 def annotate_fn(options: rollouts.Options, models: rollouts.Models):
-  """Builds what makes it: (`rollouts.Params`, a step's batch) -> `[A, B, T]` by name."""
-  asked = wanted(options)
+  """Builds what makes `Options.annotations`: (`rollouts.Params`, a step's batch) -> `[A, B, T]` by name."""
+  read = models.making(options.annotations)
   return lambda params, batch: forward.annotations(
       params.policy,
       params.critic,
       params.ref,
       batch,
-      model=models.policy,
-      critic_model=models.critic if asked & {'values_BT', 'values_BTO', 'critic_ratio_BT'} else None,
-      ref_model=models.ref if asked & credit_lib.OF_REFERENCE else None,
+      model=read.policy,
+      critic_model=read.critic,
+      ref_model=read.ref,
       temperature=options.temperature,
   )
 
@@ -129,7 +124,7 @@ class Maker:
     outputs = max(1, (models.critic or models.policy).config.score_outputs)
     # Of one response of one token, shapes do not tell.
     self._of_responses, _ = options.credit.names(options.samples, self._judge.weights_R.size, outputs)
-    self._wanted, self._replays = wanted(options), options.replays(models.policy)
+    self._wanted, self._replays = options.annotations, options.replays(models.policy)
     self._run = jax.jit(annotate_fn(options, models), out_shardings=sharding.named(mesh))
     self._seconds: dict[str, float] = {}  # of the rollout in the making, by what they were spent on
 

@@ -49,8 +49,9 @@ FIELDS = frozenset(
 )
 _ARE_ONE = ('valid_GK', 'valid_RGK', 'finished_GK', 'token_marks_BT')  # where it matters
 OF_REFERENCE = frozenset({'log_ratio_BT', 'critic_ratio_BT', 'ref_rewards_GN'})
+OF_CRITIC = frozenset({'critic_ratio_BT', 'values_BT', 'values_BTO'})
 # What the training program makes of tokens.
-OF_PROGRAM = frozenset({'logps_BT', 'log_ratio_BT', 'critic_ratio_BT', 'values_BT', 'values_BTO'})
+OF_PROGRAM = frozenset({'logps_BT', 'log_ratio_BT'}) | OF_CRITIC
 
 
 class Credit:

@@ -200,6 +200,11 @@ class Options:
     """Optimizer steps that a rollout is used for."""
     return self.epochs * self.minibatches
 
+  @property
+  def annotations(self) -> set[str]:
+    """What the training program is to make of sampled tokens before the first update, by name."""
+    return set(self.credit.reads & credit_lib.OF_PROGRAM) | ({'logps_BT'} if self.updates > 1 else set())
+
 
 def replays(asked: bool | None, policy: transformer.Transformer, cache_dtype: str | None = None) -> bool:
   """Whether experts are replayed, see `Options`; UsageError where they are to be, and the policy has none."""
@@ -222,6 +227,11 @@ class Models(NamedTuple):
   policy: transformer.Transformer
   critic: transformer.Transformer | None
   ref: transformer.Transformer | None
+
+  def making(self, annotations: set[str]) -> 'Models':
+    """The same without those that these `Options.annotations` do not need."""
+    critic = self.critic if annotations & credit_lib.OF_CRITIC else None
+    return self._replace(critic=critic, ref=self.ref if annotations & credit_lib.OF_REFERENCE else None)
 
 
 class Params(NamedTuple):

@@ -38,7 +38,7 @@ check_name() {
 check_name --name "$name"
 [[ ! $cluster ]] || check_name --cluster "$cluster"
 [[ $slices =~ ^[1-9][0-9]*$ ]] || misuse "--slices=$slices: it is a number, at least 1"
-[[ $restarts =~ ^[0-9]+$ ]] || misuse "--restarts=$restarts: it is a number"
+is_count "$restarts" || misuse "--restarts=$restarts: it is a number, without a 0 before it"
 [[ ! $topology || $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || misuse "--topology=$topology: write 4x4, or 2x2x4"
 by_xpk=''
 if [[ $cluster ]] && command -v xpk >/dev/null; then

@@ -190,7 +190,7 @@ class TestSlurm:
           (('--nodes=0', '--algo=dpo'), '--nodes=0: it is a number, at least 1'),
           (('--gpus=many', '--algo=dpo'), '--gpus=many: it is a number, at least 1'),
           (('--cpus_per_gpu=0', '--algo=dpo'), '--cpus_per_gpu=0: it is a number, at least 1'),
-          (('--restarts=x', '--algo=dpo'), '--restarts=x: it is a number'),
+          (('--restarts=09', '--algo=dpo'), '--restarts=09: it is a number'),
           (('--time=noon', '--algo=dpo'), '--time=noon: write HH:MM:SS'),
           (('--job_name=a b', '--algo=dpo'), '--job_name=a b: letters'),
           (('--partition', '--algo=dpo'), '--partition needs a value: --partition=...'),

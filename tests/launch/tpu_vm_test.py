@@ -260,6 +260,7 @@ class TestTpuVm:
           (('my-tpu', 'us-x1-a', '--creat=v6e-8', '--algo=dpo'), '--creat: neither an option nor a flag of jaxalign'),
           (('my-tpu', 'us-x1-a', '--algo=dpo', '--step=1'), '--step: neither an option nor a flag of jaxalign'),
           (('my-tpu', 'us-x1-a', '--restarts=x', '--algo=dpo'), '--restarts=x: it is a number'),
+          (('my-tpu', 'us-x1-a', '--restarts=08', '--algo=dpo'), '--restarts=08: it is a number'),
           (('my-tpu', 'us-x1-a', '--create=h100', '--algo=dpo'), '--create=h100: not a type that is known here'),
           (('my-tpu', 'us-x1-a', '--create=v5e-16', '--algo=dpo'), 'Google calls it v5litepod-16'),
           (('my-tpu', 'us-x1-a', '--create=tpu7x-8', '--algo=dpo'), 'launch/gke/run.sh'),
@@ -633,12 +634,19 @@ class TestEnding:
     assert run('my-tpu', 'us-x1-a', '--delete').returncode == 0
     assert run.changes() == [f'{kind} delete']
 
-  @pytest.mark.parametrize('how, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-  def test_lets_the_workers_save_where_it_is_interrupted(self, run, how, code):
+  @pytest.mark.parametrize(
+      'to, how, code',
+      [
+          (os.killpg, signal.SIGINT, 130),
+          (os.killpg, signal.SIGTERM, 143),
+          (os.kill, signal.SIGTERM, 143),  # the shell alone, as containers do, and not what it runs
+      ],
+  )
+  def test_lets_the_workers_save_where_it_is_interrupted(self, run, to, how, code):
     run.tell('slow')
     running = run.start('my-tpu', 'us-x1-a', '--logs=logs', '--delete', '--algo=dpo')
     run.wait_for('worker-0/started', 'worker-1/started')
-    os.killpg(running.pid, how)
+    to(running.pid, how)
     _, err = running.communicate(timeout=20)
     assert running.returncode == code
     assert 'stopping the run on all workers of my-tpu' in err

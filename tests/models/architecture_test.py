@@ -64,6 +64,7 @@ class TestFlopsPerToken:
     attention = 32 * 2 * 2 * 4096 * 8192 / 2  # a query reads half of the row: scores, then values
     assert architecture.flops_per_token(llama, 8192) == 3 * (2 * matrices + attention)
     assert architecture.flops_per_token(llama, 8192, frozen=True) == 2 * 2 * matrices + 3 * attention
+    assert architecture.flops_per_token(llama, 8192, head=False) == 3 * (2 * (matrices - 4096 * 128256) + attention)
 
   def test_counts_one_more_pass_forward_of_a_live_reference(self):
     # Of each of two layers: queries, keys with values, what follows them, and three products of the feed-forward half.

@@ -11,6 +11,7 @@ import pytest
 from jaxalign import sharding
 from jaxalign import types as errors
 from jaxalign.models import attention
+from jaxalign.models import cudnn
 from jaxalign.models import flash
 from jaxalign.models import seen as seen_lib
 from jaxalign.models import splash as splash_lib
@@ -72,7 +73,7 @@ def splash(*args):
 
 
 def fused(*args):
-  return attention.cudnn(*args, implementation='xla')
+  return cudnn.attend(*args, implementation='xla')
 
 
 class TestAttend:
@@ -151,7 +152,7 @@ class TestSplash:
 
   def test_on_a_mesh_tells_branches_apart_with_its_gradient(self):
     q, k, v, seen = branched(np.random.default_rng(11), 8, 256, 4, 2, 64)
-    grads = lambda fn: jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(fn(*x, seen, plain(64)))), (0, 1, 2)))(q, k, v)
+    grads = lambda fn: gradients(fn, q, k, v, seen, plain(64))
     with jax.set_mesh(sharding.make_mesh('fsdp:2,tensor:2,context:2')):
       for found, wanted in zip(grads(splash), grads(attention.xla)):
         np.testing.assert_allclose(found, wanted, atol=3e-5)
@@ -173,10 +174,7 @@ class TestSplash:
   def test_on_a_mesh_equals_the_dense_one_with_its_gradient(self, mesh, how):
     # Two key heads: with tensor:4 there are more devices than heads.
     q, k, v, segments = arrays(np.random.default_rng(6), 8, 256, 4, 2, 64)
-
-    def grads(fn):
-      return jax.jit(jax.grad(lambda q, k, v: jnp.sum(jnp.sin(fn(q, k, v, segments, how))), (0, 1, 2)))(q, k, v)
-
+    grads = lambda fn: gradients(fn, q, k, v, segments, how)
     run = lambda *args: splash(*args, how)
     with jax.set_mesh(sharding.make_mesh(mesh)):
       np.testing.assert_allclose(jax.jit(run)(q, k, v, segments), attention.xla(q, k, v, segments, how), atol=2e-6)
@@ -263,6 +261,10 @@ class TestOtherLengths:
           ('splash', 'fsdp:4,context:2', 128, 'xla'),
           ('splash', 'fsdp:4,context:2', 64, 'xla'),
           ('splash', 'fsdp:4,context:2', 600, 'xla'),
+          ('cudnn', 'fsdp:8', 512, 'cudnn'),
+          ('cudnn', 'fsdp:8', 4098, 'xla'),
+          ('cudnn', 'fsdp:8', 511, 'xla'),
+          ('cudnn', 'fsdp:4,context:2', 512, 'xla'),
           ('flash', 'fsdp:1', 512, 'flash'),
           ('flash', 'fsdp:1', 511, 'xla'),
           ('flash', 'fsdp:8', 512, 'xla'),
@@ -272,6 +274,7 @@ class TestOtherLengths:
     q, k, v, seen = arrays(np.random.default_rng(13), 2, length, 4, 2, 64)
     monkeypatch.setattr(splash_lib, 'attend', lambda *_: 'splash')
     monkeypatch.setattr(flash, 'attend', lambda *_: 'flash')
+    monkeypatch.setattr(cudnn, 'attend', lambda *_: 'cudnn')
     monkeypatch.setattr(attention, 'xla', lambda q, *_: q)
     with jax.set_mesh(sharding.make_mesh(mesh, devices=jax.devices()[:1] if mesh == 'fsdp:1' else None)):
       found = attention.attend(kernel, q, k, v, seen, plain(64))

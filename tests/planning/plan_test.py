@@ -17,6 +17,7 @@ from jaxalign import sharding
 from jaxalign import step as step_lib
 from jaxalign import types
 from jaxalign.data import loader
+from jaxalign.models import architecture
 from jaxalign.planning import plan as plan_lib
 from jaxalign.planning import programs
 from jaxalign.planning import search
@@ -96,6 +97,12 @@ class TestPlan:
     # While rows are written, training's state lies beside.
     assert {'parameters', 'optimizer', 'critic', 'weights for sampling'} <= of['decode']['hbm_by_class'].keys()
     assert of['step']['hbm_by_class']['critic'] > 0.9 * of['step']['hbm_by_class']['parameters']
+    # The critic makes no logits, and of a prompt the last token alone has any; policy, reference and critic annotate.
+    each, body, head = ROWS * LENGTH / 4, 2 * MATRICES + 2 * ATTENTION, 2 * D * V
+    assert of['step']['model_flops'] == pytest.approx(each * 3 * (2 * body + head), rel=1e-6)
+    assert of['annotation']['model_flops'] == pytest.approx(each * (3 * body + 2 * head), rel=1e-6)
+    of_prompts = 4 * (192 * (2 * MATRICES + 2 * ATTENTION * 192 / LENGTH) + head) / 4
+    assert of['prefill']['model_flops'] == pytest.approx(of_prompts, rel=1e-6)
     assert found['hbm_bytes'] == max(one['hbm_bytes'] for one in of.values())
 
   def test_of_rollouts_gathers_weights_once_where_rules_say_so(self, capsys):
@@ -129,6 +136,23 @@ class TestEstimate:
     rows = lambda count: (f'loader.Packing.rows = {8 * count}', 'loader.Packing.row_length = 1024')
     one, two = (planned(capsys, flags(f'h100:{count}', 'sft', *rows(count)))['flops_per_device'] for count in (1, 2))
     assert one == pytest.approx(two, rel=0.01)
+
+  @pytest.mark.parametrize(
+      'algo,bound,said',
+      [
+          ('dpo', ('loader.Packing.rows = 12',), 'loader.Packing.rows = 12: it is split 8 ways'),
+          ('grpo', ('rollouts.Options.prompts = 64', 'rollouts.Options.max_new_tokens = 192'), 'do not fit a step'),
+      ],
+  )
+  def test_refuses_what_a_run_would(self, algo, bound, said, capsys):
+    assert main.main(flags('h100:8', algo, *bound)) == 2
+    assert said in capsys.readouterr().err
+
+  def test_takes_the_kernel_of_the_run_for_another(self, capsys):
+    found = []
+    for name in ('cudnn', 'xla'):
+      found.append(planned(capsys, flags('h100:8', 'sft', f"recipe.Recipe.attention = '{name}'"))['flops_per_device'])
+    assert found[0] == found[1]
 
   def test_of_held_out_data_has_what_evaluates(self, capsys):
     found = planned(capsys, [one for one in flags('h100:8', 'dpo') if one != '--eval_data='])
@@ -235,6 +259,10 @@ def made(size, seconds, fits=True):
   return plan_lib.Plan({'algo': 'a'}, topology.CHIPS['v5e'], 4, False, [step])
 
 
+def fails(*_, **__):
+  raise jax.errors.JaxRuntimeError('INTERNAL: a fault\nand where')
+
+
 @dataclasses.dataclass
 class Recipe:
   packing: loader.Packing
@@ -249,7 +277,7 @@ class Job:
 class TestSearch:
 
   def test_front_is_what_nothing_beats_in_both(self):
-    plans = [made(8, 1.0), made(4, 2.0), made(9, 1.5), made(2, 3.0, fits=False), made(4, 2.5)]
+    plans = [made(8, 1.0), made(4, 2.0), made(9, 1.5), made(2, 3.0, fits=False), made(4, 2.5), made(9, 1.0)]
     assert search.pareto(plans) == [0, 1]
 
   def test_points_keep_the_rows_of_a_step(self):
@@ -295,6 +323,23 @@ class TestSearch:
     assert [one['remat'] for one in found.to_json() if one['on_front']] == ['attention']
     assert found.table().splitlines()[-1] == '  ' + shlex.join(['python', 'run', *search.flags(found.found[1][0])])
 
+  def test_compiles_no_more_rows_where_fewer_are_too_large_and_goes_on_where_the_compiler_fails(self):
+    asked = []
+
+    def plan(job, recipe, only_step=False):
+      asked.append((recipe.remat, recipe.packing.rows))
+      if recipe.remat == 'full':
+        fails()
+      return made(8, 1.0, fits=recipe.remat == 'attention' or recipe.packing.rows < 8)
+
+    packing, there = loader.Packing(rows=16, micro_batches=1, row_length=8), topology.find('h100:4')
+    found = search.planned(Job(None), Recipe(packing, 'full'), plan, there, 'fsdp:4', '', [])
+    rows = {how: [rows for remat, rows in asked[:-1] if remat == how] for how in ('full', 'attention', 'dots')}
+    assert rows == {'full': [4, 8, 16], 'attention': [4, 8, 16], 'dots': [4, 8]}
+    assert [point['remat'] for point, _ in found.found] == ['attention'] * 3 + ['dots'] * 2
+    with pytest.raises(types.UsageError, match=r'--search: mesh fsdp:4, remat .*: INTERNAL: a fault$'):
+      search.planned(Job(None), Recipe(packing, 'full'), fails, there, 'fsdp:4', '', [])
+
   def test_says_what_is_too_large(self):
     point = {'mesh': 'fsdp:4', 'rows': 8, 'micro_batches': 1, 'remat': 'full'}
     said = search.front([(point, made(17 * 2**30, 1.0, fits=False))], [])
@@ -304,9 +349,13 @@ class TestSearch:
 class TestMeshes:
 
   def test_multiply_to_the_devices(self):
-    for text in search.meshes(8):
+    config = architecture.Config(512, 2, 16, 2, 2, 8, 32, 64)
+    for text in search.meshes(8, config, 2048):
       assert math.prod(sharding.parse_mesh(text).values()) == 8
-    assert search.meshes(2) == ['fsdp:2', 'fsdp:1,tensor:2']
+    assert search.meshes(2, config, 2048) == ['fsdp:2', 'fsdp:1,tensor:2']
+    mixed = dataclasses.replace(config, num_experts=6)
+    ways = ['fsdp:4,tensor:2', 'fsdp:2,tensor:4', 'fsdp:4,expert:2', 'fsdp:4,context:2', 'fsdp:2,context:4']
+    assert search.meshes(8, mixed, 131_072 + 4) == ['fsdp:8', *ways[:2], 'fsdp:1,tensor:8', *ways[2:]]
 
 
 def test_chips_are_named_as_topologies_are():

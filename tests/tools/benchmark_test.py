@@ -126,8 +126,9 @@ class TestMain:
 class TestRate:
 
   def test_is_of_the_median_step_or_of_all_where_they_differ(self):
-    assert benchmark.rate([1.0, 2.0, 30.0], [8, 8, 8]) == 4
-    assert benchmark.rate([1.0, 2.0, 5.0], [8, 4, 12]) == 3
+    assert benchmark.rate([1.0, 2.0, 30.0], [8, 8, 8], True) == 4
+    assert benchmark.rate([1.0, 2.0, 5.0], [8, 4, 12], False) == 3
+    assert benchmark.rate([1.0, 2.0, 5.0], [8, 8, 8], False) == 3  # as many pairs, padded to other widths
 
 
 class TestSpread:
@@ -148,9 +149,12 @@ class TestFirstStep:
     code = f'import time; time.sleep(0.2); open({str(path)!r}, "w").write("x"); time.sleep(600)'
     assert 0.2 <= benchmark.first_step([sys.executable, '-c', code], path) < 300
 
-  def test_says_why_there_was_none(self, tmp_path):
+  @pytest.mark.parametrize('before', ['', 'open({path!r}, "a"); '])  # A run opens the file before its first step.
+  def test_says_why_there_was_none(self, tmp_path, before):
+    path = tmp_path / 'metrics.jsonl'
+    code = before.format(path=str(path)) + 'raise SystemExit("oh")'
     with pytest.raises(benchmark.Failed, match='no step: SystemExit: oh|no step: oh'):
-      benchmark.first_step([sys.executable, '-c', 'raise SystemExit("oh")'], tmp_path / 'metrics.jsonl')
+      benchmark.first_step([sys.executable, '-c', code], path)
 
 
 class TestPrepare:

@@ -72,6 +72,18 @@ class TestMain:
     cells = '1.0 of 15.8 GiB, MFU <= 50% | **does not fit**: 20.0 of 15.8 GiB | refused'
     assert capsys.readouterr().out.splitlines()[2] == f'| tiny | h100:8 | {cells} |'
 
+  def test_table_tells_several_plans_of_an_algorithm_apart(self):
+    of = {'algo': 'dpo', 'model': 'tiny', 'topology': 'h100:8'}
+    of |= {'hbm_limit_bytes': 2**34, 'fits': True, 'mfu_bound': 0.5}
+    flags = lambda mesh: ['--algo=dpo', f'--mesh={mesh}', '--gin=loader.Packing.rows=8', '--gin=recipe.Recipe.remat=1']
+    lines = [of | {'hbm_bytes': size * 2**30, 'flags': flags(mesh)} for mesh, size in (('fsdp:8', 1), ('tensor:8', 2))]
+    assert plan.table(lines).splitlines() == [
+        '| model | topology | mesh and rows | dpo |',
+        '|---|---|---|---|',
+        '| tiny | h100:8 | fsdp:8, rows=8 | 1.0 of 16.0 GiB, MFU <= 50% |',
+        '| tiny | h100:8 | tensor:8, rows=8 | 2.0 of 16.0 GiB, MFU <= 50% |',
+    ]
+
   def test_says_what_a_plan_was_refused_for(self):
     found = plan.plan(['--mode=plan', '--algo=dpo', '--topology=v9:2x2'])
     assert found['error'].startswith('jaxalign: --topology=v9:2x2: the chips are')
@@ -108,6 +120,17 @@ class TestMain:
       plan.main(['--output=plans.jsonl', '--rows_at_once=0'])
     assert stop.value.code == 2
     assert '--rows_at_once: 0: it is a whole number, at least 1' in capsys.readouterr().err
+
+
+class TestPlans:
+
+  def test_of_the_files_take_no_more_than_what_runs(self):
+    lines = [line for name in ('plans.jsonl', 'plans_long.jsonl') for line in (ROOT / 'tools' / name).open()]
+    programs = [one for line in lines for one in json.loads(line)['programs'] if one['seconds']]
+    assert {one['name'] for one in programs} == {'step', 'reference', 'prefill', 'decode', 'annotation'}
+    for one in programs:
+      if one['name'] != 'decode':  # of which rows of a device are too few for what counts as a product
+        assert one['model_flops'] < 1.001 * one['flops']
 
 
 class TestReadme:
