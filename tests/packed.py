@@ -1,4 +1,6 @@
-"""Batches packed by hand, for tests of what reads them."""
+"""Batches packed by hand, for tests of what reads them, and sequences read alone."""
+
+import functools
 
 import jax
 import numpy as np
@@ -56,3 +58,20 @@ def pairs(seed, count, vocab_size=50):
   rng = np.random.default_rng(seed)
   text = lambda low, high: rng.integers(1, vocab_size, rng.integers(low, high)).tolist()
   return [(text(2, 5), text(1, 6), text(1, 6)) for _ in range(count)]
+
+
+def hidden_states(model, params, ids, experts=None, *, length=64):
+  """Of a sequence that is read alone, `[T, D]` in float64: padding stands behind it, so that one program reads all."""
+  place = np.zeros((1, length), np.int32)
+  place[0, : len(ids)] = ids
+  tokens = place, np.arange(length)[None], (np.arange(length) < len(ids)).astype(np.int32)[None]
+  more = {}
+  if experts is not None:
+    more['experts_BTLk'] = np.full((1, length, *experts.shape[1:]), 255, experts.dtype)
+    more['experts_BTLk'][0, : len(experts)] = experts
+  return np.asarray(_read(model, params, tokens, more)[0, : len(ids)], np.float64)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(model, params, tokens, more):
+  return model.apply({'params': params}, *tokens, **more)

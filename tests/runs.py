@@ -21,6 +21,7 @@ from jaxalign.models import hf
 from jaxalign.models import hf_export
 from jaxalign.models import hf_import
 from jaxalign.models import transformer
+from tests import packed
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TIMED = {'tokens_per_s', 'step_time', 'time/host', 'time/input', 'mfu'}
@@ -88,14 +89,7 @@ def hidden_states(longest=64):
   one, stories = sharding.make_mesh('', devices=jax.devices()[:1]), recipe.asset('stories260K')
   config = hf.read_config(stories)
   params, module = hf_import.read_params(stories, config, one), transformer.build(config, one, length=512)
-  read = jax.jit(lambda ids, is_text: module.apply({'params': params}, ids, np.arange(longest)[None], is_text))
-
-  def states(ids):
-    padded = np.zeros((2, 1, longest), np.int32)
-    padded[:, 0, : len(ids)] = ids, np.ones(len(ids))
-    return np.asarray(read(*padded)[0, : len(ids)], np.float64)
-
-  return states
+  return lambda ids: packed.hidden_states(module, params, ids, length=longest)
 
 
 def spawn(args, devices=2, cwd=ROOT, program=('-m', 'jaxalign.main'), **env):

@@ -21,6 +21,7 @@ from jaxalign.data import tokenizers
 from jaxalign.models import transformer
 from jaxalign.rewards import functions
 from jaxalign.rewards import panels
+from tests import packed
 from tests import runs
 
 STORIES = recipe.asset('stories260K')
@@ -184,8 +185,8 @@ class TestImplicitRewards:
     base = recipe.load(str(STORIES), ONE)
 
     def logps(model, params, ids):
-      hidden = model.apply({'params': params}, ids[None], np.arange(ids.size)[None], np.ones((1, ids.size), np.int32))
-      logits = np.asarray(hidden[0] @ transformer.output_matrix(params)[:, :512], np.float64)
+      hidden = packed.hidden_states(model, params, ids)
+      logits = hidden @ np.asarray(transformer.output_matrix(params), np.float64)[:, :512]
       return (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))[np.arange(ids.size - 1), ids[1:]]
 
     wanted = []
@@ -243,9 +244,7 @@ class TestKinds:
 
   def hidden(self, workdir, ids):
     loaded = checkpoint.load(workdir, ONE)
-    ids = np.array([ids])
-    states = loaded.model.apply({'params': loaded.params}, ids, np.arange(ids.size)[None], np.ones_like(ids))
-    return np.asarray(states[0, -1], np.float64), jax.device_get(loaded.params)
+    return packed.hidden_states(loaded.model, loaded.params, ids)[-1], jax.device_get(loaded.params)
 
   def test_of_several_ratings_gives_them_all(self, capsys, tmp_path_factory, tmp_path):
     workdir = trained(tmp_path_factory, 'rm_attributes')

@@ -21,6 +21,7 @@ from jaxalign.losses import reward
 from jaxalign.models import architecture
 from jaxalign.models import transformer
 from jaxalign.rl import experience
+from tests import packed
 
 SIZES = {'vocab_size': 50, 'num_layers': 2, 'embed_dim': 16, 'num_heads': 2, 'num_kv_heads': 1, 'head_size': 8}
 SIZES |= {'mlp_dim': 24, 'max_length': 64, 'score_outputs': 1}
@@ -199,10 +200,9 @@ class TestExperts:
         found = run(batch)
         for place in loader.places(placements):
           one = data[place.record].sequences[place.slot]
-          tokens = one.ids[None, :-1], np.arange(len(one.ids) - 1)[None], np.ones((1, len(one.ids) - 1), np.int32)
           for name, params in (('logps', policy), ('ref_logps', ref)):
-            hidden_TD = model.apply({'params': params}, *tokens, experts_BTLk=one.experts[None])[0]
-            logits = np.asarray(hidden_TD, np.float64) @ np.asarray(transformer.output_matrix(params), np.float64)
+            hidden_TD = packed.hidden_states(model, params, one.ids[:-1], one.experts, length=32)
+            logits = hidden_TD @ np.asarray(transformer.output_matrix(params), np.float64)
             logp = logits - np.log(np.exp(logits[:, : c.vocab_size]).sum(axis=1, keepdims=True))
             wanted = logp[np.arange(len(logp)), one.ids[1:]][one.mask[1:]]
             np.testing.assert_allclose(found[name][place.micro, place.row, place.targets], wanted, atol=1e-4)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
+import functools
 import itertools
 import shlex
 from typing import Any
@@ -90,33 +91,13 @@ def planned(
     varied = dataclasses.replace(recipe, packing=packing, remat=point['remat'])
     return plan_fn(dataclasses.replace(job, mesh=mesh_of(point['mesh'])), recipe=varied, **only)
 
-  found = list[tuple[dict[str, Any], plan_lib.Plan]]()
-  problem: types.UsageError | None = None
   tried = list(points(recipe, texts, lambda text: sharding.parts(mesh_of(text), 'batch')))
-  logging.info('--search: %d points, each compiled unless fewer rows are too large already', len(tried))
-  too_large = set[tuple[str, str]]()
-  for point in tried:
-    if (point['mesh'], point['remat']) in too_large:
-      continue
-    one = None
-    try:
-      one = compiled(point, only_step=True)
-    except types.UsageError as err:
-      problem = err
-    except jax.errors.JaxRuntimeError as err:  # The compiler's own faults are those of a point too.
-      problem = types.UsageError(f'--search: {_said(point)}: {str(err).splitlines()[0]}')
-    if one is None:
-      logging.info('%s: left out, as %s', _said(point), problem)
-      continue
-    logging.info('%s: %s', _said(point), _result(one))
-    found.append((point, one))
-    if not one.fits:
-      too_large.add((point['mesh'], point['remat']))
-  if not found:
+  if not tried:
     rows = recipe.packing.rows * recipe.packing.micro_batches
-    raise problem or types.UsageError(
+    raise types.UsageError(
         f'--search: {rows} rows of a step (loader.Packing.rows x micro_batches) cannot be spread over {texts}'
     )
+  found = _steps(tried, functools.partial(compiled, only_step=True))
   whole = set[int]()
   while (best := pareto([one for _, one in found])[:1]) and not whole.issuperset(best):
     (i,) = best
@@ -125,6 +106,31 @@ def planned(
     logging.info('%s, the whole run: %s', _said(point), _result(found[i][1]))
     whole.add(i)
   return Search(found, frozenset(whole), command_line)
+
+
+def _steps(
+    tried: Sequence[dict[str, Any]], compiled: Callable[[dict[str, Any]], plan_lib.Plan]
+) -> list[tuple[dict[str, Any], plan_lib.Plan]]:
+  """Those points that compile; raises UsageError where none does. Rows are not tried where fewer are too large."""
+  logging.info('--search: %d points', len(tried))
+  found, too_large = list[tuple[dict[str, Any], plan_lib.Plan]](), set[tuple[str, str]]()
+  problem = types.UsageError('--search: there are no points')
+  for point in tried:
+    if (point['mesh'], point['remat']) in too_large:
+      continue
+    try:
+      one = compiled(point)
+    except (types.UsageError, jax.errors.JaxRuntimeError) as err:  # The compiler's own faults are of a point too.
+      problem = types.UsageError(f'--search: {_said(point)}: {str(err).splitlines()[0]}')
+      logging.info('left out: %s', problem)
+      continue
+    logging.info('%s: %s', _said(point), _result(one))
+    found.append((point, one))
+    if not one.fits:
+      too_large.add((point['mesh'], point['remat']))
+  if not found:
+    raise problem
+  return found
 
 
 class Search(NamedTuple):

@@ -3,7 +3,6 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,6 +18,7 @@ from jaxalign.rewards import environments as builtin
 from jaxalign.rewards import verdicts
 from jaxalign.rl import experience
 from jaxalign.rl import multi_turn
+from tests import packed
 from tests import runs
 
 HERE = 'tests.rl.multi_turn_test'
@@ -94,13 +94,11 @@ class TestPlay:
         runs_of = ''.join('s' if is_sampled else 'o' for is_sampled in one.sampled)
         assert runs_of.replace('s', ' ').split() == ['o' * len(tokenizer.encode(a, continuation=True)) for a in answers]
         assert len(one.logps) == sum(one.sampled)
-        ids = np.array([prompt.ids + one.ids], np.int32)
-        positions = np.arange(ids.shape[1])[None]
-        hidden = model.apply({'params': params}, ids, positions, np.ones_like(ids))
-        logits = hidden.astype(jnp.float32) @ transformer.output_matrix(params)
-        table = jax.nn.log_softmax(logits[0, :, :512])
+        ids = prompt.ids + one.ids
+        logits = packed.hidden_states(model, params, ids) @ np.asarray(transformer.output_matrix(params), np.float64)
+        table = logits - np.log(np.exp(logits[:, :512]).sum(axis=1, keepdims=True))
         at = [len(prompt.ids) + i for i, is_sampled in enumerate(one.sampled) if is_sampled]
-        np.testing.assert_allclose(one.logps, [table[i - 1, ids[0, i]] for i in at], atol=1e-4)
+        np.testing.assert_allclose(one.logps, [table[i - 1, ids[i]] for i in at], atol=1e-4)
 
   def test_cuts_long_answers_and_says_so(self, tokenizer):
     prompts = [verdicts.Prompt([1], {'name': 'Tom', 'turns': 2}, 'here')]
