@@ -16,6 +16,10 @@ from jaxalign.rewards import functions
 from jaxalign.rl import credit as credit_lib
 from jaxalign.rl import rollouts as rollouts_lib
 
+# What losses read of a critic: of one with a head, and of one that writes.
+_VALUES = frozenset({'policy.scores_BTO', 'policy.values_GK'})
+_CRITIC_LOGPS = frozenset({'policy.critic_logps_BT'})
+
 
 def labels_of(recipe: recipe_lib.Recipe, options: rollouts_lib.Options) -> tuple[tuple[str, ...], tuple[str, ...]]:
   """Names of the labels of responses, and of tokens, that advantages make."""
@@ -48,8 +52,8 @@ def of_rollouts(recipe: recipe_lib.Recipe, options: rollouts_lib.Options) -> tra
       token_labels=(*of_tokens, 'sampler_logps', 'old_logps', *(['is_text'] if options.texts else [])),
       outputs=outputs,
   )
-  values = needs.fields & {'policy.scores_BTO', 'policy.values_GK'} or valued
-  writes = needs.fields & {'policy.critic_logps_BT'} or 'critic_ratio_BT' in options.credit.reads
+  values = needs.fields & _VALUES or valued
+  writes = needs.fields & _CRITIC_LOGPS or 'critic_ratio_BT' in options.credit.reads
   if writes and not recipe.critic_writes:
     problem = "read a critic that writes; bind recipe.Recipe.critic = 'policy' and recipe.Recipe.critic_writes = True"
     raise types.UsageError(f'loss or advantages {problem}')
@@ -88,9 +92,9 @@ def flops_per_token(
 
   See `architecture.flops_per_token`.
   """
-  frozen = model.lora is not None
+  frozen, live = model.lora is not None, live and needs.reference
   flops = architecture.flops_per_token(model.config, length, frozen=frozen, live=live, head=needs.writes)
-  if critic_model is not None:
+  if critic_model is not None and needs.fields & (_VALUES | _CRITIC_LOGPS):
     of = {'frozen': critic_model.lora is not None, 'head': not critic_model.config.score_outputs}
     flops += architecture.flops_per_token(critic_model.config, length, **of)
   return flops

@@ -109,7 +109,7 @@ ask() {
       say "could not ask for the state of $name in $zone; see the message of gcloud above"
       return 1
     fi
-    sleep "$POLL"
+    heeding sleep "$POLL"
   done
   answered=1
 }
@@ -124,6 +124,10 @@ find_state() {
   fi
   ask tpu-vm state || return
   [[ $place != ACTIVE || $found != ABSENT ]] || found=SUSPENDED
+}
+
+create() {
+  tpus "$@" 2>&1 | tee "$scratch/said" >&2
 }
 
 # Returns 1 where a VM that was used already finds no room to be made again.
@@ -142,7 +146,7 @@ make() {
     return
   fi
   say "making $name: $create in $zone"
-  if tpus "$kind" create "$name" "${args[@]}" 2>&1 | tee "$scratch/said" >&2; then
+  if heeding create "$kind" create "$name" "${args[@]}"; then
     return
   fi
   if grep -qi 'capacity\|stockout' "$scratch/said"; then
@@ -246,7 +250,7 @@ fetch_log() {
 }
 
 fetch_logs() {
-  local worker
+  local worker copies=() # not the connection of a run that could not be stopped
   [[ $logs ]] || return 0
   ask tpu-vm 'networkEndpoints.len()' || return 0
   if [[ $dry_run ]]; then
@@ -256,9 +260,12 @@ fetch_logs() {
   else
     for ((worker = 0; worker < found; worker++)); do
       fetch_log "$worker" &
-      (((worker + 1) % 8)) || wait
+      copies+=($!)
+      (((worker + 1) % 8 && worker + 1 < found)) || {
+        wait "${copies[@]}" || :
+        copies=()
+      }
     done
-    wait
   fi
 }
 
@@ -291,7 +298,8 @@ interrupted() {
   elif [[ $create && ! $running ]]; then
     say "$name stays, or stays in the queue: bash launch/tpu_vm.sh $login $zone --delete"
   fi
-  [[ ! $left ]] || pkill -TERM -P "$left" || : # the connection, where it has not ended with the run
+  # The connection may not have ended with the run.
+  [[ ! $left ]] || { pkill -TERM -P "$left" || kill -TERM "$left" || :; } 2>/dev/null
   exit "$code"
 }
 

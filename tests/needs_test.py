@@ -1,5 +1,6 @@
 """What loss and advantages of a recipe read, and what is refused before anything is loaded."""
 
+import dataclasses
 import functools
 import types as pytypes
 
@@ -99,3 +100,34 @@ class TestBind:
     recipe = pytypes.SimpleNamespace(objective=make, rollouts=None)
     with pytest.raises(types.UsageError, match='the loss reads ref.logratios_GK, but .* of scores, which have no ref'):
       needs_lib.bind(recipe, model, needs, model if live else None)
+
+
+class TestFlopsPerToken:
+
+  # In passes of a body and of a head, 1 forward and 2 backward, of the policy and of the critic.
+  @pytest.mark.parametrize(
+      'fields,live,head_of_critic,bodies,heads',
+      [
+          ({'policy.rewards_GK'}, False, None, 3, 0),
+          ({'policy.logps_GK'}, False, None, 3, 3),
+          ({'policy.logps_GK', 'ref.logratios_GK'}, True, None, 4, 4),
+          ({'policy.logps_BT'}, True, None, 3, 3),  # the reference is read once a rollout, and not in the step
+          ({'policy.logps_BT', 'policy.scores_BTO'}, False, 1, 6, 3),
+          ({'policy.logps_BT', 'policy.critic_logps_BT'}, False, 0, 6, 6),
+          ({'policy.logps_BT'}, False, 1, 3, 3),  # advantages alone read the critic
+      ],
+  )
+  def test_are_those_of_what_the_loss_reads(self, fields, live, head_of_critic, bodies, heads):
+    of = lambda config: pytypes.SimpleNamespace(config=config, lora=None)
+    critic = None if head_of_critic is None else of(dataclasses.replace(TINY, score_outputs=head_of_critic))
+    body = 2 * (16 * 8 * (2 * 2 + 2 * 1) + 3 * 16 * 32) + 4 * 2 * 8 * 10 / 2
+    found = needs_lib.flops_per_token(tracing.Needs(frozenset(fields)), of(TINY), critic, 10, live=live)
+    assert found == bodies * body + heads * 2 * 16 * 512
+
+  def test_of_adapters_lack_gradients_of_what_is_frozen(self):
+    model = pytypes.SimpleNamespace(config=TINY, lora='any')
+    critic = pytypes.SimpleNamespace(config=dataclasses.replace(TINY, score_outputs=1), lora='any')
+    needs = tracing.Needs(frozenset({'policy.logps_BT', 'policy.scores_BTO'}))
+    matrices, attention = 2 * (16 * 8 * (2 * 2 + 2 * 1) + 3 * 16 * 32), 4 * 2 * 8 * 10 / 2
+    wanted = 2 * (2 * matrices + 3 * attention) + 2 * 2 * 16 * 512
+    assert needs_lib.flops_per_token(needs, model, critic, 10, live=False) == wanted

@@ -64,7 +64,7 @@ def pick(
       reason = 'cuDNN has no soft cap'
     elif kv_heads % sharding.parts(mesh, 'heads'):
       reason = f'cuDNN takes whole key heads (here {kv_heads}), which the mesh splits'
-    elif not sixteen_bits or head_size % 8 or head_size > 128 or not cudnn.takes(mesh, length):
+    elif not sixteen_bits or head_size % 8 or head_size > 128 or length > cudnn.MOST or not cudnn.takes(mesh, length):
       reason = (
           f'cuDNN wants 16-bit floats (here {jnp.dtype(dtype).name}), heads in multiples of 8 up to 128 (here'
           f' {head_size}), rows that are not split, of an even number of tokens up to {cudnn.MOST} (here {length})'

@@ -8,12 +8,12 @@ from jax import ad_checkpoint
 from jaxalign import sharding
 from jaxalign.models import seen as seen_lib
 
-MOST = 4096  # tokens of a row, beyond which the dense mask takes more memory than the kernel saves
+MOST = 4096  # tokens of a row: beyond it the dense mask takes more memory than the kernel saves
 
 
 def takes(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, length: int) -> bool:
-  """Whether it takes rows of this length on a mesh: an even number of tokens, whole and not too long."""
-  return length <= MOST and length % 2 == 0 and (mesh.empty or sharding.parts(mesh, 'length') == 1)
+  """Whether it takes rows of this length on a mesh: an even number of tokens, which is not split."""
+  return length % 2 == 0 and (mesh.empty or sharding.parts(mesh, 'length') == 1)
 
 
 def attend(

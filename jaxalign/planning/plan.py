@@ -147,7 +147,7 @@ def plan(
     UsageError: recipe, data, model and mesh do not agree.
   """
   if topology.estimated:  # by a mesh of CPUs, whose defaults are others, and which have no kernels of GPUs
-    if recipe.attention not in ('', 'xla'):
+    if recipe.attention not in (None, 'xla'):
       logging.info('attention is estimated as xla, not %s', recipe.attention)
     recipe = dataclasses.replace(recipe, kept_logits=recipe.kept_logits or 0, attention='xla')
   packing = recipe.packing

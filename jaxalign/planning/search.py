@@ -28,6 +28,7 @@ _BINDINGS = {
     'remat': 'recipe.Recipe.remat',
 }
 BOUND = frozenset(_BINDINGS.values())
+_FAULTS = types.UsageError, jax.errors.JaxRuntimeError  # of a point: it cannot be, or the compiler fails
 _LONG = 16_384  # tokens of rows that are split over devices too
 
 
@@ -102,7 +103,15 @@ def planned(
   while (best := pareto([one for _, one in found])[:1]) and not whole.issuperset(best):
     (i,) = best
     point = found[i][0]
-    found[i] = point, compiled(point)
+    try:
+      found[i] = point, compiled(point)
+    except _FAULTS as err:
+      problem = _told(point, err)
+      del found[i]
+      whole = {number - (number > i) for number in whole}
+      if not found:
+        raise problem from err
+      continue
     logging.info('%s, the whole run: %s', _said(point), _result(found[i][1]))
     whole.add(i)
   return Search(found, frozenset(whole), command_line)
@@ -114,23 +123,33 @@ def _steps(
   """Those points that compile; raises UsageError where none does. Rows are not tried where fewer are too large."""
   logging.info('--search: %d points', len(tried))
   found, too_large = list[tuple[dict[str, Any], plan_lib.Plan]](), set[tuple[str, str]]()
-  problem = types.UsageError('--search: there are no points')
+  problem: types.UsageError | None = None
   for point in tried:
-    if (point['mesh'], point['remat']) in too_large:
+    # A step of a single micro-batch adds no gradients up, and may fit all the same.
+    if (point['mesh'], point['remat']) in too_large and point['micro_batches'] > 1:
+      logging.info('%s: left out, as fewer rows are too large', _said(point))
       continue
     try:
       one = compiled(point)
-    except (types.UsageError, jax.errors.JaxRuntimeError) as err:  # The compiler's own faults are of a point too.
-      problem = types.UsageError(f'--search: {_said(point)}: {str(err).splitlines()[0]}')
-      logging.info('left out: %s', problem)
+    except _FAULTS as err:
+      said = _told(point, err)
+      problem = problem or said
       continue
     logging.info('%s: %s', _said(point), _result(one))
     found.append((point, one))
     if not one.fits:
       too_large.add((point['mesh'], point['remat']))
-  if not found:
+  if not found and problem is not None:
     raise problem
   return found
+
+
+def _told(point: dict[str, Any], err: Exception) -> types.UsageError:
+  """Logs that a point is left out, and returns what to say where no other is left."""
+  logging.info('%s: left out, as %s', _said(point), err)
+  if isinstance(err, types.UsageError):
+    return err
+  return types.UsageError(f'--search: {_said(point)}: {str(err).splitlines()[0]}')
 
 
 class Search(NamedTuple):

@@ -588,6 +588,18 @@ class TestDeleting:
     assert 'tpu-vm delete' not in run.log()
     run.wait_for('worker-0/jaxalign/.launch/code', 'worker-1/jaxalign/.launch/code')
 
+  def test_does_not_wait_for_a_run_that_could_not_be_stopped(self, run):
+    run.tell('slow')
+    run.tell('fail-stop')
+    running = run.start('my-tpu', 'us-x1-a', '--logs=logs', '--algo=dpo')
+    run.wait_for('worker-0/started', 'worker-1/started')
+    running.terminate()  # the shell alone
+    assert running.wait(timeout=20) == 143
+    assert (run.here / 'logs' / 'worker-1' / 'launch.log').exists()
+    assert not (run.calls / 'worker-0/jaxalign/.launch/code').exists()  # It still goes on.
+    (run.calls / 'slow').unlink()
+    run.wait_for('worker-0/jaxalign/.launch/code', 'worker-1/jaxalign/.launch/code')
+
   def test_leaves_a_vm_with_another_run_where_it_is_interrupted_before_its_own(self, alive):
     alive.tell('slow-scp')
     running = alive.start('my-tpu', 'us-x1-a', '--delete', '--algo=dpo')

@@ -148,11 +148,12 @@ class TestEstimate:
     assert main.main(flags('h100:8', algo, *bound)) == 2
     assert said in capsys.readouterr().err
 
-  def test_takes_the_kernel_of_the_run_for_another(self, capsys):
+  def test_takes_the_kernel_of_the_run_for_another(self, capsys, caplog):
     found = []
-    for name in ('cudnn', 'xla'):
-      found.append(planned(capsys, flags('h100:8', 'sft', f"recipe.Recipe.attention = '{name}'"))['flops_per_device'])
+    for bound in (("recipe.Recipe.attention = 'cudnn'",), ()):
+      found.append(planned(capsys, flags('h100:8', 'sft', *bound))['flops_per_device'])
     assert found[0] == found[1]
+    assert caplog.text.count('estimated as xla') == caplog.text.count('estimated as xla, not cudnn') == 1
 
   def test_of_held_out_data_has_what_evaluates(self, capsys):
     found = planned(capsys, [one for one in flags('h100:8', 'dpo') if one != '--eval_data='])
@@ -323,7 +324,7 @@ class TestSearch:
     assert [one['remat'] for one in found.to_json() if one['on_front']] == ['attention']
     assert found.table().splitlines()[-1] == '  ' + shlex.join(['python', 'run', *search.flags(found.found[1][0])])
 
-  def test_compiles_no_more_rows_where_fewer_are_too_large_and_goes_on_where_the_compiler_fails(self):
+  def test_compiles_no_more_rows_where_fewer_are_too_large_but_for_one_micro_batch(self):
     asked = []
 
     def plan(job, recipe, only_step=False):
@@ -332,11 +333,22 @@ class TestSearch:
         fails()
       return made(8, 1.0, fits=recipe.remat == 'attention' or recipe.packing.rows < 8)
 
-    packing, there = loader.Packing(rows=16, micro_batches=1, row_length=8), topology.find('h100:4')
+    packing, there = loader.Packing(rows=32, micro_batches=1, row_length=8), topology.find('h100:4')
     found = search.planned(Job(None), Recipe(packing, 'full'), plan, there, 'fsdp:4', '', [])
     rows = {how: [rows for remat, rows in asked[:-1] if remat == how] for how in ('full', 'attention', 'dots')}
-    assert rows == {'full': [4, 8, 16], 'attention': [4, 8, 16], 'dots': [4, 8]}
-    assert [point['remat'] for point, _ in found.found] == ['attention'] * 3 + ['dots'] * 2
+    assert rows == {'full': [4, 8, 16, 32], 'attention': [4, 8, 16, 32], 'dots': [4, 8, 32]}
+    assert [point['remat'] for point, _ in found.found] == ['attention'] * 4 + ['dots'] * 3
+
+  def test_goes_on_where_the_compiler_fails(self):
+    packing, there = loader.Packing(rows=4, micro_batches=1, row_length=8), topology.find('h100:4')
+
+    def plan(job, recipe, only_step=False):  # of the fastest it fails with the whole run
+      if recipe.remat == 'dots' and not only_step:
+        fails()
+      return made(8, {'dots': 1.0, 'attention': 2.0, 'full': 3.0}[recipe.remat])
+
+    found = search.planned(Job(None), Recipe(packing, 'full'), plan, there, 'fsdp:4', '', [])
+    assert [(one['remat'], one['whole']) for one in found.to_json()] == [('full', False), ('attention', True)]
     with pytest.raises(types.UsageError, match=r'--search: mesh fsdp:4, remat .*: INTERNAL: a fault$'):
       search.planned(Job(None), Recipe(packing, 'full'), fails, there, 'fsdp:4', '', [])
 
