@@ -134,7 +134,7 @@ def _cpus(text: str, count: int) -> list[jax.Device]:
   jax.config.update('jax_platforms', 'cpu')
   try:
     # Whoever asked for more, by JAX_NUM_CPU_DEVICES, may want another topology later.
-    jax.config.update('jax_num_cpu_devices', max(count, jax.config.jax_num_cpu_devices))
+    jax.config.update('jax_num_cpu_devices', max(count, jax.config.values['jax_num_cpu_devices']))
   except RuntimeError:
     pass  # They are there already.
   devices = jax.devices('cpu')
