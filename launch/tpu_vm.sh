@@ -250,7 +250,7 @@ fetch_log() {
 }
 
 fetch_logs() {
-  local worker copies=() # not the connection of a run that could not be stopped
+  local worker copy copies=() # not the connection of a run that could not be stopped
   [[ $logs ]] || return 0
   ask tpu-vm 'networkEndpoints.len()' || return 0
   if [[ $dry_run ]]; then
@@ -262,7 +262,7 @@ fetch_logs() {
       fetch_log "$worker" &
       copies+=($!)
       (((worker + 1) % 8 && worker + 1 < found)) || {
-        wait "${copies[@]}" || :
+        for copy in "${copies[@]}"; do wait "$copy" || :; done
         copies=()
       }
     done
