@@ -243,14 +243,18 @@ ${setup:+bash -c $(printf '%q' "$setup") >&2 &&
 }
 
 fetch_log() {
-  local folder=$logs/worker-$1
+  local folder=$logs/worker-$1 said
   call mkdir -p "$folder"
-  tpus tpu-vm scp "$login:jaxalign/launch.log" "$login:jaxalign/launch.out" "$folder/" --worker="$1" \
-    >&"$shown" </dev/null || say "could not fetch the log of worker $1"
+  # Shown as a whole: what several copies say at a time would mix within lines.
+  said=$({
+    tpus tpu-vm scp "$login:jaxalign/launch.log" "$login:jaxalign/launch.out" "$folder/" --worker="$1" </dev/null ||
+      say "could not fetch the log of worker $1"
+  } 2>&1)
+  [[ ! $said ]] || echo "$said" >&"$shown"
 }
 
 fetch_logs() {
-  local worker copy copies=() # not the connection of a run that could not be stopped
+  local worker copies=() # not the connection of a run that could not be stopped
   [[ $logs ]] || return 0
   ask tpu-vm 'networkEndpoints.len()' || return 0
   if [[ $dry_run ]]; then
@@ -262,7 +266,7 @@ fetch_logs() {
       fetch_log "$worker" &
       copies+=($!)
       (((worker + 1) % 8 && worker + 1 < found)) || {
-        for copy in "${copies[@]}"; do wait "$copy" || :; done
+        wait "${copies[@]}" || :
         copies=()
       }
     done
