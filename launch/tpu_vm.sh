@@ -126,8 +126,12 @@ find_state() {
   [[ $place != ACTIVE || $found != ABSENT ]] || found=SUSPENDED
 }
 
+# Shows and keeps what is said. (In a pipeline gcloud would be no child of this process, with which it is ended.)
 create() {
-  tpus "$@" 2>&1 | tee "$scratch/said" >&2
+  local code=0
+  tpus "$@" > >(tee "$scratch/said" >&2) 2>&1 || code=$?
+  wait $! || :
+  return "$code"
 }
 
 # Returns 1 where a VM that was used already finds no room to be made again.
@@ -146,9 +150,11 @@ make() {
     return
   fi
   say "making $name: $create in $zone"
-  if heeding create "$kind" create "$name" "${args[@]}"; then
-    return
-  fi
+  local failed=''
+  making=1
+  heeding create "$kind" create "$name" "${args[@]}" || failed=1
+  making=''
+  [[ $failed ]] || return 0
   if grep -qi 'capacity\|stockout' "$scratch/said"; then
     ((restarted == 0)) || return 1
     die "$zone has no free $create now: --queued waits for one, or try another zone"
@@ -176,7 +182,13 @@ release() {
   if ((code)); then
     find_state || found=READY
     case $found in
-      ABSENT) ask queued-resources state.state && [[ $found != ABSENT ]] || return 0 ;;
+      ABSENT)
+        ask queued-resources state.state && [[ $found != ABSENT ]] || {
+          [[ ! $making ]] ||
+            say "$name was being made, and may still come: bash launch/tpu_vm.sh $login $zone --delete"
+          return 0
+        }
+        ;;
       READY | REPAIRING)
         on_workers "$BUSY; ! busy" || {
           say "$name stays: bash launch/tpu_vm.sh $login $zone --stop ends what may run there, --delete the VM itself"
@@ -297,17 +309,20 @@ interrupted() {
     on_workers "$STOP" || say "could not stop it on all workers: bash launch/tpu_vm.sh $login $zone --stop"
     fetch_logs
   fi
+  # A connection may not have ended with the run; and nothing must go on to make what is deleted here.
+  [[ ! $left ]] || {
+    pkill -TERM -P "$left" || kill -TERM "$left" || :
+    wait "$left" || :
+  } 2>/dev/null
   if [[ $delete ]]; then
     release
   elif [[ $create && ! $running ]]; then
     say "$name stays, or stays in the queue: bash launch/tpu_vm.sh $login $zone --delete"
   fi
-  # The connection may not have ended with the run.
-  [[ ! $left ]] || { pkill -TERM -P "$left" || kill -TERM "$left" || :; } 2>/dev/null
   exit "$code"
 }
 
-answered='' running='' waited='' found='' assumed=READY shown=2
+answered='' running='' making='' waited='' found='' assumed=READY shown=2
 if [[ $dry_run ]]; then
   scratch=/tmp/launch shown=1
   [[ ! $create ]] || assumed=ABSENT

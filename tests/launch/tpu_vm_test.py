@@ -13,7 +13,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # A TPU VM and its place in the queue are files with the states that are told, one after another; the last one stays.
 # `fail-VERB` has what a verb says as it fails; `ssh`, `scp` and `create` have exit codes of calls that come to nothing,
-# one after another. Where there is `fail-stop`, no worker can be told to stop; `slow-scp` makes copies long.
+# one after another. Where there is `fail-stop`, no worker can be told to stop; `slow-scp` makes copies long, and
+# `slow-create` what makes a VM.
 GCLOUD = """#!/usr/bin/env bash
 printf '%s|' "$@" >>"$CALLS/log"
 echo >>"$CALLS/log"
@@ -41,6 +42,7 @@ case "$3 $4 $*" in
     echo "$state"
     ;;
   *' create '*)
+    [[ ! -e $CALLS/slow-create ]] || { touch "$CALLS/making"; sleep 3; touch "$CALLS/made"; }
     lost create || { echo 'There is no more capacity in the zone' >&2; exit 9; }
     echo READY >"$CALLS/tpu-vm"
     if [[ $3 == queued-resources && ! -s $CALLS/queued-resources.next ]]; then echo ACTIVE >"$CALLS/$3"; fi
@@ -113,8 +115,9 @@ case "$1 $2" in
 esac
 """
 
-# Those of the machine would look at all of its processes.
+# Those of the machine would look at all of its processes, where they are not told whose children.
 PKILL = """#!/usr/bin/env bash
+[[ " $* " != *' -P '* ]] || exec /usr/bin/pkill "$@"
 printf '%s|' pkill "$@" >>"$HOME/killed"
 [[ -e $HOME/started ]] && kill -TERM "$(cat "$HOME/started")"
 """
@@ -609,6 +612,23 @@ class TestDeleting:
     _, err = running.communicate(timeout=20)
     assert (running.returncode, err.splitlines()[-1]) == (143, STAYS)
     assert 'tpu-vm delete' not in alive.log()
+
+  @pytest.mark.parametrize('state, is_deleted', [('ABSENT', False), ('CREATING', True)])
+  def test_ends_what_makes_one_where_it_is_interrupted_and_deletes_what_there_is_then(self, run, state, is_deleted):
+    run.tell('slow-create')
+    run.tell('tpu-vm', 'ABSENT')
+    running = run.start('my-tpu', 'us-x1-a', '--create=v6e-8', '--delete', '--algo=dpo')
+    run.wait_for('making')
+    run.tell('tpu-vm', state)
+    running.terminate()  # the shell alone
+    _, err = running.communicate(timeout=20)
+    assert running.returncode == 143
+    assert ('tpu-vm delete' in run.log()) == is_deleted
+    said = err.splitlines()
+    stays = 'jaxalign: my-tpu was being made, and may still come: bash launch/tpu_vm.sh my-tpu us-x1-a --delete'
+    assert said[0].startswith('jaxalign: making') and said[1:] == ['jaxalign: deleting my-tpu' if is_deleted else stays]
+    time.sleep(3)
+    assert not (run.calls / 'made').exists()
 
   def test_deletes_one_that_it_waits_for_where_it_is_interrupted(self, run):
     run.tell('tpu-vm', 'CREATING')
