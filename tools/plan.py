@@ -34,6 +34,7 @@ _TOPOLOGIES = {
     'llama3_1_70b': ('v5e:16x16', 'v5p:4x8x8', 'v6e:16x16'),
 }
 _ALGOS = ('sft', 'dpo', 'ppo', 'grpo')
+_DEFAULTS = {'algos': 'dpo', 'models': 'llama3_1_8b', 'topologies': 'v5p:2x4x4'}  # without --matrix
 
 
 def points(args: argparse.Namespace) -> Iterator[dict[str, str]]:
@@ -42,8 +43,13 @@ def points(args: argparse.Namespace) -> Iterator[dict[str, str]]:
     for model, places in _TOPOLOGIES.items():
       yield from ({'algo': a, 'model': model, 'topology': t} for a, t in itertools.product(_ALGOS, places))
   else:
-    for algo, model, place in itertools.product(*(x.split(',') for x in (args.algos, args.models, args.topologies))):
+    for algo, model, place in itertools.product(*(x.split(',') for x in (_DEFAULTS | _named(args)).values())):
+      catalog.check_algorithm(algo)
       yield {'algo': algo, 'model': model, 'topology': place}
+
+
+def _named(args: argparse.Namespace) -> dict[str, str]:
+  return {name: getattr(args, name) for name in _DEFAULTS if getattr(args, name) is not None}
 
 
 def flags(point: dict[str, str], args: argparse.Namespace) -> list[str]:
@@ -113,9 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--output', type=storage.on_disk, required=True, help='a JSONL file, which is added to')
   parser.add_argument('--matrix', action='store_true', help='1B, 8B and 70B on v5e, v5p and v6e: sft, dpo, ppo, grpo')
-  parser.add_argument('--algos', default='dpo', help='by commas')
-  parser.add_argument('--models', default='llama3_1_8b', help='names in gin_configs/models, by commas')
-  parser.add_argument('--topologies', default='v5p:2x4x4', help='by commas')
+  for name, default in _DEFAULTS.items():
+    of = ', names in gin_configs/models' if name == 'models' else ''
+    parser.add_argument(f'--{name}', help=f'by commas{of}; {default} without --matrix')
   parser.add_argument('--mesh', default='', help='as for jaxalign.main')
   parser.add_argument('--row_length', type=_positive, default=2048, help='tokens of a row')
   parser.add_argument('--rows_per_device', type=_positive, default=2, help='of a step')
@@ -141,6 +147,8 @@ def run(args: argparse.Namespace) -> int:
       raise types.UsageError(f'--output={args.output}: there are no plans in it')
     sys.stdout.write(table(known))
     return 0
+  if args.matrix and _named(args):
+    raise types.UsageError(f'--matrix says what is planned, and takes no --{", --".join(_named(args))}')
   if args.rows_per_device % args.rows_at_once:
     raise types.UsageError(
         f'--rows_at_once={args.rows_at_once} does not divide --rows_per_device={args.rows_per_device}'

@@ -19,7 +19,9 @@ _MOST = re.compile(r'at_most_(\d+)_turns\)*/while"')  # a scope right around a l
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'collective-permute', 'all-to-all')
 # What only names what is there already.
 _FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all'}
-_FREE |= {'partition-id', 'iota', 'copy-done', 'async-start', 'async-update', 'async-done'}
+_FREE |= {'partition-id', 'iota', 'copy-done', 'async-start', 'async-update', 'async-done', 'call-start', 'call-done'}
+_CALLS = {'fusion', 'call', 'call-start', 'async-start'}  # with `-start`, beside other work, on SparseCores too
+_UNKNOWN = 2**63 - 1  # cycles, as of what runs on SparseCores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +161,7 @@ class Module:
         names = _NAMES.findall(branches[1]) if branches else [one.called('true_computation')]
         for branch in filter(None, names[:1]):
           yield from self._runs(branch, times, fused)
-      elif one.op in ('fusion', 'call', 'async-start') and (inner := one.called('calls') or one.called('to_apply')):
+      elif one.op in _CALLS and (inner := one.called('calls') or one.called('to_apply')):
         yield from self._runs(inner, times, fused or one.op == 'fusion')
 
 
@@ -185,8 +187,8 @@ def costs(text: str) -> Costs:
       continue
     if one.op == 'custom-call' and 'tpu_custom_call' in one.rest:
       found.kernel_flops += times * kernel_flops(one.name, module.shapes(one), one.rest)
-    if kind not in COLLECTIVES:
-      found.cycles += times * (one.number('estimated_cycles') or 0)
+    if kind not in COLLECTIVES and (cycles := one.number('estimated_cycles')) != _UNKNOWN:
+      found.cycles += times * (cycles or 0)
     if one.op not in _FREE:
       moved = sum(_bytes(shape, in_hbm=True) for shape in (one.shape, *module.shapes(one)))
       found.bytes += times * moved
@@ -249,7 +251,7 @@ def _computations(text: str) -> Iterator[tuple[str, bool, list[str]]]:
     header = re.match(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$', line)
     if header:
       name, is_entry, lines = header[2], bool(header[1]), []
-    elif line.rstrip() == '}' and name:
+    elif name and re.match(r'\}(, execution_thread=".*")?\s*$', line):
       yield name, is_entry, lines
       name = ''
     elif name:

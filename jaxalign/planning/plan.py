@@ -22,6 +22,7 @@ from jaxalign.planning import hlo
 from jaxalign.planning import programs as programs_lib
 from jaxalign.planning import topology as topology_lib
 
+_OF_COMPILED = ('flops', 'bytes', 'seconds', 'collectives', 'link_seconds')
 _UNITS = {'B': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
@@ -39,7 +40,8 @@ class Compiled:
     bytes: between the chip and its HBM.
     model_flops: that the work takes, without what is computed again.
     seconds: the largest of three bounds: cycles, by the compiler's own estimate, products at the chip's peak, and each
-      argument read once. What collectives take beyond that is left out; 0 of a program that was refused.
+      argument read once. What collectives take beyond that is left out. It is 0 of a program that the compiler refused
+      as too large, whose flops, bytes and collectives are not known.
     collectives: by kind, how often in a run and how many bytes.
     link_seconds: what collectives would take if nothing else ran, each byte crossing the links once.
     tokens: that it reads, of the whole mesh.
@@ -61,8 +63,9 @@ class Compiled:
   compile_seconds: float
 
   def to_json(self) -> dict[str, Any]:
-    """As `--json` prints it."""
-    return dataclasses.asdict(self)
+    """As `--json` prints it: None is what is not known."""
+    found = dataclasses.asdict(self)
+    return found if self.seconds else found | dict.fromkeys(_OF_COMPILED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,24 +104,25 @@ class Plan:
 
   def to_json(self) -> dict[str, Any]:
     """One object: the step, the largest program's memory, and every program."""
-    largest, step = max(self.programs, key=lambda one: one.hbm_bytes), self.step
+    programs = [one.to_json() for one in self.programs]
+    largest, step = max(programs, key=lambda one: one['hbm_bytes']), programs[0]
     return self.setting | {
         'devices': self.devices,
         'estimated': self.estimated,
         'fits': self.fits,
         'hbm_bytes': self.hbm_bytes,
         'hbm_limit_bytes': self.chip.hbm_bytes,
-        'hbm_by_class': largest.hbm_by_class,
-        'host_bytes': step.host_bytes,
-        'flops_per_device': step.flops,
-        'model_flops_per_device': step.model_flops,
-        'bytes_per_device': step.bytes,
-        'tokens_per_step': step.tokens,
-        'seconds_bound': step.seconds or None,
+        'hbm_by_class': largest['hbm_by_class'],
+        'host_bytes': step['host_bytes'],
+        'flops_per_device': step['flops'],
+        'model_flops_per_device': step['model_flops'],
+        'bytes_per_device': step['bytes'],
+        'tokens_per_step': step['tokens'],
+        'seconds_bound': step['seconds'],
         'mfu_bound': self.mfu_bound or None,
-        'collectives': step.collectives,
+        'collectives': step['collectives'],
         'compile_seconds': sum(one.compile_seconds for one in self.programs),
-        'programs': [one.to_json() for one in self.programs],
+        'programs': programs,
     }
 
 
@@ -155,6 +159,8 @@ def plan(
       'algo': job.algo,
       'model': job.model,
       'chip': topology.chip.name,
+      'topology': topology.name,
+      'num_slices': topology.num_slices,
       'mesh': {axis: size for axis, size in job.mesh.shape.items() if size > 1},
       'dtype': recipe.dtype,
       'remat': recipe.remat,
@@ -166,12 +172,12 @@ def plan(
   with jax.set_mesh(job.mesh):
     resident = programs_lib.resident(found)
     chosen = found[:1] if only_step else found
-    compiled = [_compiled(one, resident, topology.chip) for one in chosen]
+    compiled = [_compiled(one, resident, topology) for one in chosen]
   return Plan(setting, topology.chip, job.mesh.size, topology.estimated, compiled)
 
 
-def _compiled(program: programs_lib.Program, resident, chip: topology_lib.Chip) -> Compiled:
-  start = time.monotonic()
+def _compiled(program: programs_lib.Program, resident, topology: topology_lib.Topology) -> Compiled:
+  start, chip = time.monotonic(), topology.chip
   of = {name: _device_bytes(tree) for name, tree in program.roles.items()}
   beside = {name: _device_bytes(tree) for name, tree in resident.items() if name not in program.roles}
   on_host = sum(_device_bytes(tree, on_host=True) for tree in {**resident, **program.roles}.values())
@@ -188,9 +194,9 @@ def _compiled(program: programs_lib.Program, resident, chip: topology_lib.Chip) 
     return Compiled(program.name, whole, parts, on_host, False, *nothing, program.tokens, seconds)
   memory = compiled.memory_analysis()
   made = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
-  # `temp_size_in_bytes` counts places twice that several buffers take in turn.
+  # Of TPUs `temp_size_in_bytes` counts places twice that several buffers take in turn; the peak of CPUs leaves it out.
   peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes  # which it counts too
-  peak = max(peak, memory.argument_size_in_bytes + made)
+  peak = max(peak, memory.argument_size_in_bytes + made + topology.estimated * memory.temp_size_in_bytes)
   parts = of | beside | _temporaries(program, peak - memory.argument_size_in_bytes - made)
   parts |= {'results': made, 'program': memory.generated_code_size_in_bytes}
   parts['padding'] = max(0.0, memory.argument_size_in_bytes - sum(of.values()))
@@ -271,10 +277,14 @@ def _table(plan: Plan) -> str:
   return '\n'.join(lines) + '\n'
 
 
+def _of_what(chip: topology_lib.Chip) -> str:
+  return '' if chip.clock else ' by products and reading alone,'
+
+
 def _work(one: Compiled, chip: topology_lib.Chip) -> list[str]:
   lines = [
       f'    {one.flops / 1e12:.3f} TFLOP ({one.model_flops / 1e12:.3f} of the model), {one.bytes / 1e9:.2f} GB of HBM',
-      f'    at least {one.seconds * 1e3:.2f} ms and collectives that nothing hides: at most'
+      f'    at least {one.seconds * 1e3:.2f} ms{_of_what(chip)} and collectives that nothing hides: at most'
       f' {one.model_flops / chip.flops / one.seconds:.1%} of the peak, {one.tokens / one.seconds:,.0f} tokens/s',
   ]
   if one.collectives:

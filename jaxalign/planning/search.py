@@ -17,6 +17,7 @@ from jaxalign import opening
 from jaxalign import recipe as recipe_lib
 from jaxalign import sharding
 from jaxalign import types
+from jaxalign.data import loader
 from jaxalign.models import architecture
 from jaxalign.planning import plan as plan_lib
 from jaxalign.planning import topology as topology_lib
@@ -93,12 +94,14 @@ def planned(
     return plan_fn(dataclasses.replace(job, mesh=mesh_of(point['mesh'])), recipe=varied, **only)
 
   tried = list(points(recipe, texts, lambda text: sharding.parts(mesh_of(text), 'batch')))
+  problem = _not_spread(recipe.packing, [text for text in texts if all(point['mesh'] != text for point in tried)])
   if not tried:
-    rows = recipe.packing.rows * recipe.packing.micro_batches
-    raise types.UsageError(
-        f'--search: {rows} rows of a step (loader.Packing.rows x micro_batches) cannot be spread over {texts}'
-    )
-  found = _steps(tried, functools.partial(compiled, only_step=True))
+    raise types.UsageError(f'--search: {problem}')
+  logging.info('--search: %d points%s', len(tried), problem and f'; {problem}')
+  try:
+    found = _steps(tried, functools.partial(compiled, only_step=True))
+  except types.UsageError as err:
+    raise types.UsageError(f'{err}{problem and f"; {problem}"}') from err
   whole = set[int]()
   while (best := pareto([one for _, one in found])[:1]) and not whole.issuperset(best):
     (i,) = best
@@ -106,22 +109,26 @@ def planned(
     try:
       found[i] = point, compiled(point)
     except _FAULTS as err:
-      problem = _told(point, err)
+      said = _told(point, err)
       del found[i]
       whole = {number - (number > i) for number in whole}
       if not found:
-        raise problem from err
+        raise said from err
       continue
     logging.info('%s, the whole run: %s', _said(point), _result(found[i][1]))
     whole.add(i)
   return Search(found, frozenset(whole), command_line)
 
 
+def _not_spread(packing: loader.Packing, texts: Sequence[str]) -> str:
+  rows = f'{packing.rows * packing.micro_batches} rows of a step (loader.Packing.rows x micro_batches)'
+  return f'{rows} cannot be spread over {", ".join(texts)}' if texts else ''
+
+
 def _steps(
     tried: Sequence[dict[str, Any]], compiled: Callable[[dict[str, Any]], plan_lib.Plan]
 ) -> list[tuple[dict[str, Any], plan_lib.Plan]]:
   """Those points that compile; raises UsageError where none does. Rows are not tried where fewer are too large."""
-  logging.info('--search: %d points', len(tried))
   found, too_large = list[tuple[dict[str, Any], plan_lib.Plan]](), set[tuple[str, str]]()
   problem: types.UsageError | None = None
   for point in tried:
@@ -146,10 +153,9 @@ def _steps(
 
 def _told(point: dict[str, Any], err: Exception) -> types.UsageError:
   """Logs that a point is left out, and returns what to say where no other is left."""
-  logging.info('%s: left out, as %s', _said(point), err)
-  if isinstance(err, types.UsageError):
-    return err
-  return types.UsageError(f'--search: {_said(point)}: {str(err).splitlines()[0]}')
+  why = str(err).splitlines()[0]  # Gin says behind it what was called.
+  logging.info('%s: left out, as %s', _said(point), why)
+  return types.UsageError(f'--search: {_said(point)}: {why}')
 
 
 class Search(NamedTuple):

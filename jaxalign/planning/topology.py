@@ -62,11 +62,15 @@ class Topology:
     chip: of which kind the devices are.
     devices: to compile for.
     estimated: whether they are CPUs that stand for GPUs: programs are then others, and sizes estimates.
+    name: as `--topology` names a slice.
+    num_slices: of how many.
   """
 
   chip: Chip
   devices: list[jax.Device]
   estimated: bool
+  name: str
+  num_slices: int
 
 
 def find(text: str, num_slices: int = 1) -> Topology:
@@ -81,7 +85,7 @@ def find(text: str, num_slices: int = 1) -> Topology:
   if name in _GPUS:
     if num_slices > 1:
       raise types.UsageError(f'--topology={text}: GPUs are in one slice, not {num_slices}')
-    return Topology(CHIPS[name], _cpus(text, count_of(text)), True)
+    return Topology(CHIPS[name], _cpus(text, count_of(text)), True, text, 1)
   # libtpu reads these when it is loaded; without them it asks the machine's metadata, which are not there.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
@@ -96,7 +100,7 @@ def find(text: str, num_slices: int = 1) -> Topology:
     if isinstance(err, ImportError) or 'not installed' in str(err) or 'libtpu.so' in str(err):
       raise types.UsageError(f'--topology={text}: {_install()}') from err
     raise types.UsageError(f'--topology={text}: libtpu knows no such topology ({str(err).splitlines()[0]})') from err
-  return Topology(CHIPS[name], list(found.devices), False)
+  return Topology(CHIPS[name], list(found.devices), False, text, num_slices)
 
 
 def count_of(text: str) -> int:

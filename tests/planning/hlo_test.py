@@ -90,6 +90,24 @@ class TestCosts:
   def test_counts_a_collective_of_several_parts_once(self, found):
     assert found.collectives['all-gather'] == {'count': 4, 'bytes': 4 * 64 * 64 * 2}
 
+  def test_counts_what_runs_beside_other_work_on_sparse_cores(self, found):
+    inner = """
+%called (p5: bf16[64,32]) -> bf16[64,64] {
+  %p5 = bf16[64,32]{1,0} parameter(0)
+  %slow = bf16[64,32]{1,0} fusion(%p5), kind=kLoop, backend_config={"estimated_cycles":"9223372036854775807"}
+  ROOT %all-gather.3 = bf16[64,64]{1,0} all-gather(%p5), channel_id=8, replica_groups={{0,1}}, dimensions={1}
+}, execution_thread="sparsecore"
+"""
+    begun = """
+  %call-start = ((bf16[64,32]{1,0}), bf16[64,64]{1,0}, u32[]{:S(8)}) call-start(%x), \
+async_execution_thread="sparsecore", to_apply=%called
+  %call-done = bf16[64,64]{1,0} call-done(%call-start)
+  %next ="""
+    beside = hlo.costs(TPU.replace('\n%body (arg', f'{inner}\n%body (arg').replace('\n  %next =', begun))
+    assert beside.collectives['all-gather'] == {'count': 2 * 4, 'bytes': 2 * 4 * 64 * 64 * 2}
+    assert (beside.cycles, beside.flops) == (found.cycles, found.flops)
+    assert beside.bytes - found.bytes == 4 * (2 * 64 * 32 + 64 * 32 + 64 * 64) * 2  # once of what is called
+
   def test_knows_a_fusion_that_scatters(self, found):
     assert found.collectives['reduce-scatter'] == {'count': 1, 'bytes': 4 * 128}
     assert 'all-reduce' not in found.collectives

@@ -124,12 +124,23 @@ class TestEstimate:
   def test_of_gpus_is_said_to_be_one(self, capsys):
     found = planned(capsys, flags('h100:8', 'sft'))
     assert found['estimated'] and found['devices'] == 8 and found['chip'] == 'h100'
+    assert (found['topology'], found['num_slices']) == ('h100:8', 1)
     assert found['hbm_by_class']['parameters'] == PARAMS * 4 / 8 + (2 * L + 1) * D * 4 * 7 / 8
     args = [one for one in flags('h100:8', 'sft') if one != '--json']
     assert main.main(args) == 0
     out = capsys.readouterr().out
     assert 'sft of llama3_1_8b on 8 x h100 (estimated on CPUs, whose programs are others)' in out
+    assert 'ms by products and reading alone, and collectives' in out
     assert 'fits, ' in out and 'tokens/s' in out
+
+  def test_counts_gradients_and_what_longer_rows_keep(self, capsys):
+    found = [planned(capsys, flags('h100:8', 'sft', f'loader.Packing.row_length = {n}')) for n in (LENGTH, 2 * LENGTH)]
+    short, long = (one['hbm_by_class'] for one in found)
+    assert short['gradients'] == long['gradients'] == short['parameters']
+    assert (
+        long['activations'] - short['activations'] > ROWS / 8 * LENGTH * D * L * 2
+    )  # hidden states of layers at least
+    assert found[1]['hbm_bytes'] == pytest.approx(sum(long.values()), rel=1e-3)
 
   def test_of_one_gpu_counts_as_many_products_as_of_each_of_two(self, capsys):
     # One CPU, in its place, would read less than all keys, and how much less no program tells.
@@ -183,20 +194,18 @@ class TestHost:
 
   def test_holds_what_is_kept_there_and_the_device_the_rest(self):
     try:
-      mesh = sharding.make_mesh('fsdp:4', devices=topology.find('v5e:2x2').devices)
+      there = topology.find('v5e:2x2')
     except types.UsageError as err:
       pytest.skip(str(err))
+    mesh = sharding.make_mesh('fsdp:4', devices=there.devices)
     params = {'w': jax.ShapeDtypeStruct((1024, 1024), 'float32', sharding=sharding.named(mesh, 'embed', None))}
     opt = optim.adamw(10, schedule=functools.partial(optim.constant, lr=0.1), moments='bfloat16', memory='pinned_host')
     moments = step_lib.abstract_state(mesh, params, opt.tx, 0, memory=opt.memory).opt_state
     where = jax.tree.map(lambda x: x.sharding, (params, moments))
     run = jax.jit(opt.tx.update, out_shardings=where)
     roles = {'parameters': params, 'optimizer': moments}
-    step = plan_lib._compiled(
-        programs.Program('step', lambda: run.lower(params, moments, params), roles, 1, 1.0),
-        roles,
-        topology.CHIPS['v5e'],
-    )
+    program = programs.Program('step', lambda: run.lower(params, moments, params), roles, 1, 1.0)
+    step = plan_lib._compiled(program, roles, there)
     assert step.host_bytes == 4 * 1024 * 1024 / 4
     assert step.hbm_by_class['parameters'] == 4 * 1024 * 1024 / 4
     assert step.hbm_by_class['optimizer'] == 8  # two counts
@@ -207,6 +216,15 @@ class TestHost:
         {'algo': 'a', 'model': 'b'}, topology.CHIPS['v5e'], 4, False, [dataclasses.replace(step, host_bytes=2**30)]
     )
     assert 'in the memory of the host   1.00 GiB, which the step reads and writes' in made.table()
+
+
+def test_json_has_nothing_where_the_compiler_refused():
+  found = made(20, 0.0, fits=False).to_json()
+  names = 'flops_per_device', 'bytes_per_device', 'seconds_bound', 'mfu_bound', 'collectives'
+  assert [found[name] for name in names] == [None] * 5
+  (program,) = found['programs']
+  names = 'flops', 'bytes', 'seconds', 'collectives', 'link_seconds'
+  assert [program[name] for name in names] == [None] * 5 and program['hbm_bytes'] == found['hbm_bytes'] == 20
 
 
 class TestTopology:
@@ -351,6 +369,19 @@ class TestSearch:
     assert [(one['remat'], one['whole']) for one in found.to_json()] == [('full', False), ('attention', True)]
     with pytest.raises(types.UsageError, match=r'--search: mesh fsdp:4, remat .*: INTERNAL: a fault$'):
       search.planned(Job(None), Recipe(packing, 'full'), fails, there, 'fsdp:4', '', [])
+
+  def test_says_which_meshes_cannot_take_the_rows_and_what_is_wrong_with_others(self, monkeypatch):
+    def refuses(*_, **__):
+      raise types.UsageError("--mesh: tensor:4 does not divide heads\n  In call to configurable 'plan'")
+
+    monkeypatch.setattr(search, 'meshes', lambda *_: ['fsdp:4', 'fsdp:2,tensor:2', 'fsdp:1,tensor:4'])
+    monkeypatch.setattr(search.opening, 'config_of', lambda *_: None)
+    packing, there = loader.Packing(rows=7, micro_batches=1, row_length=8), topology.find('h100:4')
+    with pytest.raises(types.UsageError) as said:
+      search.planned(Job(None), Recipe(packing, 'full'), refuses, there, '', '', [])
+    point = 'mesh fsdp:1,tensor:4, remat full, rows 1, micro_batches 7'
+    rows = '7 rows of a step (loader.Packing.rows x micro_batches) cannot be spread over fsdp:4, fsdp:2,tensor:2'
+    assert str(said.value) == f'--search: {point}: --mesh: tensor:4 does not divide heads; {rows}'
 
   def test_says_what_is_too_large(self):
     point = {'mesh': 'fsdp:4', 'rows': 8, 'micro_batches': 1, 'remat': 'full'}

@@ -121,6 +121,19 @@ class TestMain:
     assert stop.value.code == 2
     assert '--rows_at_once: 0: it is a whole number, at least 1' in capsys.readouterr().err
 
+  @pytest.mark.parametrize(
+      'args,said',
+      [
+          (['--algos=dpo,nope'], '--algo=nope: unknown algorithm'),
+          (['--algos='], '--algo=: unknown algorithm'),
+          (['--matrix', '--models=a', '--algos=dpo'], '--matrix says what is planned, and takes no --algos, --models'),
+      ],
+  )
+  def test_refuses_what_it_cannot_plan_before_it_plans_any(self, args, said, tmp_path, capsys):
+    assert plan.main([f'--output={tmp_path / "plans.jsonl"}', *args]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / 'plans.jsonl').exists()
+
 
 class TestPlans:
 
