@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxalign import checkpoint
 from jaxalign import recipe as recipe_lib
+from jaxalign import sharding
 from jaxalign import storage
 from jaxalign import types
 from jaxalign.data import tokenizers
@@ -45,6 +46,8 @@ def open_model(
   _check_vocabulary(config, tokenizer, job)
   _check_scores(config, recipe, job)
   adapter = _open_adapter(job, recipe, config)
+  if not config.num_experts and (count := sharding.parts(job.mesh, 'experts')) > 1:
+    logging.warning('--mesh: the model has no experts to split %d ways, and each part keeps all weights', count)
   model = transformer.build(
       dataclasses.replace(config, score_outputs=recipe.score_outputs, score_bias=recipe.score_bias),
       job.mesh,

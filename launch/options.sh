@@ -14,6 +14,12 @@ misuse() {
   exit 2
 }
 
+# Says what becomes of what a run of training saves, on machines that are there for it alone, where nobody says where to.
+warn_of_workdir() {
+  [[ " $* " == *' --mode='* || " $* " == *' --workdir'* ]] ||
+    say 'without --workdir checkpoints stay on the disks of the machines, and go with them'
+}
+
 # Prints the head of the script, which says what it does and takes.
 explain() {
   sed -n '2,/^[^#]/{/^#/!q;s/^# \{0,1\}//p}' "$0"

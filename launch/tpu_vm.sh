@@ -68,6 +68,7 @@ case $create in
   v5e-*) misuse "--create=$create: Google calls it v5litepod-${create#v5e-}" ;;
   *) [[ $version ]] || misuse "--create=$create: not a type that is known here; say --version=RUNTIME for it" ;;
 esac
+[[ ! $create || $# == 0 ]] || warn_of_workdir "$@"
 [[ $dry_run ]] || command -v gcloud >/dev/null ||
   die 'gcloud is not installed; see https://cloud.google.com/sdk/docs/install'
 

@@ -243,6 +243,8 @@ def pythons_of(args: argparse.Namespace) -> dict[str, str]:
   """
   if args.start and args.peer:
     raise Refused(f'--start --peer={args.peer}: the first step of jaxalign alone is timed')
+  if args.cached_reference and args.work not in ('dpo', 'hh'):
+    raise Refused(f'--cached_reference --work={args.work}: dpo and hh have a reference')
   if args.peer is None:
     if args.peer_python:
       raise Refused(f'--peer_python={args.peer_python} needs --peer')

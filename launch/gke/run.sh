@@ -94,6 +94,7 @@ else
   ((count < 4 || count % 4 == 0)) || misuse "--tpu_type=$tpu_type: $count chips are not of hosts with 4 each"
   chips=$((count < 4 ? count : 4))
   hosts=$((count / (chips ? chips : 1)))
+  warn_of_workdir "$@"
 fi
 
 needs() {

@@ -145,7 +145,7 @@ class TestKubectl:
 
   def test_passes_the_exit_code_on(self, run):
     run.fail('kubectl', 'connection refused')
-    done = run(*RUN, '--tpu_type=v6e-8', '--algo=dpo')
+    done = run(*RUN, '--tpu_type=v6e-8', '--algo=dpo', '--workdir=gs://b/r')
     assert (done.returncode, done.stderr) == (5, 'connection refused\n')
 
   def test_submits_nothing_where_there_is_no_such_cluster(self, run):
@@ -196,7 +196,9 @@ class TestXpk:
           '[XPK] ERROR: Cluster c not found in project p',
       ],
   )
-  @pytest.mark.parametrize('what', [(*RUN, '--tpu_type=v6e-8', '--algo=dpo'), ('--name=my-run', '--delete')])
+  @pytest.mark.parametrize(
+      'what', [(*RUN, '--tpu_type=v6e-8', '--algo=dpo', '--workdir=gs://b/r'), ('--name=my-run', '--delete')]
+  )
   def test_passes_on_what_xpk_fails_with_and_tries_nothing_else(self, run, what, problem):
     run.program('xpk')
     run.fail('xpk', problem)
@@ -225,10 +227,15 @@ class TestXpk:
 
 class TestUsage:
 
+  def test_says_what_becomes_of_a_run_whose_workdir_nobody_named(self, run):
+    said = 'jaxalign: without --workdir checkpoints stay on the disks of the machines, and go with them\n'
+    for flags, wanted in [(['--algo=dpo'], said), (['--algo=dpo', '--workdir=gs://b/r'], ''), (['--mode=eval'], '')]:
+      assert run(*RUN, '--dry_run', '--tpu_type=v6e-8', *flags).stderr == wanted
+
   @pytest.mark.parametrize('cluster', [(), ('--cluster=c',)])
   def test_prints_what_it_would_submit_and_submits_nothing(self, run, cluster):
     run.program('xpk')
-    done = run(*RUN, '--dry_run', *cluster, '--tpu_type=v6e-8', '--algo=dpo')
+    done = run(*RUN, '--dry_run', *cluster, '--tpu_type=v6e-8', '--algo=dpo', '--workdir=gs://b/r')
     assert (done.returncode, done.stderr, run.log()) == (0, '', [])
     assert done.stdout.startswith(
         'xpk workload create' if cluster else "kubectl apply --filename=- <<'END'\napiVersion: "

@@ -303,7 +303,7 @@ class TestTpuVm:
 
   def test_prints_what_it_would_do_and_does_nothing(self, run):
     options = ['--create=v6e-16', '--queued', '--spot', '--logs=my logs', '--delete', '--project=p']
-    done = run('my-tpu', 'us-x1-a', '--dry_run', *options, '--algo=dpo', '--prompt=once\nupon')
+    done = run('my-tpu', 'us-x1-a', '--dry_run', *options, '--workdir=gs://b/r', '--prompt=once\nupon')
     assert (done.returncode, done.stderr) == (0, '')
     assert not run.log()
     assert not (run.here / 'my logs').exists()
@@ -326,6 +326,12 @@ class TestTpuVm:
 
 
 class TestCreating:
+
+  def test_says_what_becomes_of_a_run_whose_workdir_nobody_named(self, run):
+    said = 'jaxalign: without --workdir checkpoints stay on the disks of the machines, and go with them'
+    for flags, wanted in [(['--algo=dpo'], True), (['--algo=dpo', '--workdir=gs://b/r'], False), (['--delete'], False)]:
+      done = run('my-tpu', 'us-x1-a', '--create=v6e-8', *flags)
+      assert (done.returncode, said in done.stderr.splitlines()) == (0, wanted), done.stderr
 
   def test_reuses_a_vm_that_is_ready(self, run):
     assert run('my-tpu', 'us-x1-a', '--create=v5litepod-16', '--algo=dpo').returncode == 0
@@ -617,7 +623,7 @@ class TestDeleting:
   def test_ends_what_makes_one_where_it_is_interrupted_and_deletes_what_there_is_then(self, run, state, is_deleted):
     run.tell('slow-create')
     run.tell('tpu-vm', 'ABSENT')
-    running = run.start('my-tpu', 'us-x1-a', '--create=v6e-8', '--delete', '--algo=dpo')
+    running = run.start('my-tpu', 'us-x1-a', '--create=v6e-8', '--delete', '--workdir=gs://b/r')
     run.wait_for('making')
     run.tell('tpu-vm', state)
     running.terminate()  # the shell alone

@@ -142,6 +142,11 @@ class TestEstimate:
     )  # hidden states of layers at least
     assert found[1]['hbm_bytes'] == pytest.approx(sum(long.values()), rel=1e-3)
 
+  def test_tells_of_experts_that_there_are_not(self, capsys, caplog):
+    found = planned(capsys, [*flags('h100:8', 'sft'), '--mesh=fsdp:4,expert:2'])
+    assert found['mesh'] == {'fsdp': 4, 'expert': 2}
+    assert 'the model has no experts to split 2 ways, and each part keeps all weights' in caplog.text
+
   def test_of_one_gpu_counts_as_many_products_as_of_each_of_two(self, capsys):
     # One CPU, in its place, would read less than all keys, and how much less no program tells.
     rows = lambda count: (f'loader.Packing.rows = {8 * count}', 'loader.Packing.row_length = 1024')

@@ -114,6 +114,7 @@ class TestMain:
   @pytest.mark.parametrize(
       'flags,said',
       [
+          (['--work=sft', '--cached_reference'], '--cached_reference --work=sft: dpo and hh have a reference'),
           (['--peer_python=python'], '--peer_python=python needs --peer'),
           (['--start', '--peer=trl'], '--start --peer=trl: the first step of jaxalign alone is timed'),
       ],
