@@ -131,7 +131,7 @@ find_state() {
 create() {
   local code=0
   tpus "$@" > >(tee "$scratch/said" >&2) 2>&1 || code=$?
-  wait $! || :
+  wait # for what is shown
   return "$code"
 }
 
