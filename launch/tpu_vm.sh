@@ -184,11 +184,11 @@ release() {
     find_state || found=READY
     case $found in
       ABSENT)
-        ask queued-resources state.state && [[ $found != ABSENT ]] || {
+        if ! ask queued-resources state.state || [[ $found == ABSENT ]]; then
           [[ ! $making ]] ||
             say "$name was being made, and may still come: bash launch/tpu_vm.sh $login $zone --delete"
-          return 0
-        }
+          return
+        fi
         ;;
       READY | REPAIRING)
         on_workers "$BUSY; ! busy" || {
@@ -263,7 +263,7 @@ fetch_log() {
     tpus tpu-vm scp "$login:jaxalign/launch.log" "$login:jaxalign/launch.out" "$folder/" --worker="$1" </dev/null ||
       say "could not fetch the log of worker $1"
   } 2>&1)
-  [[ ! $said ]] || echo "$said" >&"$shown"
+  [[ ! $said ]] || cat <<<"$said" >&"$shown" # echo would write each line by itself
 }
 
 fetch_logs() {

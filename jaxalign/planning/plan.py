@@ -22,7 +22,7 @@ from jaxalign.planning import hlo
 from jaxalign.planning import programs as programs_lib
 from jaxalign.planning import topology as topology_lib
 
-_OF_COMPILED = ('flops', 'bytes', 'seconds', 'collectives', 'link_seconds')
+_UNTOLD = ('flops', 'bytes', 'seconds', 'collectives', 'link_seconds')  # of a program that the compiler refused
 _UNITS = {'B': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
@@ -65,7 +65,7 @@ class Compiled:
   def to_json(self) -> dict[str, Any]:
     """As `--json` prints it: None is what is not known."""
     found = dataclasses.asdict(self)
-    return found if self.seconds else found | dict.fromkeys(_OF_COMPILED)
+    return found if self.seconds else found | dict.fromkeys(_UNTOLD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,14 +277,11 @@ def _table(plan: Plan) -> str:
   return '\n'.join(lines) + '\n'
 
 
-def _of_what(chip: topology_lib.Chip) -> str:
-  return '' if chip.clock else ' by products and reading alone,'
-
-
 def _work(one: Compiled, chip: topology_lib.Chip) -> list[str]:
+  counted = '' if chip.clock else ' by products and reading alone,'
   lines = [
       f'    {one.flops / 1e12:.3f} TFLOP ({one.model_flops / 1e12:.3f} of the model), {one.bytes / 1e9:.2f} GB of HBM',
-      f'    at least {one.seconds * 1e3:.2f} ms{_of_what(chip)} and collectives that nothing hides: at most'
+      f'    at least {one.seconds * 1e3:.2f} ms{counted} and collectives that nothing hides: at most'
       f' {one.model_flops / chip.flops / one.seconds:.1%} of the peak, {one.tokens / one.seconds:,.0f} tokens/s',
   ]
   if one.collectives:
